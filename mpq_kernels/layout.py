@@ -18,7 +18,7 @@ Source: docs/format.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -252,6 +252,24 @@ class WeightLayout:
         if self.permuted:
             specs["perm"] = ("int32", (self.in_features,))
         return specs
+
+    def rows(self, n0: int, n1: int) -> tuple[WeightLayout, dict[str, tuple[int, int]]]:
+        """Layout of rows n0..n1 alone, and (start, length) of their part of qweight, scales and zeros.
+
+        Raises FormatError unless both are cuts between row bands: then the parts are contiguous.
+        """
+        picked = [i for i, s in enumerate(self.segments) if n0 <= s.n0 and s.n1 <= n1]
+        if not picked:
+            raise FormatError(f"rows {n0}..{n1} hold no whole row band of this weight")
+        chosen = [self.segments[i] for i in picked]
+        segments = tuple(replace(s, n0=s.n0 - n0, n1=s.n1 - n0) for s in chosen)
+        start = self.offsets[picked[0]]
+        parts = {
+            "qweight": (start.planes[0], sum(s.words for s in chosen)),
+            "scales": (start.scales, sum(s.scale_count for s in chosen)),
+            "zeros": (start.zeros, sum(s.zero_count for s in chosen)),
+        }
+        return WeightLayout(n1 - n0, self.in_features, segments, self.scale_dtype, self.permuted), parts
 
     def size(self) -> SizeBreakdown:
         """Stored bits by purpose; their sum is the byte size of the tensors, times 8."""

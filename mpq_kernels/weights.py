@@ -168,24 +168,9 @@ class PackedWeight:
 
     def rows(self, n0: int, n1: int) -> PackedWeight:
         """Rows n0..n1 as a view (no copy); both must be cuts between row bands. Raises FormatError otherwise."""
-        picked = [i for i, s in enumerate(self.layout.segments) if n0 <= s.n0 and s.n1 <= n1]
-        chosen = [self.layout.segments[i] for i in picked]
-        if not chosen:
-            raise FormatError(f"rows {n0}..{n1} hold no whole row band of this weight")
-        segments = tuple(replace(s, n0=s.n0 - n0, n1=s.n1 - n0) for s in chosen)
-        layout = WeightLayout(n1 - n0, self.layout.in_features, segments, self.layout.scale_dtype, self.layout.permuted)
-        start = self.layout.offsets[picked[0]]
-        zeros = self.zeros
-        if zeros is not None:
-            count = sum(s.zero_count for s in chosen)
-            zeros = zeros.narrow(0, start.zeros, count) if count else None
-        return PackedWeight(
-            layout,
-            self.qweight.narrow(0, start.planes[0], sum(s.words for s in chosen)),
-            self.scales.narrow(0, start.scales, sum(s.scale_count for s in chosen)),
-            zeros,
-            self.perm,
-        )
+        layout, parts = self.layout.rows(n0, n1)
+        tensors = {name: getattr(self, name).narrow(0, *part) for name, part in parts.items() if part[1]}
+        return PackedWeight(layout, **tensors, perm=self.perm)
 
     def check_values(self) -> None:
         """Raise FormatError for values that no packer writes: NaN or Inf, a permutation with a hole or a repeat."""

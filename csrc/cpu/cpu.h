@@ -1,0 +1,81 @@
+// CPU backend: y[M,N] = x[M,K] @ W[N,K].T + bias on packed weights of any mix of widths. No torch, no globals, no
+// allocation, no exceptions: raw pointers, a caller-owned workspace, integer error codes.
+//
+// Every pointer may be unaligned (weights are mapped files). Layout of planes, scales and zeros: mpq_kernels/formats.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mpq::cpu {
+
+enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+enum Error : int {
+  kOk = 0,
+  kErrorIsa = 1,
+  kErrorShape = 2,
+  kErrorNull = 3,
+  kErrorDType = 4,
+  kErrorSegment = 5,
+  kErrorCover = 6,
+  kErrorWorkspace = 7,
+};
+
+// Rows [n0, n1) x columns [k0, k1) of one width.
+struct Segment {
+  int64_t n0, n1, k0, k1;     // k0 is a multiple of 64
+  int bits;                   // 1..8
+  int64_t group_size;         // divides k1 - k0
+  int zero_kind;              // kZeroNone, kZeroInt, kZeroFloat
+  const uint32_t* planes[3];  // each [row_tiles, col_tiles, 128 * width] words, most significant plane first
+  const void* scales;         // [groups, row_tiles * 64] of Weight::scale_dtype, rows of a tile in position order
+  const void* zeros;          // same shape: uint8 (int), scale_dtype (float), nullptr (none)
+};
+
+struct Weight {
+  int64_t N, K;
+  const Segment* segments;  // sorted by n0, then k0; those with the same n0, n1 (a row band) cover [0, K)
+  int num_segments;
+  DType scale_dtype;
+  const int32_t* perm;  // [K], a permutation (not checked here), or nullptr: packed column j is column perm[j] of x
+};
+
+struct LinearArgs {
+  const void* x;  // [M, K] of x_dtype
+  DType x_dtype;
+  int64_t M;
+  int64_t x_row_stride;  // elements
+  Weight weight;
+  const void* bias;  // [N] of bias_dtype, or nullptr
+  DType bias_dtype;
+  void* y;          // [M, N] contiguous, of x_dtype
+  void* workspace;  // linear_workspace_bytes(args) bytes
+  size_t workspace_bytes;
+};
+
+// Runs task(ctx, begin, end) over disjoint ranges that cover [0, n), on any threads, and returns when all are done.
+// A null `run` means: on the calling thread. Results do not depend on how the ranges are cut.
+struct Parallel {
+  void (*run)(void* pool, int64_t n, void (*task)(void* ctx, int64_t begin, int64_t end), void* ctx);
+  void* pool;
+};
+
+// Bytes of workspace that linear() needs; bounded in M, because tokens are processed in chunks.
+size_t linear_workspace_bytes(const LinearArgs& args);
+
+// fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. Returns kOk or an Error.
+int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
+
+// out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to
+// nearest even. Returns kOk or an Error.
+int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const Parallel& parallel);
+
+const char* error_text(int code);
+
+bool supported(Isa isa);  // compiled in, and this machine and its operating system can run it
+Isa best_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace mpq::cpu

@@ -1,0 +1,25 @@
+// What one instruction set provides to dispatch.cpp. The same source (kernels.inl) is compiled once for each set, with
+// that set's compiler flags and everything in unnamed namespaces: an inline function shared between those translation
+// units could otherwise be linked with AVX-512 code into the portable path.
+#pragma once
+
+#include "cpu.h"
+
+namespace mpq::cpu {
+
+constexpr int64_t kTokenChunk = 192;  // tokens whose x is held in the workspace at a time
+constexpr int64_t kAlignment = 64;    // bytes; the workspace is aligned up to it
+
+struct Kernels {
+  void (*linear)(const LinearArgs& args, const Parallel& parallel);
+  void (*dequantize)(const Weight& weight, void* out, DType out_dtype, const Parallel& parallel);
+};
+
+// Bytes of one token's x in the workspace: fp32, K rounded up to whole supertiles.
+constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
+
+Kernels portable_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+
+}  // namespace mpq::cpu

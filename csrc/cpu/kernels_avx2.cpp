@@ -1,0 +1,13 @@
+// Compiled with -mavx2 -mfma -mf16c.
+#if defined(__x86_64__)
+#include "kernels.h"
+#include "simd_avx2.h"
+// The kernels are written against the names that the header above defines.
+#include "kernels.inl"
+
+namespace mpq::cpu {
+
+Kernels avx2_kernels() { return {linear_tokens, dequantize_weight}; }
+
+}  // namespace mpq::cpu
+#endif

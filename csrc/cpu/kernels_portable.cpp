@@ -1,0 +1,11 @@
+// Any machine: 4 lanes, GCC/Clang vector extensions, the compiler's default flags.
+#include "kernels.h"
+#include "simd_portable.h"
+// The kernels are written against the names that the header above defines.
+#include "kernels.inl"
+
+namespace mpq::cpu {
+
+Kernels portable_kernels() { return {linear_tokens, dequantize_weight}; }
+
+}  // namespace mpq::cpu

@@ -1,0 +1,243 @@
+// Torch operators over the CPU kernels, through the LibTorch stable ABI: one binary for torch 2.11 and later.
+// This file only checks tensors and turns them into pointers; the schemas are stated here once, their fakes stand in
+// mpq_kernels/ops.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "generated/layout.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace cpu = mpq::cpu;
+
+constexpr int64_t kSegmentInts = 7;  // n0, n1, k0, k1, bits, group_size, zero kind: mpq_kernels/layout.py segment_ints
+
+// Chosen once, at the first call or by mpq::set_cpu_isa; -1 until then.
+std::atomic<int> g_isa{-1};
+
+cpu::Isa current_isa() {
+  int isa = g_isa.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(cpu::best_isa());
+    g_isa.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<cpu::Isa>(isa);
+}
+
+// Torch's own thread pool, so that the threads of the model and of these kernels never compete.
+const cpu::Parallel kTorchPool = {
+    [](void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
+      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { task(ctx, begin, end); });
+    },
+    nullptr,
+};
+
+cpu::DType to_dtype(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float:
+      return cpu::DType::kF32;
+    case ScalarType::Half:
+      return cpu::DType::kF16;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBF16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+// Pointers of a packed weight, checked against the segment table so that no kernel reads outside a tensor.
+struct WeightView {
+  std::vector<cpu::Segment> segments;
+  cpu::Weight weight{};
+
+  WeightView(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+             const std::optional<Tensor>& perm, const std::vector<int64_t>& table, int64_t N, int64_t K) {
+    STD_TORCH_CHECK(N > 0 && K > 0, "out_features and in_features must be positive, not ", N, " and ", K);
+    STD_TORCH_CHECK(!table.empty() && table.size() % kSegmentInts == 0, "segments must hold ", kSegmentInts,
+                    " integers each, not ", table.size(), " in all");
+    check(qweight, "qweight", ScalarType::Int);
+    check(scales, "scales", scales.scalar_type());
+    weight.scale_dtype = to_dtype(scales.scalar_type(), "scales");
+    if (zeros) check(*zeros, "zeros", zeros->scalar_type());
+    if (perm) {
+      check(*perm, "perm", ScalarType::Int);
+      STD_TORCH_CHECK(perm->numel() == K, "perm must have in_features=", K, " elements, not ", perm->numel());
+      weight.perm = static_cast<const int32_t*>(perm->data_ptr());
+    }
+    place_segments(qweight, scales, zeros, table, N, K);
+    weight.N = N;
+    weight.K = K;
+    weight.segments = segments.data();
+    weight.num_segments = static_cast<int>(segments.size());
+  }
+
+ private:
+  static void check(const Tensor& tensor, const char* name, ScalarType type) {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU, like x");
+    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name, " must be one-dimensional and contiguous");
+  }
+
+  static void check_segment(const cpu::Segment& s, int64_t N, int64_t K, const cpu::Segment* previous) {
+    STD_TORCH_CHECK(s.bits >= 1 && s.bits <= 8, "bits=", s.bits, " is not 1..8");
+    STD_TORCH_CHECK(0 <= s.n0 && s.n0 < s.n1 && s.n1 <= N && 0 <= s.k0 && s.k0 < s.k1 && s.k1 <= K &&
+                        s.k0 % mpq::kTileK == 0,
+                    "segment rows ", s.n0, "..", s.n1, ", columns ", s.k0, "..", s.k1, " do not fit ", N, " x ", K);
+    STD_TORCH_CHECK(s.group_size > 0 && (s.k1 - s.k0) % s.group_size == 0, "group_size=", s.group_size,
+                    " does not divide the ", s.k1 - s.k0, " columns of a segment");
+    STD_TORCH_CHECK(s.zero_kind >= mpq::kZeroNone && s.zero_kind <= mpq::kZeroFloat, "unknown kind of zeros");
+    const bool same_band = previous && previous->n0 == s.n0 && previous->n1 == s.n1 && previous->k1 == s.k0;
+    const bool next_band = s.k0 == 0 && (previous ? previous->n1 == s.n0 && previous->k1 == K : s.n0 == 0);
+    STD_TORCH_CHECK(same_band || next_band, "segments must tile the weight in row bands, sorted by n0, then k0");
+  }
+
+  void place_segments(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                      const std::vector<int64_t>& table, int64_t N, int64_t K) {
+    const auto* words = static_cast<const uint32_t*>(qweight.data_ptr());
+    const auto* scale = static_cast<const char*>(scales.data_ptr());
+    const auto* zero = zeros ? static_cast<const char*>(zeros->data_ptr()) : nullptr;
+    int64_t word = 0, scale_count = 0, zero_count = 0;
+    segments.reserve(table.size() / kSegmentInts);
+    for (size_t i = 0; i < table.size(); i += kSegmentInts) {
+      cpu::Segment s{table[i],     table[i + 1], table[i + 2], table[i + 3], static_cast<int>(table[i + 4]),
+                     table[i + 5], static_cast<int>(table[i + 6]), {}, nullptr, nullptr};
+      check_segment(s, N, K, segments.empty() ? nullptr : &segments.back());
+      const int64_t rows = ceil_div(s.n1 - s.n0, mpq::kTileN), cols = ceil_div(s.k1 - s.k0, mpq::kTileK);
+      for (int p = 0; p < mpq::kPlaneCount[s.bits]; ++p) {
+        s.planes[p] = words + word;
+        word += rows * cols * 128 * mpq::kPlaneWidth[s.bits][p];
+      }
+      const int64_t count = (s.k1 - s.k0) / s.group_size * rows * mpq::kTileN;
+      s.scales = scale + scale_count * scales.element_size();
+      scale_count += count;
+      if (s.zero_kind != mpq::kZeroNone) {
+        STD_TORCH_CHECK(zeros.has_value(), "segments name zeros, but none were given");
+        STD_TORCH_CHECK(zeros->scalar_type() == (s.zero_kind == mpq::kZeroInt ? ScalarType::Byte : scales.scalar_type()),
+                        "integer zeros must be uint8, float zeros must have the dtype of the scales");
+        s.zeros = zero + zero_count * zeros->element_size();
+        zero_count += count;
+      }
+      segments.push_back(s);
+    }
+    STD_TORCH_CHECK(segments.back().n1 == N && segments.back().k1 == K, "segments do not cover ", N, " x ", K);
+    STD_TORCH_CHECK(qweight.numel() == word, "qweight must have ", word, " words, not ", qweight.numel());
+    STD_TORCH_CHECK(scales.numel() == scale_count, "scales must have ", scale_count, " elements, not ", scales.numel());
+    STD_TORCH_CHECK((zeros ? zeros->numel() : 0) == zero_count, "zeros must have ", zero_count, " elements, not ",
+                    zeros ? zeros->numel() : 0);
+  }
+};
+
+void check_status(int status) { STD_TORCH_CHECK(status == 0, cpu::error_text(status)); }
+
+// x (..., K) -> y (..., N), same dtype.
+Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+              std::optional<Tensor> bias, std::vector<int64_t> segments, int64_t out_features, int64_t in_features) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU, like the weight");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, "x must be (..., in_features=", in_features,
+                  "), its last dimension is ", x.dim() ? x.size(x.dim() - 1) : 0);
+  const WeightView view(qweight, scales, zeros, perm, segments, out_features, in_features);
+  cpu::LinearArgs args{};
+  args.x_dtype = to_dtype(x.scalar_type(), "x");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor y = torch::stable::new_empty(x, shape);
+  args.M = y.numel() / out_features;
+  if (args.M == 0) return y;
+  // A 2-D x with unit column stride is read where it lies, whatever its row stride; anything else is made contiguous.
+  const bool strided = x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= in_features;
+  if (!strided) x = torch::stable::contiguous(x);
+  args.x = x.data_ptr();
+  args.x_row_stride = strided ? x.stride(0) : in_features;
+  args.weight = view.weight;
+  if (bias) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->numel() == out_features,
+                    "bias must be contiguous on the CPU with out_features=", out_features, " elements");
+    args.bias = bias->data_ptr();
+    args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
+  }
+  args.y = y.data_ptr();
+  args.workspace_bytes = cpu::linear_workspace_bytes(args);
+  const int64_t workspace_floats = static_cast<int64_t>(args.workspace_bytes / sizeof(float)) + 1;
+  Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
+  args.workspace = workspace.data_ptr();
+  check_status(cpu::linear(args, current_isa(), kTorchPool));
+  return y;
+}
+
+// -> W [N, K] in the original column order.
+Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+                  std::vector<int64_t> segments, int64_t out_features, int64_t in_features, ScalarType dtype) {
+  const WeightView view(qweight, scales, zeros, perm, segments, out_features, in_features);
+  const cpu::DType out_dtype = to_dtype(dtype, "dtype");
+  Tensor out = torch::stable::new_empty(qweight, std::vector<int64_t>{out_features, in_features}, dtype);
+  check_status(cpu::dequantize(view.weight, out.data_ptr(), out_dtype, current_isa(), kTorchPool));
+  return out;
+}
+
+constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512, cpu::Isa::kAvx2, cpu::Isa::kPortable};
+
+// Instruction sets that work on this processor, best first, comma-separated.
+std::string cpu_isas() {
+  std::string names;
+  for (cpu::Isa isa : kIsas) {
+    if (!cpu::supported(isa)) continue;
+    if (!names.empty()) names += ",";
+    names += cpu::isa_name(isa);
+  }
+  return names;
+}
+
+std::string cpu_isa() { return cpu::isa_name(current_isa()); }
+
+void set_cpu_isa(std::string name) {
+  for (cpu::Isa isa : kIsas) {
+    if (name != cpu::isa_name(isa)) continue;
+    STD_TORCH_CHECK(cpu::supported(isa), "this processor does not have ", name, "; it has ", cpu_isas());
+    g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
+    return;
+  }
+  STD_TORCH_CHECK(false, "unknown instruction set ", name, "; this processor has ", cpu_isas());
+}
+
+std::string layout_id() { return mpq::kLayoutId; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mpq, m) {
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int[] segments, "
+      "int out_features, int in_features) -> Tensor");
+  m.def(
+      "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int[] segments, int out_features, "
+      "int in_features, ScalarType dtype) -> Tensor");
+  m.def("cpu_isas() -> str");
+  m.def("cpu_isa() -> str");
+  m.def("set_cpu_isa(str name) -> ()");
+  m.def("layout_id() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mpq, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  m.impl("layout_id", TORCH_BOX(&layout_id));
+}

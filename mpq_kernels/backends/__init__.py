@@ -1,0 +1,36 @@
+"""Which code multiplies by packed weights, chosen once for each module and device, never for each call.
+
+BACKENDS is in order of preference. A backend that is absent or cannot serve a weight says why in words, and `select`
+repeats every reason: nothing is substituted in silence.
+"""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedError
+from ..layout import WeightLayout
+from . import cpu, reference
+from .base import Backend
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu.BACKEND, reference.BACKEND)}
+
+
+def select(layout: WeightLayout, device_type: str, want: str | None = None) -> Backend:
+    """The backend called `want`, or the first that serves this layout on this type of device ("cpu", "cuda").
+
+    Raises UnsupportedError with the reason of every backend that was asked.
+    """
+    if want is not None and want not in BACKENDS:
+        raise UnsupportedError(f"there is no backend {want!r}; there are {', '.join(BACKENDS)}")
+    reasons = []
+    for backend in BACKENDS.values() if want is None else (BACKENDS[want],):
+        if want is None and backend.only_on_request:
+            reasons.append(f"{backend.name}: only when asked for ({backend.summary})")
+            continue
+        reason = backend.why_not(layout, device_type)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise UnsupportedError(f"no backend for packed weights on {device_type}. " + "; ".join(reasons))
+
+
+__all__ = ["BACKENDS", "Backend", "select"]

@@ -1,0 +1,17 @@
+"""The C++ kernels of csrc/cpu: AVX-512, AVX2 or portable, chosen at run time; every width, group and segment."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import ops  # noqa: F401  (registers the operators)
+from .base import Backend
+
+BACKEND = Backend(
+    name="cpu",
+    summary="C++ kernels with fp32 accumulation on torch's threads",
+    devices=("cpu",),
+    linear=torch.ops.mpq.linear.default,
+    dequantize=torch.ops.mpq.dequantize.default,
+    available=lambda: None,  # ops refuses to import when the compiled part is absent or from another build
+)

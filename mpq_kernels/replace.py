@@ -1,0 +1,140 @@
+"""Put packed layers where a model's nn.Linear modules stand: from a plan, or as empty layers for a loader to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .errors import FormatError
+from .fused import FusedLinear, FusedMember, Member
+from .linear import MixedLinear
+from .packing import pack
+from .plan import Plan
+from .quantize import quantize_weight
+from .resolve import ResolvedWeight, resolve
+from .source import LinearSpec
+from .weights import QuantizedWeight
+
+
+@dataclass
+class ReplaceReport:
+    """What `replace_linears` did: module name -> description of the packed layer, or the reason why it was left."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def replace_linears(
+    model: nn.Module,
+    plan: Plan,
+    quantizer: str = "hqq",
+    backend: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> ReplaceReport:
+    """Quantize, pack and replace the linear layers of a model in memory, in place, as the plan says.
+
+    progress: called with (done, total, name) after each packed weight. Raises PlanError when the plan does not fit the
+    model, QuantizeError for weights with NaN or Inf; the model is unchanged by an error in the plan.
+    """
+    linears = list_linears(model)
+    resolved = resolve(plan, linears)
+    report = ReplaceReport(left=dict(resolved.kept))
+    for done, weight in enumerate(resolved.weights, start=1):
+        layer = quantize_modules(model, weight, quantizer, backend)
+        names = place(model, weight.name, layer)
+        untie(model, names)
+        report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
+        if progress is not None:
+            progress(done, len(resolved.weights), weight.name)
+    known = {spec.name for spec in linears}
+    for name, module in model.named_modules():
+        weight_tensor = module._parameters.get("weight")
+        if name not in known and weight_tensor is not None and weight_tensor.dim() > 1:
+            report.left[name] = f"{type(module).__name__} is not an nn.Linear"
+    return report
+
+
+def list_linears(model: nn.Module) -> list[LinearSpec]:
+    """Every nn.Linear of a model, in module order."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return [
+        LinearSpec(
+            name=name,
+            out_features=module.out_features,
+            in_features=module.in_features,
+            tensor=f"{name}.weight",
+            bias_tensor=None if module.bias is None else f"{name}.bias",
+            is_head=module is head,
+            tied=f"{name}.weight" in tied,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def quantize_modules(
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
+) -> MixedLinear:
+    """Packed layer over the nn.Linear modules that one resolved weight names."""
+    linears = [model.get_submodule(member.spec.name) for member in weight.members]
+    quantized = []
+    for member, linear in zip(weight.members, linears, strict=True):
+        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+        values = linear.weight.detach()
+        quantized.append(quantize_weight(values, member.layout, perm, quantizer, name=member.spec.name))
+    device, dtype = linears[0].weight.device, linears[0].weight.dtype
+    packed = pack(QuantizedWeight.stack(quantized)).to(device)
+    bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
+    if not weight.fused:
+        return MixedLinear.from_packed(packed, bias, dtype, backend)
+    return FusedLinear.from_members(packed, members_of(weight), bias, dtype, backend)
+
+
+def members_of(weight: ResolvedWeight) -> list[Member]:
+    """Names relative to the parent module, and rows, of the members of a fused weight."""
+    parent = weight.name.rpartition(".")[0]
+    out, row = [], 0
+    for member in weight.members:
+        rows = member.spec.out_features
+        out.append(Member(member.spec.name.removeprefix(f"{parent}.") if parent else member.spec.name, row, row + rows))
+        row += rows
+    return out
+
+
+def stack_biases(biases: list[torch.Tensor | None], rows: list[int]) -> torch.Tensor | None:
+    """Biases of the members above each other; zeros where one member has none; None when none has."""
+    held = next((bias for bias in biases if bias is not None), None)
+    if held is None:
+        return None
+    return torch.cat([held.new_zeros(n) if b is None else b.detach() for b, n in zip(biases, rows, strict=True)])
+
+
+def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
+    """Put a layer into the model under `name`, and the members of a fused one where they stood. Returns their names."""
+    if not isinstance(layer, FusedLinear):
+        model.set_submodule(name, layer)
+        return [name]
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf in parent._modules or hasattr(parent, leaf):
+        raise FormatError(f"{name} exists in the model already: give the fused weight another name")
+    parent.add_module(leaf, layer)
+    prefix = f"{parent_name}." if parent_name else ""
+    names = [prefix + member.name for member in layer.members]
+    for index, member in enumerate(names):
+        model.set_submodule(member, FusedMember(layer, index))
+    return names
+
+
+def untie(model: nn.Module, names: list[str]) -> None:
+    """Tell a transformers model that these modules no longer share their weight (a packed output head)."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    for name in names:
+        if tied:
+            tied.pop(f"{name}.weight", None)

@@ -1,0 +1,158 @@
+"""Builds the two compiled parts with ninja. Everything else about the package stands in pyproject.toml.
+
+    mpq_kernels/_ops.so     torch operators over the CPU kernels. Uses only the LibTorch stable ABI, so one binary serves
+                            torch 2.11 and later; it has no Python in it and is loaded by torch.ops.load_library.
+    mpq_kernels/_host.*.so  pybind11 module: packing, unpacking, layout identity.
+
+Both include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py.
+"""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OPS, HOST = "mpq_kernels._ops", "mpq_kernels._host"
+
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
+# The instruction set of each CPU kernel file; the file is chosen at run time. The empty row builds everywhere.
+ISA_FLAGS = {
+    "csrc/cpu/kernels_portable.cpp": "",
+    "csrc/cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "csrc/cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def load_formats():
+    """mpq_kernels/formats.py as a module, without importing the package (which needs the compiled parts)."""
+    spec = importlib.util.spec_from_file_location("mpq_formats", ROOT / "mpq_kernels" / "formats.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def layout_header(formats) -> str:
+    """C++ form of the tables of formats.py."""
+    rows = [formats.FORMATS.get(bits) for bits in range(9)]
+    planes = [list(r.planes) + [0] * (3 - len(r.planes)) if r else [0, 0, 0] for r in rows]
+    position = [formats.row_position(n) for n in range(formats.TILE_N)]
+
+    def braces(values):
+        return "{" + ", ".join(braces(v) if isinstance(v, list) else str(v) for v in values) + "}"
+
+    out = [
+        "// Written by setup.py from mpq_kernels/formats.py. Do not edit.",
+        "#pragma once",
+        "#include <cstdint>",
+        "namespace mpq {",
+        f'constexpr char kLayoutId[] = "{formats.LAYOUT_ID}";',
+        f"constexpr int kTileN = {formats.TILE_N}, kTileK = {formats.TILE_K};",
+        f"constexpr int kPlaneCount[9] = {braces([len(r.planes) if r else 0 for r in rows])};",
+        f"constexpr int kPlaneWidth[9][3] = {braces(planes)};",
+        f"constexpr float kSymmetricZero[9] = {braces([f'{r.symmetric_zero}f' if r else '0.0f' for r in rows])};",
+    ]
+    for index, kind in enumerate(formats.ZERO_KINDS):
+        out.append(f"constexpr int kZero{kind.capitalize()} = {index};")
+    for name, dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")):
+        out.append(f"constexpr int kDtype{name} = {formats.SCALE_DTYPES.index(dtype)};")
+    out.append("// Place of row n of a supertile in its block of scales.")
+    out.append(f"constexpr uint8_t kRowPosition[{formats.TILE_N}] = {braces(position)};")
+    out.append("// kSource<width>[word * (32 / width) + i] = n * 64 + k of the code whose field is the i-th of the word.")
+    for width in formats.PLANE_WIDTHS:
+        per_word = formats.WORD_BITS // width
+        source = [0] * formats.TILE_CODES
+        for n in range(formats.TILE_N):
+            for k in range(formats.TILE_K):
+                index = formats.word_index(width, n, k) * per_word + formats.bit_index(width, n, k) // width
+                source[index] = n * formats.TILE_K + k
+        out.append(f"constexpr uint16_t kSource{width}[{formats.TILE_CODES}] = {braces(source)};")
+    return "\n".join([*out, "}  // namespace mpq", ""])
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Keep the time stamp, and so ninja's idea of what is stale, when nothing changed."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def torch_flags() -> tuple[str, str]:
+    """(compile, link) flags for an extension on the stable ABI of torch 2.11."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        raise SystemExit(
+            "mpq_kernels: building the operators needs the headers of torch 2.11 or later; install torch first and "
+            "build with --no-build-isolation, or let pip take build requirements from pyproject.toml"
+        ) from None
+    includes = " ".join(f"-isystem {path}" for path in include_paths())
+    # What is called must exist in 2.11; TORCH_STABLE_ONLY turns any use of an unstable header into an error.
+    defines = "-DTORCH_TARGET_VERSION=0x020b000000000000 -DTORCH_STABLE_ONLY"
+    links = " ".join(f"-L{path}" for path in library_paths())
+    return f"{defines} {includes}", f"{links} -ltorch -ltorch_cpu"
+
+
+def host_flags() -> tuple[str, str]:
+    """(compile, link) flags for the pybind11 module."""
+    import sysconfig
+
+    import pybind11
+
+    return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}", "-lpthread"
+
+
+class NinjaBuild(build_ext):
+    """Compiles with ninja: setuptools has one list of flags for all sources, and the kernels need one each."""
+
+    def run(self):
+        write_if_changed(ROOT / "csrc/generated/layout.h", layout_header(load_formats()))
+        super().run()
+
+    def get_ext_filename(self, fullname):
+        # The operator library has no Python in it, hence no interpreter tag.
+        name = super().get_ext_filename(fullname)
+        return str(Path(name).with_name("_ops.so")) if fullname.endswith("_ops") else name
+
+    def build_extension(self, ext):
+        compile_flags, link_flags = torch_flags() if ext.name == OPS else host_flags()
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+            "rule cc",
+            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            # Written beside and renamed, so that a process that has the old library mapped keeps it.
+            f"  command = $cxx -shared -o $out.tmp $in {link_flags} && mv -f $out.tmp $out",
+        ]
+        objects = []
+        for source in ext.sources:
+            objects.append(str(build / (Path(source).stem + ".o")))
+            flags = f"{CXX_FLAGS} {compile_flags} -I{ROOT / 'csrc'} {ISA_FLAGS.get(source, '')}"
+            lines += [f"build {objects[-1]}: cc {ROOT / source}", f"  flags = {flags}"]
+        lines += [f"build {target}: link {' '.join(objects)}", ""]
+        write_if_changed(build / "build.ninja", "\n".join(lines))
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+
+
+cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+if not X86:
+    cpu_sources = [s for s in cpu_sources if not ISA_FLAGS.get(s)]
+ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
+
+setup(
+    ext_modules=[Extension(OPS, ops_sources + cpu_sources), Extension(HOST, ["csrc/host/host.cpp"])],
+    cmdclass={"build_ext": NinjaBuild},
+)
