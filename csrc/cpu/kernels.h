@@ -15,8 +15,8 @@ struct Kernels {
   void (*dequantize)(const Weight& weight, void* out, DType out_dtype, const Parallel& parallel);
 };
 
-// Bytes of one token's x in the workspace: fp32, K rounded up to whole supertiles.
-constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
+// fp32 values of one token of x in the workspace. Static: an inline function would be shared between the translation units.
+static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 
 Kernels portable_kernels();
 Kernels avx2_kernels();

@@ -1,0 +1,107 @@
+// From the words of a segment's planes to codes: where a chunk's words are, merging planes, conversion to float.
+//
+// The lanes of a vector are (q, t) of one chunk of 16 columns and one row group g; a merged word holds four codes of a
+// row, byte j = 2 e + m. All names of vectors come from the simd header of the instruction set.
+
+namespace mpq::cpu {
+namespace {
+
+template <int J>
+struct Index {
+  static constexpr int value = J;
+};
+
+// body(Index<0>) ... body(Index<3>): shift counts and shuffles have to be compile-time constants.
+template <typename Body>
+MPQ_INLINE void for_each_byte(Body body) {
+  body(Index<0>{});
+  body(Index<1>{});
+  body(Index<2>{});
+  body(Index<3>{});
+}
+
+// The supertiles of one row tile of a segment: per plane, [col_tiles, 128 * width] words.
+struct Stripe {
+  const uint32_t* planes[3];
+};
+
+MPQ_INLINE int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+inline Stripe stripe_of(const Segment& segment, int64_t row_tile) {
+  const int64_t col_tiles = ceil_div(segment.k1 - segment.k0, kTileK);
+  Stripe stripe{};
+  for (int i = 0; i < kPlaneCount[segment.bits]; ++i) {
+    stripe.planes[i] = segment.planes[i] + row_tile * col_tiles * 128 * kPlaneWidth[segment.bits][i];
+  }
+  return stripe;
+}
+
+// Words of plane P of one chunk (16 columns), lanes (q, t) of the part, row group g.
+template <int Bits, int P>
+MPQ_INLINE I load_plane(const Stripe& stripe, int64_t chunk, int g, int part) {
+  constexpr int width = kPlaneWidth[Bits][P];
+  const int c = static_cast<int>(chunk & 3);
+  const uint32_t* tile = stripe.planes[P] + (chunk >> 2) * 128 * width;
+  if constexpr (width == 4) return load_plane4(tile + c * 128 + g * 16, part);
+  if constexpr (width == 2) return load_plane2(tile + (c >> 1) * 128 + g * 16, c, part);
+  if constexpr (width == 1) return load_plane1(tile + g * 16, c, part);
+}
+
+// Bit of a byte where a merged code of row half H starts. Dirty decoders may leave it where the widest plane has it.
+template <int Bits, int H>
+constexpr int field_start() {
+  constexpr int natural[9] = {0, 1, 2, 1, 4, 3, 2, 1, 0};
+  return decodes_dirty(Bits) ? natural[Bits] * H : 0;
+}
+
+// Plane P of the loaded words, moved so that its field is where the merged code has it; the rest is garbage.
+template <int Bits, int H, int P>
+MPQ_INLINE I place_plane(I words) {
+  constexpr int below = (P < 1 ? kPlaneWidth[Bits][1] : 0) + (P < 2 ? kPlaneWidth[Bits][2] : 0);
+  return shift<field_start<Bits, H>() + below - kPlaneWidth[Bits][P] * H>(words);
+}
+
+template <int Bits, int H, int P>
+constexpr uint32_t plane_mask() {
+  constexpr int below = (P < 1 ? kPlaneWidth[Bits][1] : 0) + (P < 2 ? kPlaneWidth[Bits][2] : 0);
+  return 0x01010101u * (((1u << kPlaneWidth[Bits][P]) - 1) << (field_start<Bits, H>() + below));
+}
+
+// Lays plane P over what the lower planes have put together.
+template <int Bits, int H, int P>
+MPQ_INLINE I overlay(I low, I words) {
+  const I field = place_plane<Bits, H, P>(words);
+  if constexpr (decodes_dirty(Bits)) return select(low, field, plane_mask<Bits, H, P>());
+  return insert(low, field, plane_mask<Bits, H, P>());
+}
+
+// Words whose bytes hold the codes of row half H at bit field_start<Bits, H>().
+template <int Bits, int H>
+MPQ_INLINE I merge(const I (&words)[3]) {
+  constexpr int last = kPlaneCount[Bits] - 1;
+  I out = place_plane<Bits, H, last>(words[last]);
+  if constexpr (!decodes_dirty(Bits)) out = keep(out, plane_mask<Bits, H, last>());
+  if constexpr (last > 1) out = overlay<Bits, H, 1>(out, words[1]);
+  if constexpr (last > 0) out = overlay<Bits, H, 0>(out, words[0]);
+  return out;
+}
+
+// out[h] = merged words of the rows 16 t + 8 h + g.
+template <int Bits>
+MPQ_INLINE void load_codes(const Stripe& stripe, int64_t chunk, int g, int part, I (&out)[2]) {
+  I words[3] = {};
+  words[0] = load_plane<Bits, 0>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 1) words[1] = load_plane<Bits, 1>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 2) words[2] = load_plane<Bits, 2>(stripe, chunk, g, part);
+  out[0] = merge<Bits, 0>(words);
+  out[1] = merge<Bits, 1>(words);
+}
+
+// The codes of byte J, as floats.
+template <int Bits, int H, int J>
+MPQ_INLINE F code_floats(I merged) {
+  return to_float<Bits, 8 * J + field_start<Bits, H>()>(merged);
+}
+
+}  // namespace
+}  // namespace mpq::cpu

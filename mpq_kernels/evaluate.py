@@ -1,0 +1,141 @@
+"""How good and how fast a causal language model is: perplexity on a text, tokens per second.
+
+Works on any transformers model, packed or dense.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import MPQError
+
+LOGITS_IN_FLIGHT = 1 << 26  # elements of one batch of logits: 256 MB in fp32, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """ppl = exp(nll). nll: mean negative log-likelihood in nats over `predicted` tokens, in `seconds` of model time.
+
+    tokens: those that the model read, a multiple of `window`.
+    """
+
+    ppl: float
+    nll: float
+    tokens: int
+    predicted: int
+    window: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over `repeats` runs of one sequence at a time (batch 1)."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_tokens_per_s: float
+    generated_tokens_per_s: float
+    repeats: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 256,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Perplexity:
+    """Perplexity of `text` as one stream of tokens.
+
+    The convention, without which two figures cannot be compared:
+      * the whole text is tokenized at once, no special token is added, and the first `max_tokens` tokens are kept;
+      * they are cut into windows of `window` tokens that do not overlap; a last, incomplete window is left out;
+      * each window is read on its own, so its first token is context only and `window - 1` tokens are predicted;
+      * log-softmax in fp32, summed in fp64; ppl = exp(sum / predicted).
+
+    `batch_size` windows run at once (fewer for a large vocabulary) and do not change the result beyond rounding.
+    progress(done, total, "windows") is called after each batch. Raises MPQError for a text shorter than a
+    window and for a window of less than two tokens.
+    """
+    if window < 2:
+        raise MPQError(f"window={window} predicts nothing: the first token of a window is only context; use >= 2")
+    if batch_size < 1:
+        raise MPQError(f"batch_size={batch_size} is not positive")
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = ids[:max_tokens]
+    windows = len(ids) // window
+    if not windows:
+        raise MPQError(
+            f"{len(ids)} tokens are less than one window of {window}: give more text or tokens, or a smaller window"
+        )
+    rows = torch.tensor(ids[: windows * window], dtype=torch.long).view(windows, window).to(model.device)
+    vocab = model.config.get_text_config().vocab_size
+    batch = max(1, min(batch_size, LOGITS_IN_FLIGHT // (window * vocab)))
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    start = time.perf_counter()
+    for first in range(0, windows, batch):
+        x = rows[first : first + batch]
+        logits = model(input_ids=x, use_cache=False).logits[:, :-1]
+        for row, target in zip(logits, x[:, 1:], strict=True):
+            total += torch.nn.functional.cross_entropy(row.float(), target, reduction="none").double().sum()
+        if progress is not None:
+            progress(min(first + batch, windows), windows, "windows")
+    predicted = windows * (window - 1)
+    nll = total.item() / predicted
+    seconds = time.perf_counter() - start
+    ppl = math.exp(nll) if nll < 700 else math.inf  # exp overflows at 709; NaN stays NaN
+    return Perplexity(math.nan if math.isnan(nll) else ppl, nll, windows * window, predicted, window, seconds)
+
+
+@torch.no_grad()
+def generation_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 64, repeats: int = 3) -> Speed:
+    """Time greedy decoding of exactly `new_tokens` tokens after `prompt`, batch 1, with a key-value cache.
+
+    The prompt's forward pass and the decoding steps are timed apart; an end token does not stop it. One short run
+    comes first and is not counted. Raises MPQError for an empty prompt.
+    """
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long)
+    if not ids.numel():
+        raise MPQError("the prompt has no tokens; give at least one word")
+    if new_tokens < 1 or repeats < 1:
+        raise MPQError(f"new_tokens={new_tokens} and repeats={repeats} must be positive")
+    ids = ids.to(model.device)
+    _timed_decode(model, ids, min(4, new_tokens))
+    runs = [_timed_decode(model, ids, new_tokens) for _ in range(repeats)]
+    return Speed(
+        prompt_tokens=ids.shape[1],
+        generated_tokens=new_tokens,
+        prompt_tokens_per_s=ids.shape[1] / statistics.median(prefill for prefill, _ in runs),
+        generated_tokens_per_s=new_tokens / statistics.median(decode for _, decode in runs),
+        repeats=repeats,
+    )
+
+
+def _timed_decode(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """(seconds of the prompt's pass, seconds of `new_tokens` steps of one token each)."""
+    start = _now(ids.device)
+    out = model(input_ids=ids, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    middle = _now(ids.device)
+    for _ in range(new_tokens):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return middle - start, _now(ids.device) - middle
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after all work submitted to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

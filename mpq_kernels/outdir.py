@@ -1,0 +1,141 @@
+"""A directory that appears whole or not at all.
+
+    .<name>.partial-<pid>     written here, fsynced, then renamed to <name>
+    .<name>.replaced-<pid>    where an older <name> waits until the new one is in place
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CheckpointError
+from .files import fsync_directory, read_json_object
+from .schema import QUANT_METHOD
+from .source import CONFIG_FILE
+
+BLOCK_BYTES = 4096  # a file takes whole blocks; counted for each one that is written
+
+
+def check_output(out_dir: str | os.PathLike[str], model_dir: Path, overwrite: bool) -> Path:
+    """Absolute path of the directory to make. Raises CheckpointError when it may not be made or replaced.
+
+    An existing directory must be empty, or a packed checkpoint and `overwrite` true: nothing else is ever deleted.
+    """
+    given = Path(out_dir)
+    if given.is_symlink():
+        raise CheckpointError(f"{given}: is a symbolic link; give the directory itself")
+    out, model = given.resolve(), model_dir.resolve()
+    if out.is_relative_to(model) or model.is_relative_to(out):
+        raise CheckpointError(f"{out}: overlaps the model directory {model}; choose a directory beside it")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out.parent}: there is no such directory; make it first (mkdir -p)")
+    if not out.exists():
+        return out
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; choose another name or remove it")
+    if any(out.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"{out}: is not empty; choose another directory, or overwrite=True to replace it")
+        _check_ours(out)
+    return out
+
+
+def _check_ours(out: Path) -> None:
+    cause = f"{CONFIG_FILE} does not say quant_method {QUANT_METHOD!r}"
+    try:
+        quantization = read_json_object(out / CONFIG_FILE).get("quantization_config")
+    except CheckpointError as error:
+        quantization, cause = None, str(error)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{out}: overwrite=True replaces packed checkpoints only, and this is none ({cause}); remove it yourself"
+        )
+
+
+def check_space(parent: Path, needed: int, files: int) -> None:
+    """Raise CheckpointError unless `needed` bytes in `files` files fit the file system that holds `parent`."""
+    needed += files * BLOCK_BYTES
+    try:
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise CheckpointError(f"{parent}: free space is unknown ({error.strerror or error})") from error
+    if free < needed:
+        raise CheckpointError(
+            f"{parent}: {needed} bytes are needed and {free} are free, {needed - free} too few; free some space or "
+            "choose another disk (an older output is only removed once the new one is complete)"
+        )
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `out` that becomes `out` when the block ends well.
+
+    On any error, and on KeyboardInterrupt, it is removed and an existing `out` is as it was. OSError becomes
+    CheckpointError. What killed runs of this process's id, or of no living process, left behind is removed first.
+    """
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        _remove_leftovers(out)
+        partial.mkdir()
+        try:
+            yield partial
+            fsync_directory(partial)
+            _swap(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or out}: cannot write {out} ({error.strerror or error})") from error
+
+
+def _swap(partial: Path, out: Path) -> None:
+    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    had_old = out.exists()
+    if had_old:
+        os.rename(out, replaced)
+    try:
+        os.rename(partial, out)
+    except BaseException:
+        if had_old:
+            os.rename(replaced, out)
+        raise
+    fsync_directory(out.parent)
+    if had_old:
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place; a rest is removed by the next run
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Clean up after killed runs. One that died between the two renames of _swap gets its old directory back."""
+    for kind in ("partial", "replaced"):
+        lead = f".{out.name}.{kind}-"
+        for name in os.listdir(out.parent):
+            pid = name.removeprefix(lead)
+            if not name.startswith(lead) or not pid.isdecimal() or _alive(int(pid)):
+                continue
+            if kind == "replaced" and not out.exists():
+                os.rename(out.parent / name, out)
+            else:
+                shutil.rmtree(out.parent / name)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this id."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as Hugging Face writes it: two spaces, keys in their own order, one newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,280 @@
+"""A plan applied to a model: the exact layout of every packed weight, before any weight is read.
+
+    Plan + [LinearSpec ...] --resolve--> ResolvedPlan(weights, kept)
+
+Everything that can be wrong between a plan and a model is refused here, with the module, the numbers and the cure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .errors import FormatError, PlanError
+from .formats import KEPT_BITS, TILE_N
+from .layout import Segment, SizeBreakdown, WeightLayout
+from .plan import REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
+
+if TYPE_CHECKING:
+    from .source import LinearSpec
+
+NO_RULE = "no rule"
+PLANNED = f"plan: {KEPT_BITS} bits"
+
+
+@dataclass(frozen=True)
+class ResolvedMember:
+    """One linear and its own layout. perm: K integers, column j of the codes is column perm[j] of the weight."""
+
+    spec: LinearSpec
+    layout: WeightLayout
+    perm: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedWeight:
+    """One packed weight: a linear, or the linears of a fuse group above each other along N."""
+
+    name: str
+    members: tuple[ResolvedMember, ...]
+    layout: WeightLayout
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """weights: packed weights in model order. kept: name -> reason of every linear that stays as it is."""
+
+    weights: tuple[ResolvedWeight, ...]
+    kept: dict[str, str]
+
+    def size(self) -> SizeBreakdown:
+        """Stored bits of all packed weights by purpose, exactly as they will be on disk."""
+        return sum((weight.layout.size() for weight in self.weights), SizeBreakdown())
+
+
+def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
+    """Layouts of all linears under a plan. `linears` in model order. Raises PlanError."""
+    specs = {spec.name: spec for spec in linears}
+    if len(specs) != len(linears):
+        raise PlanError("the list of linears repeats a name")
+    rules = _rules(plan, specs)
+    members: dict[str, ResolvedMember] = {}
+    kept: dict[str, str] = {}
+    for name, spec in specs.items():
+        rule = rules[name]
+        if rule is None or rule.kept:
+            kept[name] = NO_RULE if rule is None else PLANNED
+        else:
+            members[name] = resolve_member(spec, rule)
+    groups = _fuse_groups(plan.fuse, specs, members, kept)
+    weights = []
+    for name, member in members.items():
+        if name not in groups:
+            weights.append(ResolvedWeight(name, (member,), member.layout))
+            continue
+        fused_name, names = groups[name]
+        # A group stands where the model has the first of its members.
+        if name == next(other for other in members if other in names):
+            parts = tuple(members[other] for other in names)
+            weights.append(ResolvedWeight(fused_name, parts, stack_layouts([p.layout for p in parts]), fused=True))
+    return ResolvedPlan(tuple(weights), kept)
+
+
+def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:
+    """Layout of one linear under its rule. Raises PlanError."""
+    if rule.kept:
+        raise PlanError(f"{spec.name}: bits={KEPT_BITS} keeps the weight as it is, so it has no packed layout")
+    rows, cols = spec.out_features, spec.in_features
+    if rule.perm is not None:
+        _check_perm(spec, rule.perm)
+    boxes = _rectangles(spec, rule.segments or (SegmentPlan(bits=rule.bits),))
+    segments = []
+    for n0, n1, k0, k1, part in _bands(spec.name, rows, cols, boxes):
+        group = part.group_size if part.group_size is not None else rule.group_size
+        group = k1 - k0 if group == -1 else group
+        if (k1 - k0) % group:
+            where = f"K={cols}" if (k0, k1) == (0, cols) else f"columns {k0}..{k1} ({k1 - k0} of K={cols})"
+            raise PlanError(
+                f"{spec.name}: group_size={group} does not divide {where} (remainder {(k1 - k0) % group}): choose a "
+                f"divisor{_suggest_groups(k1 - k0, group)}, -1 for one group over all columns, or bits={KEPT_BITS}"
+            )
+        segments.append(Segment(n0, n1, k0, k1, part.bits, group, _zero_kind(part, rule)))
+    try:
+        layout = WeightLayout(rows, cols, tuple(segments), rule.scale_dtype, rule.perm is not None)
+    except FormatError as error:
+        raise PlanError(f"{spec.name}: {error}") from error
+    return ResolvedMember(spec, layout, rule.perm)
+
+
+def stack_layouts(layouts: Sequence[WeightLayout]) -> WeightLayout:
+    """Layout of weights above each other along N; all have the same K, scale_dtype and permutation."""
+    segments: list[Segment] = []
+    row = 0
+    for layout in layouts:
+        segments += [replace(s, n0=s.n0 + row, n1=s.n1 + row) for s in layout.segments]
+        row += layout.out_features
+    return replace(layouts[0], out_features=row, segments=tuple(segments))
+
+
+def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> dict[str, WeightPlan | None]:
+    """The rule of every module. Raises PlanError for a rule that matches none."""
+    chosen: dict[str, WeightPlan | None] = dict.fromkeys(specs, plan.default)
+    exact: list[str] = []
+    for key, rule in plan.modules.items():
+        if not key.startswith(REGEX):
+            exact.append(key)
+            continue
+        pattern = re.compile(key.removeprefix(REGEX))
+        matched = [name for name in specs if pattern.fullmatch(name)]
+        if not matched:
+            raise PlanError(
+                f"modules[{key!r}]: matches none of the model's {len(specs)} linears; a regex must match the whole name, "
+                f"such as {next(iter(specs), '')!r}"
+            )
+        chosen.update(dict.fromkeys(matched, rule))
+    unknown = [key for key in exact if key not in specs]
+    if unknown:
+        named = "\n  ".join(f"modules[{key!r}]{close_names(key, list(specs))}" for key in unknown[:10])
+        more = f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise PlanError(f"the model has no linear of this name (is the plan for another model?):\n  {named}{more}")
+    chosen.update({key: plan.modules[key] for key in exact})
+    return chosen
+
+
+def _check_perm(spec: LinearSpec, perm: Sequence[int]) -> None:
+    if len(perm) != spec.in_features:
+        raise PlanError(f"{spec.name}: perm has {len(perm)} entries, and K={spec.in_features}")
+    if sorted(perm) != list(range(spec.in_features)):
+        seen: set[int] = set()
+        for place, value in enumerate(perm):
+            if not 0 <= value < spec.in_features or value in seen:
+                why = "appears twice" if value in seen else f"is not in 0..{spec.in_features - 1}"
+                raise PlanError(f"{spec.name}: perm is not a permutation: perm[{place}]={value} {why}")
+            seen.add(value)
+
+
+_Box = tuple[int, int, int, int, SegmentPlan]  # n0, n1, k0, k1
+
+
+def _rectangles(spec: LinearSpec, parts: Iterable[SegmentPlan]) -> list[_Box]:
+    rows, cols = spec.out_features, spec.in_features
+    boxes = []
+    for part in parts:
+        n0, n1 = part.rows[0], rows if part.rows[1] is None else part.rows[1]
+        k0, k1 = part.cols[0], cols if part.cols[1] is None else part.cols[1]
+        if not n0 < n1 <= rows or not k0 < k1 <= cols:
+            raise PlanError(
+                f"{spec.name}: segment rows {n0}..{n1}, columns {k0}..{k1} does not lie in the weight of "
+                f"{rows} rows and {cols} columns"
+            )
+        if k1 % 64 and k1 != cols:
+            raise PlanError(
+                f"{spec.name}: rows {n0}..{n1}, columns {k0}..{k1}: column cuts must be multiples of 64; {k1} is not "
+                f"(only the last may end at K={cols})"
+            )
+        boxes.append((n0, n1, k0, k1, part))
+    return boxes
+
+
+def _bands(name: str, rows: int, cols: int, boxes: Sequence[_Box]) -> list[_Box]:
+    """Rectangles cut into row bands and sorted by n0, then k0. Raises PlanError unless they tile rows x cols."""
+    cuts = sorted({0, rows} | {box[0] for box in boxes} | {box[1] for box in boxes})
+    out: list[_Box] = []
+    for n0, n1 in zip(cuts, cuts[1:], strict=False):
+        column = 0
+        for box in sorted((b for b in boxes if b[0] < n1 and n0 < b[1]), key=lambda b: b[2]):
+            if box[2] != column:
+                word = "missing from" if box[2] > column else "covered twice by"
+                low, high = min(box[2], column), max(box[2], column)
+                raise PlanError(f"{name}: rows {n0}..{n1}, columns {low}..{high} are {word} the segments")
+            if (n0 - box[0]) % TILE_N:
+                raise PlanError(
+                    f"{name}: the segment of rows {box[0]}..{box[1]}, columns {box[2]}..{box[3]} is cut at row {n0} by "
+                    f"its neighbours; that must be a multiple of {TILE_N} rows from its start (it is {n0 - box[0]}): "
+                    f"give all segments of a row band the same rows"
+                )
+            out.append((n0, n1, box[2], box[3], box[4]))
+            column = box[3]
+        if column != cols:
+            raise PlanError(
+                f"{name}: rows {n0}..{n1}, columns {column}..{cols} are missing from the segments, which must cover "
+                f"all {rows} rows and {cols} columns"
+            )
+    return out
+
+
+def _zero_kind(part: SegmentPlan, rule: WeightPlan) -> str:
+    """Zero kind of a rectangle: its own words first; naming `zero` alone makes it asymmetric."""
+    if part.zero is not None:
+        return part.zero
+    symmetric = rule.symmetric if part.symmetric is None else part.symmetric
+    return "none" if symmetric else rule.zero
+
+
+def _suggest_groups(cols: int, group: int) -> str:
+    """Divisors of cols nearest to the group that was asked for."""
+    divisors = [d for d in range(min(8, cols), min(cols, 1024) + 1) if cols % d == 0]
+    near = sorted(sorted(divisors, key=lambda d: abs(d - group))[:3])
+    return f" such as {', '.join(map(str, near))}" if near else ""
+
+
+def _fuse_groups(
+    fuse: Sequence[FusePlan],
+    specs: Mapping[str, LinearSpec],
+    members: Mapping[str, ResolvedMember],
+    kept: Mapping[str, str],
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Module name -> (packed name, its group's module names in fuse order). Raises PlanError."""
+    groups: dict[str, tuple[str, tuple[str, ...]]] = {}
+    taken: set[str] = set()
+    for rule in fuse:
+        applied = whole = 0
+        for last in (name for name in specs if name.rpartition(".")[2] == rule.members[0]):
+            parent = last[: -len(rule.members[0])]  # with its dot, or empty
+            names = tuple(parent + member for member in rule.members)
+            if not all(name in specs for name in names):
+                continue
+            whole += 1
+            fused = parent + rule.name
+            where = f"fuse {rule.name!r} in {parent.rstrip('.') or 'the model'}"
+            out = [name for name in names if name in kept]
+            if len(out) == len(names):
+                continue
+            if out:
+                raise PlanError(f"{where}: {out[0]} is kept ({kept[out[0]]}) and the others are not; quantize all or none")
+            _check_fusable(where, [members[name] for name in names])
+            if fused in taken or any(name == fused or name.startswith(f"{fused}.") for name in specs):
+                raise PlanError(f"{where}: the model already has {fused}; choose another name")
+            twice = next((name for name in names if name in groups), None)
+            if twice is not None:
+                raise PlanError(f"{where}: {twice} is already fused into {groups[twice][0]}")
+            taken.add(fused)
+            groups.update(dict.fromkeys(names, (fused, names)))
+            applied += 1
+        if not applied:
+            why = "all of them are kept" if whole else f"no module has all of {list(rule.members)}"
+            raise PlanError(f"fuse {rule.name!r} applies nowhere: {why}")
+    return groups
+
+
+def _check_fusable(where: str, parts: Sequence[ResolvedMember]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        pair = f"{first.spec.name} and {part.spec.name}"
+        facts = (
+            ("K", first.layout.in_features, part.layout.in_features),
+            ("scale_dtype", first.layout.scale_dtype, part.layout.scale_dtype),
+            ("bias", first.spec.bias_tensor is not None, part.spec.bias_tensor is not None),
+        )
+        for fact, one, other in facts:
+            if one != other:
+                raise PlanError(f"{where}: {pair} differ in {fact} ({one} and {other}); members must agree in it")
+        if first.perm != part.perm:
+            raise PlanError(f"{where}: {pair} differ in perm; they read the same x, so it must be the same")
+    kinds = {p.layout.zero_dtype: p.spec.name for p in parts if p.layout.zero_dtype is not None}
+    if len(kinds) > 1:
+        names = " and ".join(f"{name} has {kind}" for kind, name in kinds.items())
+        raise PlanError(f"{where}: zeros of one packed weight have one dtype, but {names}; choose zero='int' or 'float'")
