@@ -20,6 +20,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPS, HOST = "mpq_kernels._ops", "mpq_kernels._host"
 
+# No path of the build machine may reach an error message or a binary.
+PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
 # The instruction set of each CPU kernel file; the file is chosen at run time. The empty row builds everywhere.
 ISA_FLAGS = {
@@ -131,16 +133,18 @@ class NinjaBuild(build_ext):
             f"cxx = {os.environ.get('CXX', 'g++')}",
             "rule cc",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  description = compile $in",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             # Written beside and renamed, so that a process that has the old library mapped keeps it.
             f"  command = $cxx -shared -o $out.tmp $in {link_flags} && mv -f $out.tmp $out",
+            "  description = link $out",
         ]
         objects = []
         for source in ext.sources:
             objects.append(str(build / (Path(source).stem + ".o")))
-            flags = f"{CXX_FLAGS} {compile_flags} -I{ROOT / 'csrc'} {ISA_FLAGS.get(source, '')}"
+            flags = f"{CXX_FLAGS} {PREFIX_MAP} {compile_flags} -I{ROOT / 'csrc'} {ISA_FLAGS.get(source, '')}"
             lines += [f"build {objects[-1]}: cc {ROOT / source}", f"  flags = {flags}"]
         lines += [f"build {target}: link {' '.join(objects)}", ""]
         write_if_changed(build / "build.ninja", "\n".join(lines))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,16 +21,8 @@ from torch import nn
 from .errors import FormatError
 from .layout import WeightLayout
 from .linear import PACKED_NAMES, MixedLinear
+from .schema import Member
 from .weights import PackedWeight
-
-
-@dataclass(frozen=True)
-class Member:
-    """One projection of a fused weight: its name relative to the parent module and its rows [n0, n1)."""
-
-    name: str
-    n0: int
-    n1: int
 
 
 def check_members(layout: WeightLayout, members: Sequence[Member]) -> None:

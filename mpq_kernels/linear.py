@@ -54,7 +54,7 @@ class MixedLinear(nn.Module):
         empty = torch.zeros(self.out_features, dtype=self.dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
         self._segments = layout.segment_ints()
-        self._want = backend
+        self.wanted_backend = backend
         self._bind()
 
     @classmethod
@@ -146,7 +146,7 @@ class MixedLinear(nn.Module):
             # Shapes and dtypes only: the operators' fakes serve, and the choice is made when the tensors arrive.
             chosen, self._backend_name = BACKENDS["cpu"], "none"
         else:
-            chosen = select(self.layout, device, self._want)
+            chosen = select(self.layout, device, self.wanted_backend)
             self._backend_name = chosen.name
         self._linear, self._dequantize = chosen.linear, chosen.dequantize
 

@@ -3,6 +3,8 @@
     parameter of the model   "model.layers.0.mlp.up_proj.weight"
     stored as                the same, or without "model." (saved from the base model), or with it added
     tied head                lm_head.weight and embed_tokens.weight are one parameter, stored under either name or both
+
+That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused.
 """
 
 from __future__ import annotations
@@ -138,8 +140,8 @@ def _check_linear(
         source = stored[f"{name}.{part}"]
         if source is None:
             raise CheckpointError(
-                f"{path}: the model has a linear {name}, and no file holds {name}.{part} (nor that name with or without "
-                "the base model's prefix); tensors that transformers would rename or merge cannot be packed"
+                f"{path}: the model has a linear {name}, and no file holds {name}.{part}, with or without the base "
+                "model's prefix; tensors that transformers would rename or merge cannot be packed"
             )
         tensor = tensors[source]
         if tensor.shape != tuple(parameter.shape):

@@ -2,6 +2,8 @@
 
     .<name>.partial-<pid>     written here, fsynced, then renamed to <name>
     .<name>.replaced-<pid>    where an older <name> waits until the new one is in place
+
+Nothing but packed checkpoints and what killed runs left behind is ever deleted.
 """
 
 from __future__ import annotations
@@ -100,11 +102,13 @@ def _swap(partial: Path, out: Path) -> None:
         os.rename(out, replaced)
     try:
         os.rename(partial, out)
+        fsync_directory(out.parent)
     except BaseException:
+        if not partial.exists():
+            os.rename(out, partial)
         if had_old:
             os.rename(replaced, out)
         raise
-    fsync_directory(out.parent)
     if had_old:
         shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place; a rest is removed by the next run
 
@@ -138,4 +142,4 @@ def _alive(pid: int) -> bool:
 
 def json_bytes(value: object) -> bytes:
     """JSON as Hugging Face writes it: two spaces, keys in their own order, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()

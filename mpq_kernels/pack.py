@@ -8,35 +8,24 @@ The same input gives the same bytes. Nothing is visible under the output's name 
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from . import packing
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
 from .outdir import check_output, check_space, json_bytes, new_directory
+from .packjob import PackJob, Progress, index_of
 from .plan import Plan
-from .quantize import QUANTIZERS, quantize_weight
-from .reference import dequantize
-from .report import ModuleReport, PackReport
-from .resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, resolve
-from .safetensors_io import Spec, file_bytes, nbytes, storage_order, write_safetensors
-from .schema import Member, PackedModule, PackingConfig
-from .shards import INDEX_FILE, SINGLE_FILE
+from .quantize import quantizer as quantizer_row
+from .report import PackReport
+from .resolve import resolve
+from .safetensors_io import file_bytes, write_safetensors
+from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
-from .weights import TORCH_DTYPES, QuantizedWeight
 
-MAX_SHARD_BYTES = 5_000_000_000  # what transformers' save_pretrained uses
-Progress = Callable[[int, int, str], None]
+MAX_SHARD_BYTES = 5_000_000_000  # a broken download or copy repeats no more than this
 
 
 def pack(
@@ -64,11 +53,11 @@ def pack(
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
     out = check_output(out_dir, source.path, overwrite)
-    job = _Job(source, resolved, quantizer, progress)
+    job = PackJob(source, resolved, quantizer, progress)
     shards = job.shards(max_shard_bytes)
     texts = {CONFIG_FILE: json_bytes(job.config())}
     if len(shards) > 1:
-        texts = {INDEX_FILE: json_bytes(_index(shards))} | texts
+        texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
     companions = source.other_files()
     size = sum(file_bytes(shard.specs) for shard in shards) + sum(map(len, texts.values()))
     size += sum(path.stat().st_size for path in companions)
@@ -86,9 +75,7 @@ def pack(
 
 
 def _check_quantizer(name: str, calibration: object | None) -> None:
-    if name not in QUANTIZERS:
-        raise QuantizeError(f"quantizer={name!r} is not one of {sorted(QUANTIZERS)}")
-    if QUANTIZERS[name].needs_calibration:
+    if quantizer_row(name).needs_calibration:
         raise QuantizeError(f"quantizer={name!r} needs calibration, which packing a checkpoint cannot give it")
     if calibration is not None:
         raise QuantizeError(f"quantizer={name!r} uses no calibration data; leave calibration out")
@@ -97,231 +84,3 @@ def _check_quantizer(name: str, calibration: object | None) -> None:
 def _copy(source: Path, target: Path) -> None:
     with open(source, "rb") as file, create_file(target) as descriptor, os.fdopen(os.dup(descriptor), "wb") as out:
         shutil.copyfileobj(file, out)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Tensors that are made together: a packed module, or one kept tensor."""
-
-    specs: dict[str, Spec]
-    make: Callable[[], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One output file."""
-
-    name: str
-    units: tuple[_Unit, ...]
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """Tensors of the file, unit by unit."""
-        return {name: spec for unit in self.units for name, spec in unit.specs.items()}
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) in storage order; a unit is made when its first tensor is due.
-
-        The large tensors of a unit are stored side by side, so only its bias and permutation may have to wait.
-        """
-        owners = {name: unit for unit in self.units for name in unit.specs}
-        made: dict[str, torch.Tensor] = {}
-        for name in storage_order(self.specs):
-            if name not in made:
-                made.update(owners[name].make())
-            yield name, made.pop(name)
-
-
-def _index(shards: Sequence[_Shard]) -> dict[str, Any]:
-    total = sum(nbytes(spec) for shard in shards for spec in shard.specs.values())
-    placed = {name: shard.name for shard in shards for name in shard.specs}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-
-
-class _Job:
-    """One packing: what is to be written, and the errors measured while it is."""
-
-    def __init__(
-        self, source: SourceCheckpoint, resolved: ResolvedPlan, quantizer: str, progress: Progress | None
-    ) -> None:
-        self.source = source
-        self.resolved = resolved
-        self.quantizer = quantizer
-        self.progress = progress
-        self.errors: dict[str, float] = {}
-        self.kept = _kept_tensors(source, resolved)
-        self.done = 0
-        members = [member for weight in resolved.weights for member in weight.members]
-        read = [*self.kept.values(), *(member.spec.tensor for member in members)]
-        self.total = sum(source.tensors[name].entry.nbytes for name in read)
-
-    def shards(self, max_bytes: int) -> list[_Shard]:
-        """Packed modules in model order, then kept tensors by name, cut into files of at most `max_bytes` of tensors."""
-        units = [self._packed_unit(weight) for weight in self.resolved.weights]
-        units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
-        names = [name for unit in units for name in unit.specs]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{self.source.path}: {twice} names a kept and a packed tensor; choose another fuse name")
-        groups: list[list[_Unit]] = [[]]
-        filled = 0
-        for unit in units:
-            size = sum(map(nbytes, unit.specs.values()))
-            if groups[-1] and filled + size > max_bytes:
-                groups.append([])
-                filled = 0
-            groups[-1].append(unit)
-            filled += size
-        if len(groups) == 1:
-            return [_Shard(SINGLE_FILE, tuple(groups[0]))]
-        count = len(groups)
-        return [_Shard(f"model-{i:05}-of-{count:05}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
-
-    def _packed_unit(self, weight: ResolvedWeight) -> _Unit:
-        specs: dict[str, Spec] = {
-            f"{weight.name}.{key}": (TORCH_DTYPES[dtype], shape)
-            for key, (dtype, shape) in weight.layout.tensor_specs().items()
-        }
-        bias = self._bias_dtype(weight)
-        if bias is not None:
-            specs[f"{weight.name}.bias"] = (bias, (weight.layout.out_features,))
-        return _Unit(specs, lambda: self._pack_weight(weight))
-
-    def _kept_unit(self, name: str, stored: str) -> _Unit:
-        def make() -> dict[str, torch.Tensor]:
-            tensor = self.source.read(stored)
-            self._advance(stored, name)
-            return {name: tensor}
-
-        tensor = self.source.tensors[stored]
-        return _Unit({name: (tensor.dtype, tensor.shape)}, make)
-
-    def _pack_weight(self, weight: ResolvedWeight) -> dict[str, torch.Tensor]:
-        """Every tensor of one packed module, by full name."""
-        quantized = QuantizedWeight.stack([self._quantize(member) for member in weight.members])
-        if quantized.layout != weight.layout:
-            raise QuantizeError(f"{weight.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        tensors = {f"{weight.name}.{key}": value for key, value in packing.pack(quantized).tensors().items()}
-        dtype = self._bias_dtype(weight)
-        if dtype is not None:
-            parts = [
-                torch.zeros(member.spec.out_features, dtype=dtype)  # a member without a bias adds nothing
-                if member.spec.bias_tensor is None
-                else self.source.read(member.spec.bias_tensor)
-                for member in weight.members
-            ]
-            tensors[f"{weight.name}.bias"] = torch.cat(parts)
-        return tensors
-
-    def _quantize(self, member: ResolvedMember) -> QuantizedWeight:
-        spec = member.spec
-        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-        weight = self.source.read(spec.tensor)
-        try:
-            quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name)
-        except QuantizeError as error:
-            raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
-        self.errors[spec.name] = relative_error(weight, quantized)
-        self._advance(spec.tensor, spec.name)
-        return quantized
-
-    def _advance(self, stored: str, name: str) -> None:
-        self.done += self.source.tensors[stored].entry.nbytes
-        if self.progress is not None:
-            self.progress(self.done, self.total, name)
-
-    def _bias_dtype(self, weight: ResolvedWeight) -> torch.dtype | None:
-        biases = [m.spec.bias_tensor for m in weight.members if m.spec.bias_tensor is not None]
-        dtypes = {self.source.tensors[name].dtype for name in biases}
-        if len(dtypes) > 1:
-            raise CheckpointError(f"{self.source.path}: the biases fused into {weight.name} have dtypes {dtypes}")
-        return dtypes.pop() if dtypes else None
-
-    def config(self) -> dict[str, Any]:
-        """config.json of the output: that of the source, and how its weights are packed."""
-        modules = {}
-        for weight in self.resolved.weights:
-            members = _members(weight) if weight.fused else None
-            modules[weight.name] = PackedModule(
-                weight.name, weight.layout, self._bias_dtype(weight) is not None, members
-            )
-        packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, _producer())
-        # auto_map names code files; none is carried along.
-        config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
-        if not {config.get("dtype"), config.get("torch_dtype")} - {None, "auto"}:
-            # Without it, transformers would take the first floating tensor's dtype, which may be that of scales.
-            config["dtype"] = str(self.source.dtype).removeprefix("torch.")
-        config["quantization_config"] = packing_config.to_dict()
-        return config
-
-    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path]) -> PackReport:
-        """Sizes as they are on disk, errors as measured."""
-        size = written.size()
-        return PackReport(
-            out_dir=str(out),
-            quantizer=self.quantizer,
-            modules=tuple(self._module_report(weight) for weight in self.resolved.weights),
-            kept=dict(self.resolved.kept),
-            packed=size.packed,
-            kept_bytes=size.kept,
-            bias_bytes=size.bias,
-            file_bytes=size.files,
-            source_bytes=sum(tensor.entry.nbytes for tensor in self.source.tensors.values()),
-            files=tuple(file.name for file in written.files.files),
-            copied=tuple(path.name for path in companions),
-            left=self.source.left_files(),
-        )
-
-    def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
-        names = tuple(member.spec.name for member in weight.members)
-        size = weight.layout.size()
-        return ModuleReport(
-            weight.name,
-            names,
-            size.codes / size.weights,
-            size.bits_per_weight,
-            size.total_bytes,
-            {name: self.errors[name] for name in names},
-        )
-
-
-def relative_error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
-    """||W - dequantized W|| / ||W|| (Frobenius), summed in fp64; 0 for a weight of zeros that stays so."""
-    wanted = weight.float()
-    off = torch.linalg.vector_norm(wanted - dequantize(quantized), dtype=torch.float64).item()
-    norm = torch.linalg.vector_norm(wanted, dtype=torch.float64).item()
-    if norm == 0.0:
-        return 0.0 if off == 0.0 else math.inf
-    return float(off / norm)
-
-
-def _members(weight: ResolvedWeight) -> tuple[Member, ...]:
-    lead = weight.name.rpartition(".")[0]
-    rows, out = 0, []
-    for member in weight.members:
-        name = member.spec.name.removeprefix(f"{lead}.") if lead else member.spec.name
-        out.append(Member(name, rows, rows + member.spec.out_features))
-        rows += member.spec.out_features
-    return tuple(out)
-
-
-def _kept_tensors(source: SourceCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
-    """Name in the output -> stored name, of every tensor that stays as it is.
-
-    The tied embedding always stays: it is looked up by row even where the head is packed.
-    """
-    packed = [member.spec for weight in resolved.weights for member in weight.members]
-    dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
-    kept = {name: name for name in source.tensors if name not in dropped}
-    tied = source.model_map
-    if tied.tied_source is not None and tied.tied_target is not None:
-        kept.pop(tied.tied_source, None)
-        kept[tied.tied_target] = tied.tied_source
-    return kept
-
-
-def _producer() -> str:
-    try:
-        return f"mpq_kernels {version('mpq_kernels')}"
-    except PackageNotFoundError:
-        return "mpq_kernels (source tree, not installed)"

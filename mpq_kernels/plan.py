@@ -31,19 +31,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import CheckpointError, PlanError
 from .files import create_file, fsync_directory, parse_json, short, write_all
 from .formats import KEPT_BITS, TILE_K
 
 if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+
     from .source import LinearSpec
+else:
+    ModelMetaclass = type(BaseModel)  # its only public name
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 64 * 2**20  # permutations of every layer of a 100-layer model take about 20 MB
 MAX_REGEXES = 1000  # each is tried on every module name; exact names are looked up and have no limit
 MAX_REGEX_CHARS = 1000
+MAX_COMPARED = 5000  # names that a misspelt one is compared with: about 50 ms
 MAX_PROBLEMS = 20  # how many problems one message lists
 REGEX = "re:"
 
@@ -52,7 +66,7 @@ ZeroName = Literal["int", "float"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 
-class _RaisesPlanError(type(BaseModel)):  # type: ignore[misc]  # pydantic's metaclass has no public name
+class _RaisesPlanError(ModelMetaclass):
     """Turns the ValidationError of a constructor call into a PlanError; nested validation does not pass here."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -108,8 +122,8 @@ class SegmentPlan(_Rules):
 class WeightPlan(_Rules):
     """How one weight is quantized. bits 1..8, or 16 to keep it as it is.
 
-    group_size: codes along K that share a scale, -1 for all of K. zero: how an asymmetric weight stores its zero points.
-    segments: rectangles that tile the weight, with their own widths (`bits` is then unused). perm: K integers; the
+    group_size: codes along K that share a scale, -1 for all of K. zero: how zero points of an asymmetric weight are
+    stored. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
     packed column j is column perm[j] of the weight, and segments cut the packed columns.
     """
 
@@ -259,14 +273,14 @@ class Plan(_Rules):
         rules = data.pop("modules")
         names = sorted(key for key in rules if not key.startswith(REGEX))
         names += [key for key in rules if key.startswith(REGEX)]
-        lines = [f"    {json.dumps(key)}: {_compact(rules[key])}" for key in names]
-        fuse = [f"    {_compact(rule)}" for rule in data.pop("fuse")]
-        head = [f"  {json.dumps(key)}: {_compact(value)}" for key, value in data.items()]
+        lines = [f"    {json.dumps(key)}: {_dump(rules[key])}" for key in names]
+        fuse = [f"    {_dump(rule)}" for rule in data.pop("fuse")]
+        head = [f"  {json.dumps(key)}: {_dump(value)}" for key, value in data.items()]
         parts = [*head, _block("modules", "{}", lines), _block("fuse", "[]", fuse)]
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form: to a temporary name beside it, fsynced, then renamed. The same plan gives the same bytes.
+        """Write the JSON form to a temporary name beside `path`, fsync, rename. The same plan gives the same bytes.
 
         Raises OSError; whatever was at `path` is then untouched.
         """
@@ -282,8 +296,8 @@ class Plan(_Rules):
 
 
 def close_names(name: str, known: Sequence[str]) -> str:
-    """", did you mean ...?" for a name that is not among `known`; empty when nothing is close."""
-    close = difflib.get_close_matches(name, known, n=3)
+    """The words "did you mean ...?" for a name that is not among `known`; empty when nothing is close."""
+    close = difflib.get_close_matches(name, dict.fromkeys(known[:MAX_COMPARED]), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -293,10 +307,15 @@ def _checked_group(value: int) -> int:
     return value
 
 
-def _compact(value: Any) -> str:
+def _without_nulls(value: Any) -> Any:
+    """A rule without the keys that are null by default; cut ends such as [64, null] stay."""
     if isinstance(value, dict):
-        value = {key: item for key, item in value.items() if item is not None}
-    return json.dumps(value)
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(_without_nulls(value))
 
 
 def _block(key: str, brackets: str, lines: list[str]) -> str:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .errors import FormatError
-from .fused import FusedLinear, FusedMember, Member
+from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear
 from .packing import pack
 from .plan import Plan
 from .quantize import quantize_weight
 from .resolve import ResolvedWeight, resolve
+from .schema import Member
 from .source import LinearSpec
 from .weights import QuantizedWeight
 

@@ -8,12 +8,12 @@ Everything that can be wrong between a plan and a model is refused here, with th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import FormatError, PlanError
-from .formats import KEPT_BITS, TILE_N
+from .formats import KEPT_BITS, TILE_K, TILE_N
 from .layout import Segment, SizeBreakdown, WeightLayout
 from .plan import REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
 
@@ -70,17 +70,16 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
         else:
             members[name] = resolve_member(spec, rule)
     groups = _fuse_groups(plan.fuse, specs, members, kept)
-    weights = []
+    weights: dict[str, ResolvedWeight] = {}
     for name, member in members.items():
         if name not in groups:
-            weights.append(ResolvedWeight(name, (member,), member.layout))
+            weights[name] = ResolvedWeight(name, (member,), member.layout)
             continue
-        fused_name, names = groups[name]
-        # A group stands where the model has the first of its members.
-        if name == next(other for other in members if other in names):
+        fused, names = groups[name]
+        if fused not in weights:  # a group stands where the model has the first of its members
             parts = tuple(members[other] for other in names)
-            weights.append(ResolvedWeight(fused_name, parts, stack_layouts([p.layout for p in parts]), fused=True))
-    return ResolvedPlan(tuple(weights), kept)
+            weights[fused] = ResolvedWeight(fused, parts, stack_layouts([p.layout for p in parts]), fused=True)
+    return ResolvedPlan(tuple(weights.values()), kept)
 
 
 def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:
@@ -131,8 +130,8 @@ def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> dict[str, WeightPlan 
         matched = [name for name in specs if pattern.fullmatch(name)]
         if not matched:
             raise PlanError(
-                f"modules[{key!r}]: matches none of the model's {len(specs)} linears; a regex must match the whole name, "
-                f"such as {next(iter(specs), '')!r}"
+                f"modules[{key!r}]: matches none of the model's {len(specs)} linears; a regex must match the whole "
+                f"name, such as {next(iter(specs), '')!r}"
             )
         chosen.update(dict.fromkeys(matched, rule))
     unknown = [key for key in exact if key not in specs]
@@ -170,10 +169,10 @@ def _rectangles(spec: LinearSpec, parts: Iterable[SegmentPlan]) -> list[_Box]:
                 f"{spec.name}: segment rows {n0}..{n1}, columns {k0}..{k1} does not lie in the weight of "
                 f"{rows} rows and {cols} columns"
             )
-        if k1 % 64 and k1 != cols:
+        if k1 % TILE_K and k1 != cols:
             raise PlanError(
-                f"{spec.name}: rows {n0}..{n1}, columns {k0}..{k1}: column cuts must be multiples of 64; {k1} is not "
-                f"(only the last may end at K={cols})"
+                f"{spec.name}: rows {n0}..{n1}, columns {k0}..{k1}: column cuts must be multiples of {TILE_K}; {k1} is "
+                f"not (only the last may end at K={cols})"
             )
         boxes.append((n0, n1, k0, k1, part))
     return boxes
@@ -229,35 +228,38 @@ def _fuse_groups(
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Module name -> (packed name, its group's module names in fuse order). Raises PlanError."""
     groups: dict[str, tuple[str, tuple[str, ...]]] = {}
-    taken: set[str] = set()
+    parts = (name.split(".") for name in specs)
+    taken = {".".join(path[: n + 1]) for path in parts for n in range(len(path))}  # linears and the modules above them
     for rule in fuse:
-        applied = whole = 0
-        for last in (name for name in specs if name.rpartition(".")[2] == rule.members[0]):
-            parent = last[: -len(rule.members[0])]  # with its dot, or empty
-            names = tuple(parent + member for member in rule.members)
-            if not all(name in specs for name in names):
-                continue
-            whole += 1
-            fused = parent + rule.name
-            where = f"fuse {rule.name!r} in {parent.rstrip('.') or 'the model'}"
-            out = [name for name in names if name in kept]
-            if len(out) == len(names):
-                continue
-            if out:
-                raise PlanError(f"{where}: {out[0]} is kept ({kept[out[0]]}) and the others are not; quantize all or none")
-            _check_fusable(where, [members[name] for name in names])
-            if fused in taken or any(name == fused or name.startswith(f"{fused}.") for name in specs):
-                raise PlanError(f"{where}: the model already has {fused}; choose another name")
-            twice = next((name for name in names if name in groups), None)
-            if twice is not None:
-                raise PlanError(f"{where}: {twice} is already fused into {groups[twice][0]}")
-            taken.add(fused)
-            groups.update(dict.fromkeys(names, (fused, names)))
-            applied += 1
-        if not applied:
-            why = "all of them are kept" if whole else f"no module has all of {list(rule.members)}"
+        families = list(_families(rule, specs))
+        quantized = [names for names in families if not all(name in kept for name in names)]
+        if not quantized:
+            why = "all of them are kept" if families else f"no module has all of {list(rule.members)}"
             raise PlanError(f"fuse {rule.name!r} applies nowhere: {why}")
+        for names in quantized:
+            parent = names[0].removesuffix(rule.members[0])  # with its dot, or empty
+            where = f"fuse {rule.name!r} in {parent.rstrip('.') or 'the model'}"
+            for name in names:
+                if name in kept:
+                    raise PlanError(f"{where}: {name} is kept ({kept[name]}) and others are not; quantize all or none")
+                if name in groups:
+                    raise PlanError(f"{where}: {name} is already fused into {groups[name][0]}")
+            if parent + rule.name in taken:
+                raise PlanError(f"{where}: the model already has {parent + rule.name}; choose another name")
+            _check_fusable(where, [members[name] for name in names])
+            taken.add(parent + rule.name)
+            groups.update(dict.fromkeys(names, (parent + rule.name, names)))
     return groups
+
+
+def _families(rule: FusePlan, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, ...]]:
+    """Names of the members in every module that has all of them."""
+    for name in specs:
+        parent, _, child = name.rpartition(".")
+        if child == rule.members[0]:
+            names = tuple(f"{parent}.{member}" if parent else member for member in rule.members)
+            if all(other in specs for other in names):
+                yield names
 
 
 def _check_fusable(where: str, parts: Sequence[ResolvedMember]) -> None:
@@ -277,4 +279,4 @@ def _check_fusable(where: str, parts: Sequence[ResolvedMember]) -> None:
     kinds = {p.layout.zero_dtype: p.spec.name for p in parts if p.layout.zero_dtype is not None}
     if len(kinds) > 1:
         names = " and ".join(f"{name} has {kind}" for kind, name in kinds.items())
-        raise PlanError(f"{where}: zeros of one packed weight have one dtype, but {names}; choose zero='int' or 'float'")
+        raise PlanError(f"{where}: zeros of one packed weight have one dtype, but {names}; choose one kind")

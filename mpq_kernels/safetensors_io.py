@@ -52,7 +52,7 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. dtype: safetensors' name (a key of DTYPES). start, end: bytes from the start of the file."""
+    """One tensor of a file. dtype: its name in DTYPES. start, end: bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -207,9 +207,9 @@ def write_safetensors(
 ) -> None:
     """Write a file, replacing one of the same name only when all of it is on disk.
 
-    specs: name -> (dtype, shape) of every tensor. tensors: (name, tensor) in `storage_order(specs)`; they are pulled one
-    by one, so that a generator needs to hold only one. Raises CheckpointError when a tensor does not match its spec or
-    the disk refuses; the file of that name, if any, is then untouched.
+    specs: name -> (dtype, shape) of every tensor. tensors: (name, tensor) in `storage_order(specs)`; they are pulled
+    one by one, so that a generator needs to hold only one. Raises CheckpointError when a tensor does not match its
+    spec or the disk refuses; the file of that name, if any, is then untouched.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -240,7 +240,8 @@ def _matching(
         dtype, shape = specs[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: tensor {short(name)} is {tensor.dtype} {list(tensor.shape)}, announced as {dtype} {list(shape)}"
+                f"{path}: tensor {short(name)} is {tensor.dtype} {list(tensor.shape)}, "
+                f"announced as {dtype} {list(shape)}"
             )
         yield tensor
     missing = next(expected, None)
@@ -251,4 +252,4 @@ def _matching(
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Raw little-endian bytes of a tensor; no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

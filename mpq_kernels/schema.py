@@ -110,9 +110,8 @@ class PackingConfig:
         if not isinstance(data["layouts"], list) or not isinstance(data["modules"], dict):
             raise CheckpointError(f"{where}: layouts must be a list and modules an object")
         layouts = [_Layout.parse(item, f"{where}: layout {index}") for index, item in enumerate(data["layouts"])]
-        modules = {
-            name: _module(name, item, layouts, f"{where}: module {short(name)}") for name, item in data["modules"].items()
-        }
+        items = data["modules"].items()
+        modules = {name: _module(name, item, layouts, f"{where}: module {short(name)}") for name, item in items}
         kept = data["kept"]
         if not isinstance(kept, dict) or not all(isinstance(reason, str) for reason in kept.values()):
             raise CheckpointError(f"{where}: kept must map module names to reasons")

@@ -18,7 +18,7 @@ import torch
 from .errors import CheckpointError
 from .files import contained_file, read_json_object, short
 from .modelmap import LinearSpec, ModelMap
-from .shards import StoredTensor, TensorFiles
+from .shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 
 CONFIG_FILE = "config.json"
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,6 +89,7 @@ class SourceCheckpoint:
 
     def _companions(self) -> dict[str, str | None]:
         used = {file.name for file in self.files.files} | {CONFIG_FILE}
+        used |= set() if SINGLE_FILE in used else {INDEX_FILE}
         return {name: _reason_to_leave(self.path, name) for name in sorted(os.listdir(self.path)) if name not in used}
 
 

@@ -1,6 +1,6 @@
 """Tiny random Hugging Face checkpoints for tests: real model classes, real files, made in milliseconds.
 
-    model = tiny_model("qwen2", tmp_path / "model", tied=False)
+model = tiny_model("qwen2", tmp_path / "model", tied=False)
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 VOCAB = 160
 SIZES: dict[str, Any] = {
@@ -66,7 +69,7 @@ def tiny_model(
     """Write a random checkpoint of `family` to `path` and return its model, in eval mode.
 
     tied: whether the head is the input embedding (None: what the family does). max_shard_size: bytes, or text such as
-    "20KB". sizes: overrides for the config, such as {"intermediate_size": 172}. The weights depend only on the arguments.
+    "20KB". sizes: overrides for the config, such as {"intermediate_size": 172}. Weights depend only on the arguments.
     """
     config_class, extra = FAMILIES[family]
     values = SIZES | extra | (sizes or {})

@@ -18,7 +18,9 @@ struct Tokens {
 
 // acc[g - g0][h][m] += codes * x over the chunks [begin, end).
 template <int Bits, int M, int G>
-MPQ_INLINE void accumulate(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end, int g0, F (&acc)[G][2][M]) {
+MPQ_INLINE void accumulate(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end, int g0,
+                           F (&acc)[G][2][M]) {
+  constexpr int P = G > 1 ? PAIR : 1;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / kLanes; ++part) {
@@ -28,16 +30,20 @@ MPQ_INLINE void accumulate(const Stripe& stripe, const Tokens& x, int64_t begin,
         for (int m = 0; m < M; ++m) xs[j.value][m] = spread_x<j.value>(x.chunks + m * x.stride + 16 * chunk, part);
       });
 #pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) {
-        I codes[2];
-        load_codes<Bits>(stripe, chunk, g0 + g, part, codes);
+      for (int g = 0; g < G; g += P) {
+        I codes[P][2];
+#pragma GCC unroll 2
+        for (int i = 0; i < P; ++i) load_codes<Bits>(stripe, chunk, g0 + g + i, part, codes[i]);
         for_each_byte([&](auto j) __attribute__((always_inline)) {
-          const F top = code_floats<Bits, 0, j.value>(codes[0]);
-          const F bottom = code_floats<Bits, 1, j.value>(codes[1]);
+#pragma GCC unroll 2
+          for (int i = 0; i < P; ++i) {
+            const F top = code_floats<Bits, 0, j.value>(codes[i][0]);
+            const F bottom = code_floats<Bits, 1, j.value>(codes[i][1]);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            acc[g][0][m] = fma(top, xs[j.value][m], acc[g][0][m]);
-            acc[g][1][m] = fma(bottom, xs[j.value][m], acc[g][1][m]);
+            for (int m = 0; m < M; ++m) {
+              acc[g + i][0][m] = fma(top, xs[j.value][m], acc[g + i][0][m]);
+              acc[g + i][1][m] = fma(bottom, xs[j.value][m], acc[g + i][1][m]);
+            }
           }
         });
       }

@@ -1,6 +1,6 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
+#include "cpu/kernels.h"
 #include "generated/layout.h"
-#include "kernels.h"
 
 namespace mpq::cpu {
 namespace {

@@ -3,7 +3,7 @@
 // units could otherwise be linked with AVX-512 code into the portable path.
 #pragma once
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 
 namespace mpq::cpu {
 
@@ -15,7 +15,8 @@ struct Kernels {
   void (*dequantize)(const Weight& weight, void* out, DType out_dtype, const Parallel& parallel);
 };
 
-// fp32 values of one token of x in the workspace. Static: an inline function would be shared between the translation units.
+// fp32 values of one token of x in the workspace. Static: an inline function would be shared between the translation
+// units.
 static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 
 Kernels portable_kernels();

@@ -2,10 +2,10 @@
 #include "generated/layout.h"
 
 // clang-format off: each file uses the names of those before it.
-#include "codes.inl"
-#include "convert.inl"
-#include "decode.inl"
-#include "tile.inl"
+#include "cpu/codes.inl"
+#include "cpu/convert.inl"
+#include "cpu/decode.inl"
+#include "cpu/tile.inl"
 // clang-format on
 
 namespace mpq::cpu {

@@ -1,9 +1,9 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #if defined(__x86_64__)
-#include "kernels.h"
-#include "simd_avx2.h"
+#include "cpu/kernels.h"
+#include "cpu/simd_avx2.h"
 // The kernels are written against the names that the header above defines.
-#include "kernels.inl"
+#include "cpu/kernels.inl"
 
 namespace mpq::cpu {
 

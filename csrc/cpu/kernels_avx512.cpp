@@ -5,10 +5,10 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#include "kernels.h"
-#include "simd_avx512.h"
+#include "cpu/kernels.h"
+#include "cpu/simd_avx512.h"
 // The kernels are written against the names that the header above defines.
-#include "kernels.inl"
+#include "cpu/kernels.inl"
 
 namespace mpq::cpu {
 

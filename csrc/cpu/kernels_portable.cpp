@@ -1,8 +1,8 @@
 // Any machine: 4 lanes, GCC/Clang vector extensions, the compiler's default flags.
-#include "kernels.h"
-#include "simd_portable.h"
+#include "cpu/kernels.h"
+#include "cpu/simd_portable.h"
 // The kernels are written against the names that the header above defines.
-#include "kernels.inl"
+#include "cpu/kernels.inl"
 
 namespace mpq::cpu {
 

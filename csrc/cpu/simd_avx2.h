@@ -16,7 +16,8 @@ constexpr int kLanes = 8;
 constexpr int kRowGroups[5] = {0, 4, 2, 1, 1};  // g values whose accumulators fit in registers, for M = 1..4
 constexpr int kTileVectors = 2;                 // vectors of a row of the fp32 tile that one pass multiplies
 
-// Widths whose codes become floats by a table lookup that ignores the bits above the field; the others need clean bytes.
+// Widths whose codes become floats by a table lookup that ignores the bits above the field; the others need clean
+// bytes.
 constexpr bool decodes_dirty(int bits) { return bits <= 3; }
 
 MPQ_INLINE F zeros_f() { return _mm256_setzero_ps(); }
@@ -92,13 +93,16 @@ MPQ_INLINE I load_plane1(const uint32_t* words, int c, int part) {
   return _mm256_srlv_epi32(lanes, _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6));
 }
 
-// The field of Bits bits at bit Shift of every lane, as float.
+// The field of Bits bits at bit Shift of every lane, as float. The lookup reads 3 bits: where both row halves fit into
+// them, their tables differ and they share one shift.
 template <int Bits, int Shift>
 MPQ_INLINE F to_float(I v) {
   if constexpr (Bits <= 3) {
     constexpr int m = (1 << Bits) - 1;
-    const F table = _mm256_setr_ps(0, 1 & m, 2 & m, 3 & m, 4 & m, 5 & m, 6 & m, 7 & m);
-    return _mm256_permutevar8x32_ps(table, shift<-Shift>(v));
+    constexpr int r = Shift % 8 + Bits <= 3 ? Shift % 8 : 0;
+    const F table =
+        _mm256_setr_ps(0, 1 >> r & m, 2 >> r & m, 3 >> r & m, 4 >> r & m, 5 >> r & m, 6 >> r & m, 7 >> r & m);
+    return _mm256_permutevar8x32_ps(table, shift<r - Shift>(v));
   } else {
     constexpr int j = Shift / 8;
     const __m128i bytes = _mm_setr_epi8(j, -1, -1, -1, 4 + j, -1, -1, -1, 8 + j, -1, -1, -1, 12 + j, -1, -1, -1);

@@ -16,7 +16,8 @@ constexpr int kLanes = 16;
 constexpr int kRowGroups[5] = {0, 8, 4, 2, 2};  // g values whose accumulators fit in registers, for M = 1..4
 constexpr int kTileVectors = 4;                 // vectors of a row of the fp32 tile that one pass multiplies
 
-// Widths whose codes become floats by a table lookup that ignores the bits above the field; the others need clean bytes.
+// Widths whose codes become floats by a table lookup that ignores the bits above the field; the others need clean
+// bytes.
 constexpr bool decodes_dirty(int bits) { return bits <= 5; }
 
 MPQ_INLINE F zeros_f() { return _mm512_setzero_ps(); }
@@ -101,14 +102,17 @@ MPQ_INLINE I load_plane1(const uint32_t* words, int c, int /*part*/) {
   return _mm512_srlv_epi32(lanes, _mm512_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6, 0, 4, 2, 6, 0, 4, 2, 6));
 }
 
-// The field of Bits bits at bit Shift of every lane, as float.
+// The field of Bits bits at bit Shift of every lane, as float. The lookup reads 4 bits: where both row halves fit into
+// them, their tables differ and they share one shift.
 template <int Bits, int Shift>
 MPQ_INLINE F to_float(I v) {
   if constexpr (Bits <= 4) {
     constexpr int m = (1 << Bits) - 1;
-    const F table = _mm512_setr_ps(0, 1 & m, 2 & m, 3 & m, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m,
-                                   12 & m, 13 & m, 14 & m, 15 & m);
-    return _mm512_permutexvar_ps(shift<-Shift>(v), table);
+    constexpr int r = Shift % 8 + Bits <= 4 ? Shift % 8 : 0;
+    const F table = _mm512_setr_ps(0, 1 >> r & m, 2 >> r & m, 3 >> r & m, 4 >> r & m, 5 >> r & m, 6 >> r & m,
+                                   7 >> r & m, 8 >> r & m, 9 >> r & m, 10 >> r & m, 11 >> r & m, 12 >> r & m,
+                                   13 >> r & m, 14 >> r & m, 15 >> r & m);
+    return _mm512_permutexvar_ps(shift<r - Shift>(v), table);
   } else if constexpr (Bits == 5) {
     const F low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const F high = _mm512_setr_ps(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);

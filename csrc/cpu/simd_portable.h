@@ -30,7 +30,7 @@ MPQ_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 MPQ_INLINE F add(F a, F b) { return a + b; }
 MPQ_INLINE F sub(F a, F b) { return a - b; }
 MPQ_INLINE F mul(F a, F b) { return a * b; }
-MPQ_INLINE F fma(F a, F b, F c) { return a * b + c; }   // one or two roundings: both are exact for a one-hot x
+MPQ_INLINE F fma(F a, F b, F c) { return a * b + c; }  // one or two roundings: both are exact for a one-hot x
 MPQ_INLINE F fnma(F a, F b, F c) { return c - a * b; }
 
 // p[t] in every lane.

@@ -5,9 +5,9 @@
 namespace mpq::cpu {
 namespace {
 
-constexpr int64_t kTileChunks = 8;       // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
-constexpr int kTokenBlock = 6;           // tokens whose sums one pass keeps in registers
-constexpr int kSet = kLanes / 4;         // (g, h) pairs that make a full vector of row positions
+constexpr int64_t kTileChunks = 8;        // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
+constexpr int kTokenBlock = 6;            // tokens whose sums one pass keeps in registers
+constexpr int kSet = kLanes / 4;          // (g, h) pairs that make a full vector of row positions
 constexpr int kPairs = kSet > 2 ? 2 : 1;  // row groups whose vectors are gathered together
 
 // Column, inside its chunk, of place 4 * j + q.
@@ -30,7 +30,8 @@ inline void load_chunk_params(const Segment& s, DType scale_dtype, int64_t row_t
   const int64_t first = 16 * chunk / s.group_size;
   const int64_t last = end / s.group_size;
   if (first == last && first == out.group) return;
-  for (int64_t group = first; group <= last; ++group) load_group(s, scale_dtype, row_tile, group, out.params[group - first]);
+  for (int64_t group = first; group <= last; ++group)
+    load_group(s, scale_dtype, row_tile, group, out.params[group - first]);
   for (int place = 0; place < 16; ++place) {
     const int64_t column = 16 * chunk + column_of(place);
     out.entry[place] = static_cast<int>((column < end ? column : end) / s.group_size - first);
@@ -133,8 +134,7 @@ void multiply_tile(const float* tile, int64_t columns, const float* x, int64_t s
 using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, float*);
 
 constexpr MultiplyTile kMultiplyTile[kTokenBlock + 1] = {
-    nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
-    multiply_tile<4>, multiply_tile<5>, multiply_tile<6>,
+    nullptr, multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>, multiply_tile<5>, multiply_tile<6>,
 };
 
 // sums[tokens][64] += W[row tile of this segment] @ x.

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -77,6 +78,9 @@ struct WeightView {
       check(*perm, "perm", ScalarType::Int);
       STD_TORCH_CHECK(perm->numel() == K, "perm must have in_features=", K, " elements, not ", perm->numel());
       weight.perm = static_cast<const int32_t*>(perm->data_ptr());
+      uint32_t largest = 0;  // negative values are large ones
+      for (int64_t k = 0; k < K; ++k) largest = std::max(largest, static_cast<uint32_t>(weight.perm[k]));
+      STD_TORCH_CHECK(largest < K, "perm has a value outside 0..", K - 1);
     }
     place_segments(qweight, scales, zeros, table, N, K);
     weight.N = N;

@@ -1,0 +1,65 @@
+# Everything from a bare machine: Python >= 3.11 with venv, g++ and make. `make demo`, `make test`.
+#
+# PYTHON=python3.12 chooses the interpreter of the environment, PIP_FLAGS adds options to every pip call.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
+
+# Installed on its own and first: the version that the compiled parts are built and tested with. A package index may hold
+# a build of it without CUDA (torch 2.13.0+cpu), which serves here and saves gigabytes; asked for later, among the other
+# requirements, pip would take the newest torch that they allow.
+TORCH := torch==2.13.0
+
+BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
+SOURCES := setup.py mpq_kernels/formats.py $(shell find csrc -type f -not -path 'csrc/generated/*')
+CXX_FILES := $(shell find csrc tests/cpp -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
+	-o -name '*.cuh' \) -not -path 'csrc/generated/*')
+
+.PHONY: install demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.built
+
+$(VENV)/.environment: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; choose another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || \
+		{ echo "no C++ compiler; on Debian and Ubuntu: apt install g++ (or set CXX)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	$(PIP) $(BUILD_REQUIREMENTS)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave --benchmark-storage=file://.benchmarks
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache csrc/generated *.egg-info
+	rm -f mpq_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,85 @@
+"""Open a model directory for the commands that run one: packed or dense, with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CheckpointError, UnsupportedError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+BackendOption = Annotated[str | None, typer.Option(help="Backend for packed weights; `mpq doctor` lists them.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="Dtype to compute in: auto (the model's own), float32, float16, bfloat16.")
+]
+
+
+def open_model(directory: Path, device: str, dtype: str, backend: str | None) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a packed or a dense directory.
+
+    Raises CheckpointError for a directory that is neither, UnsupportedError for a device, dtype or backend that does
+    not serve.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from ..files import contained_file, read_json_object
+    from ..schema import QUANT_METHOD
+
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    _check_device(device)
+    logging.disable_progress_bar()
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a directory")
+    config = read_json_object(contained_file(directory, "config.json"))
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        from ..model import load
+
+        model: Any = load(directory, device=device, dtype=wanted, backend=backend)
+    elif backend is not None:
+        raise UnsupportedError(f"{directory}: is a dense model, which needs no backend; leave --backend out")
+    else:
+        model = _load_dense(directory, device, wanted)
+    return model.eval(), _load_tokenizer(directory)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UnsupportedError(f"device={device!r} is not one that torch {torch.__version__} knows") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device={device!r}: torch {torch.__version__} finds no CUDA device; use --device cpu")
+
+
+def _load_dense(directory: Path, device: str, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from ..source import SourceCheckpoint
+
+    source = SourceCheckpoint.open(directory)  # refuses pickles, truncated files and foreign quantizations in words
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype or source.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device)
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # any type, from deep inside the tokenizer libraries
+        raise CheckpointError(
+            f"{directory}: has no tokenizer that transformers can load ({type(error).__name__}: {str(error)[:300]}); "
+            "copy the tokenizer files of the model into it"
+        ) from error

@@ -1,0 +1,46 @@
+"""`mpq ppl`: perplexity of a packed or dense model on a text file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .models import BackendOption, DeviceOption, DtypeOption, open_model
+from .output import AnyDir, JsonFlag, QuietFlag, print_json, progress
+
+
+def command(
+    directory: AnyDir,
+    text: Annotated[Path, typer.Option(help="UTF-8 text file, read as one stream.")],
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window; the first of each is context only.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    dtype: DtypeOption = "float32",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Perplexity over windows that do not overlap, without special tokens (docs/cli.md has the convention)."""
+    from ..errors import MPQError
+    from ..evaluate import perplexity
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MPQError(f"{text}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    model, tokenizer = open_model(directory, device, dtype, backend)
+    with progress("perplexity", hidden=as_json or quiet) as report:
+        result = perplexity(
+            model, tokenizer, content, window=window, max_tokens=max_tokens, batch_size=batch_size, progress=report
+        )
+    if as_json:
+        print_json({"path": str(directory), "text": str(text), "dtype": str(model.dtype), **asdict(result)})
+        return
+    print(
+        f"perplexity {result.ppl:.4f}  ({result.predicted:,} of {result.tokens:,} tokens predicted, windows of "
+        f"{result.window}, {result.seconds:.1f} s)"
+    )

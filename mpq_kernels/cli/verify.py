@@ -1,0 +1,106 @@
+"""`mpq verify`: read a packed directory whole, values included; with --against, compare it with the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import JsonFlag, PackedDir, ProgressCall, QuietFlag, print_json, print_table, progress, widths
+
+if TYPE_CHECKING:
+    from ..checkpoint import PackedCheckpoint
+    from ..source import SourceCheckpoint
+
+
+def command(
+    out: PackedDir,
+    against: Annotated[Path | None, typer.Option(metavar="MODEL", help="Dense model that OUT was packed from.")] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Check names, dtypes, shapes, sizes and values of OUT; exit code 1 and one message at the first fault."""
+    from ..checkpoint import PackedCheckpoint
+
+    checkpoint = PackedCheckpoint.open(out)
+    size = checkpoint.size()
+    total = len(checkpoint.modules)
+    with progress("checking", hidden=as_json or quiet) as report:
+        for done, name in enumerate(checkpoint.verified(), start=1):
+            if report is not None:
+                report(done, total, name)
+    layers = None if against is None else _compare(checkpoint, against, as_json or quiet)
+    if as_json:
+        counts = {"modules": total, "tensors": len(checkpoint.tensors), "files": len(checkpoint.files.files)}
+        print_json({"path": str(checkpoint.path), "ok": True, **counts, "file_bytes": size.files, "layers": layers})
+        return
+    if layers is not None:
+        rows = [[layer["name"], layer["bits"], layer["relative_error"]] for layer in layers]
+        print_table(f"||W - packed W|| / ||W|| against {against}", ["<module", "<bits", "error"], rows)
+    kept = "" if against is None else f", {len(checkpoint.kept_tensors())} kept tensors equal to {against}"
+    print(
+        f"{checkpoint.path}: good. {total} packed modules, {len(checkpoint.tensors)} tensors in "
+        f"{len(checkpoint.files.files)} file(s), {size.files:,} bytes{kept}"
+    )
+
+
+def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[dict[str, Any]]:
+    """Relative error of every packed linear. Raises CheckpointError when `against` is another model."""
+    from ..source import SourceCheckpoint
+
+    source = SourceCheckpoint.open(against)
+    with progress("comparing", hidden) as report:
+        layers = list(_layer_errors(checkpoint, source, report))
+    _check_kept(checkpoint, source)
+    return layers
+
+
+def _layer_errors(
+    checkpoint: PackedCheckpoint, source: SourceCheckpoint, report: ProgressCall | None
+) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from ..errors import CheckpointError
+    from ..reference import dequantize
+
+    specs = {spec.name: spec for spec in source.linears()}
+    for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
+        packed = checkpoint.weight(packed_name)
+        weight, rows = dequantize(packed), 0
+        for name in module.replaced():
+            spec = specs.get(name)
+            end = rows + (spec.out_features if spec else 0)
+            if spec is None or spec.in_features != weight.shape[1] or end > len(weight):
+                raise CheckpointError(
+                    f"{source.path}: has no linear {name} that fits the packed {packed_name} of {list(weight.shape)}; "
+                    f"{checkpoint.path} was packed from another model"
+                )
+            wanted = source.read(spec.tensor).float()
+            off = torch.linalg.vector_norm(wanted - weight[rows:end], dtype=torch.float64)
+            norm = torch.linalg.vector_norm(wanted, dtype=torch.float64)
+            error = (off / norm).item() if norm > 0 else float(off > 0)
+            bits = widths(packed.rows(rows, end).layout)
+            yield {"name": name, "packed": packed_name, "bits": bits, "relative_error": error}
+            rows = end
+        if report is not None:
+            report(done, len(checkpoint.modules), packed_name)
+
+
+def _check_kept(checkpoint: PackedCheckpoint, source: SourceCheckpoint) -> None:
+    """Raise CheckpointError unless every kept tensor has the source's dtype and bytes."""
+    import torch
+
+    from ..errors import CheckpointError
+
+    tied = source.model_map
+    for name in checkpoint.kept_tensors():
+        stored = tied.tied_source if name == tied.tied_target else name
+        if stored is None or stored not in source.tensors:
+            raise CheckpointError(f"{checkpoint.tensors[name]}: {source.path} has no such tensor; it is another model")
+        kept, dense = checkpoint.read(name), source.read(stored)
+        same = kept.dtype == dense.dtype and kept.shape == dense.shape
+        # As bytes: NaN would differ from itself.
+        if not same or not torch.equal(kept.contiguous().view(torch.uint8), dense.contiguous().view(torch.uint8)):
+            raise CheckpointError(f"{checkpoint.tensors[name]}: kept, but not equal to {source.tensors[stored]}")

@@ -1,0 +1,89 @@
+"""Weight-only search of scale and zero: clip grid, least squares and half-quadratic steps, best of all per group.
+
+W is approximated by (codes - zero) * scale, and four moves compete for each group of weights:
+
+    rtn      min/max rounding, the starting point, so that no group ends up worse than with rtn
+    clip     the range of rtn shrunk towards 0, at each neighbouring zero point
+    fit      codes fixed: the scale (and a float zero) of least squares
+    robust   the same with the residuals of clipped weights taken out by an l_p shrinkage, p < 1: the half-quadratic
+             split of HQQ, https://mobiusml.github.io/hqq_blog/
+
+Every candidate is rounded to its stored dtypes first and judged by the squared error that is then left.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .blocks import BlockSpec, storable
+from .rtn import round_to_nearest
+
+RATIOS = (0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
+ZERO_STEPS = (0.0, -1.0, 1.0)
+FIT_STEPS = 3
+# Shrinkage in units of one step: |x| - |x|**(p-1) / beta with p = 1/2 leaves only residuals above beta**(-2/3) steps.
+# Inside the range residuals end at 1/2, so beta = 2 (0.63 steps) takes out the clipped weights and nothing else.
+BETA = 2.0
+
+
+class _Search:
+    """Best stored (scale, zero) so far of groups [G, g], and two work buffers of that size."""
+
+    def __init__(self, groups: torch.Tensor, spec: BlockSpec) -> None:
+        self.groups, self.spec = groups, spec
+        self.steps, self.work = torch.empty_like(groups), torch.empty_like(groups)
+        self.scale, self.zero = round_to_nearest(groups, spec)
+        self.error = self._judge(self.scale, self.zero)
+
+    def _judge(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Squared error [G, 1]; leaves weights in steps in `steps` and codes in `work`."""
+        torch.div(self.groups, scale, out=self.steps).add_(zero)
+        torch.round(self.steps, out=self.work).clamp_(0, self.spec.max_code)
+        residual = self.steps.sub_(self.work)
+        return residual.mul_(residual).sum(1, keepdim=True).mul_(scale * scale)
+
+    def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """Keep a candidate [G, 1] for the groups where it has the smaller error."""
+        scale, zero = storable(scale, zero, self.spec)
+        error = self._judge(scale, zero)
+        better = error < self.error  # False for NaN, which scales of 0 and zeros of Inf give
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+
+    def fit(self, robust: bool) -> None:
+        """Consider the least-squares scale (and float zero) for the codes of the best candidate."""
+        torch.div(self.groups, self.scale, out=self.steps).add_(self.zero)
+        codes = torch.round(self.steps, out=self.work).clamp_(0, self.spec.max_code)
+        target = self.groups
+        if robust:
+            residual = self.steps.sub_(codes)
+            size = residual.abs()
+            kept = size.sub_(size.rsqrt().div_(BETA)).clamp_(min=0).copysign_(residual)
+            target = self.groups - kept.mul_(self.scale)
+        if self.spec.zero == "float":
+            mean_code, mean = codes.mean(1, keepdim=True), target.mean(1, keepdim=True)
+            codes = codes.sub_(mean_code)
+            scale = (codes * target).sum(1, keepdim=True) / (codes * codes).sum(1, keepdim=True)
+            self.consider(scale, mean_code - mean / scale)
+        else:
+            codes = codes.sub_(self.zero)
+            scale = (codes * target).sum(1, keepdim=True) / (codes * codes).sum(1, keepdim=True)
+            if self.spec.zero == "int":
+                # The zero that balances the residuals, before the scale that goes with the present one.
+                shift = (codes - target / self.scale).mean(1, keepdim=True)
+                self.consider(self.scale, self.zero + shift)
+            self.consider(scale, self.zero)
+
+
+def search_scale_and_zero(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored scales and zeros [G, 1] (fp32) of groups [G, g]. Raises QuantizeError."""
+    search = _Search(groups, spec)
+    scale, zero = search.scale, search.zero
+    for step in ZERO_STEPS if spec.zero != "none" else (0.0,):
+        for ratio in RATIOS if step == 0 else (1.0, *RATIOS):
+            search.consider(scale * ratio, zero + step)
+    for _ in range(FIT_STEPS):
+        search.fit(robust=False)
+        search.fit(robust=True)
+    return search.scale, search.zero

@@ -1,0 +1,68 @@
+"""Round to nearest: scale and zero from the range of each group, nothing searched.
+
+Asymmetric: the range [min, max], widened to include 0, is cut into 2**bits - 1 steps and the zero point is rounded, so
+that a weight of 0 stays exactly 0 and integer zeros always fit their codes. This is the plain min/max rounding of the
+reference figures: with unrounded scales TinyStories-656K has perplexity 43.29 / 59.62 / 558.8 at 4 / 3 / 2 bits.
+
+Symmetric: codes reach one step further below the zero point than above it,
+
+    code   0 ... 2**(bits-1) ... 2**bits - 1
+    value  -2**(bits-1) s  0  (2**(bits-1) - 1) s
+
+so the sign of the scale turns the long side towards the larger weights. Two scales are tried and the one with the
+smaller squared error kept for each group: the least that clips nothing, which restores weights that already lie on a
+grid, and max|w| / (2**(bits-1) - 1/2), the least that is off by at most half a step at both ends. One bit has the
+values -s/2 and s/2; s = 2 mean|w| is their least-squares scale.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .blocks import BlockSpec, checked_scale, keep_better, squared_error, storable
+
+
+def round_to_nearest(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored scales and zeros [G, 1] (fp32) of groups [G, g]. Raises QuantizeError."""
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    if spec.zero == "none":
+        return _symmetric(groups, low, high, spec)
+    around_zero = _from_range(low.clamp(max=0), high.clamp(min=0), spec)
+    if spec.zero == "int":
+        return around_zero
+    # A float zero can also describe a range away from 0, at a precision that falls with the distance.
+    steps = torch.where(high > low, (high - low) / spec.max_code, around_zero[0])
+    scale, zero = storable(steps, -low / steps, spec)
+    error = squared_error(groups, scale, zero, spec.max_code)
+    usable = torch.isfinite(zero) & (scale > 0)
+    error = torch.where(usable, error, torch.inf)
+    first = (squared_error(groups, *around_zero, spec.max_code), *around_zero)
+    return keep_better(first, (error, scale, zero))[1:]
+
+
+def _from_range(low: torch.Tensor, high: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero that put codes 0 and max_code at low <= 0 <= high; scale 1 where both are 0."""
+    exact = high / spec.max_code - low / spec.max_code  # the difference of extremes may overflow fp32
+    scale = checked_scale(torch.where(high > low, exact, 1.0), spec)
+    return scale, storable(scale, -low / scale, spec)[1]
+
+
+def _symmetric(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: BlockSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    zero = torch.full_like(low, spec.symmetric_zero)
+    if spec.bits == 1:
+        # No code of one bit means 0, so a group of zeros needs the scale 0.
+        return checked_scale(groups.abs().mean(1, keepdim=True) * 2, spec), zero
+    below = float(spec.symmetric_zero)
+    above = below - 1
+    sign = torch.where(high > -low, -1.0, 1.0)
+    large, small = torch.maximum(high, -low), torch.minimum(high, -low)
+    empty = large == 0
+    best = None
+    for steps in (torch.maximum(large / below, small / above), large / (below - 0.5)):
+        scale = checked_scale(torch.where(empty, 1.0, steps * sign), spec)
+        found = (squared_error(groups, scale, zero, spec.max_code), scale, zero)
+        best = found if best is None else keep_better(best, found)
+    assert best is not None
+    return best[1:]

@@ -1,0 +1,283 @@
+// Standalone test of csrc/cpu against a scalar packer and a double-precision reference. Needs no torch:
+//
+//   g++ -std=c++20 -O2 -I csrc tests/cpp/test_cpu_kernels.cpp <objects of csrc/cpu> -pthread -o test && ./test
+//
+// Every case runs on every instruction set that this machine supports. Prints what was checked; returns 1 on failure.
+#include <thread>
+
+#include "packed_model.h"
+
+namespace {
+
+// Three threads that take single items in turn.
+void run_threads(void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
+  std::vector<std::thread> threads;
+  for (int64_t id = 0; id < 3; ++id) {
+    threads.emplace_back([=] {
+      for (int64_t i = n - 1 - id; i >= 0; i -= 3) task(ctx, i, i + 1);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+const Parallel kSerial{nullptr, nullptr}, kThreads{run_threads, nullptr};
+const DType kDTypes[3] = {DType::kF32, DType::kF16, DType::kBF16};
+
+// Tokens of x, rows `stride` elements apart; optional bias; the last result of linear.
+struct Call {
+  Model& model;
+  Isa isa;
+  DType dtype, bias_dtype;
+  int64_t M, stride;
+  bool odd;
+  Buffer x, bias, y;
+  std::string name;
+
+  Call(Model& m, Isa i, DType d, int64_t tokens, bool with_bias, bool unaligned, const std::string& label)
+      : model(m), isa(i), dtype(d), bias_dtype(kDTypes[(static_cast<int>(d) + 1) % 3]), M(tokens), stride(m.K + 3) {
+    odd = unaligned;
+    name = label + " " + isa_name(isa) + " M=" + std::to_string(M) + " x=" + std::to_string(static_cast<int>(d));
+    x = Buffer(static_cast<size_t>(M * stride) * bytes_of(dtype), odd);  // the gap between rows stays NaN
+    if (with_bias) bias = Buffer(static_cast<size_t>(model.N) * bytes_of(bias_dtype), odd);
+    for (int64_t n = 0; with_bias && n < model.N; ++n) encode(uniform(-1, 1), bias_dtype, bias_at(n));
+  }
+  unsigned char* x_at(int64_t m, int64_t k) { return x.data() + static_cast<size_t>(m * stride + k) * bytes_of(dtype); }
+  unsigned char* y_at(int64_t m, int64_t n) {
+    return y.data() + static_cast<size_t>(m * model.N + n) * bytes_of(dtype);
+  }
+  unsigned char* bias_at(int64_t n) { return bias.data() + static_cast<size_t>(n) * bytes_of(bias_dtype); }
+  std::vector<unsigned char> run(const Parallel& parallel) {
+    y = Buffer(static_cast<size_t>(M * model.N) * bytes_of(dtype), odd);
+    LinearArgs args{x.data(),   dtype,    M,       stride, model.weight(), bias.size ? bias.data() : nullptr,
+                    bias_dtype, y.data(), nullptr, 0};
+    Buffer workspace(linear_workspace_bytes(args), odd);
+    args.workspace = workspace.data(), args.workspace_bytes = workspace.size;
+    check(linear(args, isa, parallel) == kOk, name + ": error code");
+    check(y.intact() && workspace.intact(), name + ": wrote outside y or the workspace");
+    return y.bytes;
+  }
+};
+
+void check_one_hot(Model& model, Isa isa, int64_t M, bool odd, const std::string& label) {
+  Call call(model, isa, DType::kF32, M, false, odd, label + " one-hot");
+  for (int trial = 0; trial < 3; ++trial) {
+    std::vector<int64_t> columns;
+    for (int64_t m = 0; m < M; ++m)
+      columns.push_back(m == 0 && trial == 0 ? model.K - 1 : below(static_cast<int>(model.K)));
+    for (int64_t i = 0; i < M * model.K; ++i)
+      encode(columns[i / model.K] == i % model.K, call.dtype, call.x_at(i / model.K, i % model.K));
+    call.run(kSerial);
+    for (int64_t i = 0; i < M * model.N; ++i) {
+      const float* want = &model.w[i % model.N * model.K + columns[i / model.N]];
+      check(!std::memcmp(call.y_at(i / model.N, i % model.N), want, 4), call.name);
+    }
+  }
+}
+
+void check_random(Model& model, Isa isa, DType dtype, int64_t M, bool bias, bool odd, const std::string& label) {
+  Call call(model, isa, dtype, M, bias, odd, label + " random");
+  for (int64_t i = 0; i < M * model.K; ++i) encode(uniform(-1, 1), dtype, call.x_at(i / model.K, i % model.K));
+  const std::vector<unsigned char> first = call.run(kSerial);
+  const double unit = dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < model.N; ++n) {
+      double sum = bias ? decode(call.bias_at(n), call.bias_dtype) : 0.0, size = std::fabs(sum);
+      for (int64_t k = 0; k < model.K; ++k) {
+        const double x = decode(call.x_at(m, k), dtype);
+        sum += model.w[n * model.K + k] * x;
+        size += model.size[n * model.K + k] * std::fabs(x);
+      }
+      // K + 16 fp32 roundings of terms that add up to at most `size`, and one rounding to the output dtype.
+      const double bound = (model.K + 16) * 0x1p-24 * size + unit * std::fabs(sum) * 1.01 + 0x1p-25;
+      check(std::fabs(decode(call.y_at(m, n), dtype) - sum) <= bound, call.name + ": value");
+    }
+  }
+  check(call.run(kThreads) == first, call.name + ": 1 and 3 threads differ");
+  if (M < 2) return;
+  const int64_t bad = below(static_cast<int>(M));
+  encode(below(2) ? NAN : INFINITY, dtype, call.x_at(bad, below(static_cast<int>(model.K))));
+  const std::vector<unsigned char> poisoned = call.run(kSerial);
+  const size_t row = static_cast<size_t>(model.N) * bytes_of(dtype), start = call.y.shift;
+  for (int64_t m = 0; m < M; ++m) {
+    check(m == bad || !std::memcmp(&poisoned[start + m * row], &first[start + m * row], row),
+          call.name + ": NaN spread");
+  }
+}
+
+void check_dequantize(Model& model, Isa isa, DType dtype, bool odd, const std::string& label) {
+  Buffer out(static_cast<size_t>(model.N * model.K) * bytes_of(dtype), odd);
+  const std::string name = label + " dequantize " + isa_name(isa);
+  check(dequantize(model.weight(), out.data(), dtype, isa, kThreads) == kOk, name + ": error code");
+  check(out.intact(), name + ": wrote outside");
+  for (int64_t i = 0; i < model.N * model.K; ++i) {
+    unsigned char want[4];
+    encode(model.w[i], dtype, want);
+    check(!std::memcmp(out.data() + i * bytes_of(dtype), want, bytes_of(dtype)), name);
+  }
+}
+
+const int64_t kTokens[] = {1, 2, 4, 5, 7, 17};
+const int64_t kRows[] = {1, 63, 65, 172, 640};
+
+void check_model(const std::vector<BandSpec>& bands, int seed, const std::string& label) {
+  const bool odd = seed & 1, permuted = seed & 2, bias = seed & 4;
+  Model model = make_model(bands, kDTypes[seed % 3], permuted, odd);
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (!supported(isa)) continue;
+    check_dequantize(model, isa, kDTypes[seed / 3 % 3], odd, label);
+    check_one_hot(model, isa, kTokens[seed % 6], odd, label);
+    check_one_hot(model, isa, kTokens[(seed + 2) % 6], odd, label);
+    for (int i = 0; i < 2; ++i)
+      check_random(model, isa, kDTypes[(seed + i) % 3], kTokens[(seed / 2 + 3 * i) % 6], bias, odd, label);
+  }
+}
+
+struct ColumnCase {
+  int64_t K, group_size;
+};
+
+// Groups that are whole chunks of 16 columns, one group over everything, and groups that end inside a chunk.
+const ColumnCase kColumnCases[] = {{1, 1},    {63, 63},  {63, 7},   {65, 65},  {65, 5},    {65, 1},    {172, 172},
+                                   {172, 43}, {640, 16}, {640, 32}, {640, 64}, {640, 128}, {640, 640}, {640, 5}};
+
+// Every width x columns x zero kind; rows, dtypes, permutation, bias and alignment rotate with the case number.
+int check_uniform() {
+  int cases = 0;
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const ColumnCase& columns : kColumnCases) {
+      for (int zero_kind = kZeroNone; zero_kind <= kZeroFloat; ++zero_kind) {
+        const int64_t N = kRows[(cases + cases / 5) % 5];
+        const std::string label = "bits=" + std::to_string(bits) + " N=" + std::to_string(N) +
+                                  " K=" + std::to_string(columns.K) + " group=" + std::to_string(columns.group_size) +
+                                  " zero=" + std::to_string(zero_kind);
+        check_model({{N, {{columns.K, bits, columns.group_size, zero_kind}}}}, below(1 << 20), label);
+        ++cases;
+      }
+    }
+  }
+  return cases;
+}
+
+// Row bands at any row, column segments of different widths, group sizes and zero kinds.
+int check_segments() {
+  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
+  const std::vector<std::vector<BandSpec>> weights = {
+      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
+      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
+      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
+      {{640, {{64, 4, 64, whole}, {1, 8, 1, whole}}}},
+  };
+  int cases = 0;
+  for (const auto& bands : weights) {
+    for (int seed = 0; seed < 36; seed += 5, ++cases) check_model(bands, seed, "segments " + std::to_string(cases));
+  }
+  return cases;
+}
+
+// More tokens than the workspace holds at a time, in few row blocks, so that tokens are split among work items.
+int check_many_tokens() {
+  Model model = make_model({{70, {{65, 3, 5, kZeroInt}}}}, DType::kF16, true, true);
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (supported(isa)) check_random(model, isa, DType::kBF16, 401, true, true, "many tokens");
+  }
+  return 1;
+}
+
+// Every fp16 and bf16 value, and fp32 values around every rounding step, through the conversions of linear.
+int check_conversions() {
+  Model model = make_model({{1, {{1, 1, 1, kZeroFloat}}}}, DType::kF32, false, false);
+  const float one = 1.0f, zero = -1.0f;  // code 0: w = (0 + 1) * 1; code 1: w = 2
+  std::memcpy(model.storage[1].data(), &one, 4);
+  std::memcpy(model.storage[2].data(), &zero, 4);
+  std::memset(model.storage[0].data(), 0, model.storage[0].size);
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (!supported(isa)) continue;
+    for (const DType dtype : {DType::kF16, DType::kBF16}) {
+      Call call(model, isa, dtype, 65536, false, false, "conversion");
+      for (int i = 0; i < 65536; ++i) {
+        const uint16_t word = static_cast<uint16_t>(i);
+        std::memcpy(call.x_at(i, 0), &word, 2);
+      }
+      call.run(kSerial);
+      for (int i = 0; i < 65536; ++i) {
+        const double want = decode(call.x_at(i, 0), dtype), got = decode(call.y_at(i, 0), dtype);
+        check(got == want || (std::isnan(want) && std::isnan(got)), call.name + " of " + std::to_string(i));
+      }
+    }
+  }
+  return 65536;
+}
+
+// fp32 values next to, at and between the values of a 16-bit dtype come out of dequantize rounded to nearest even.
+int check_rounding() {
+  std::vector<float> values = {0.0f,        0x1p-149f, 65519.99f,      65520.0f, 1e30f, 0x1.fefffep127f,
+                               0x1.ffp127f, 0x1p-25f,  0x1.000002p-25f};
+  for (int i = 0; i < 20000; ++i)
+    values.push_back(static_cast<float>(std::ldexp((below(8192) + 0.5 * below(3)), below(44) - 38)));
+  while (values.size() % 64) values.push_back(static_cast<float>(uniform(0, 1) * 0x1p-14));
+  const int64_t N = static_cast<int64_t>(values.size());
+  Model model = make_model({{N, {{1, 1, 1, kZeroFloat}}}}, DType::kF32, false, false);
+  const float zero = -1.0f;  // with code 0, w = scale
+  std::memset(model.storage[0].data(), 0, model.storage[0].size);
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t at = n / 64 * 64 + 8 * (n % 8) + 4 * (n % 16 / 8) + n % 64 / 16;
+    model.w[n] = n % 2 ? -values[n] : values[n];
+    std::memcpy(model.storage[1].data() + 4 * at, &model.w[n], 4);
+    std::memcpy(model.storage[2].data() + 4 * at, &zero, 4);
+    model.w[n] += 0.0f;
+  }
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (!supported(isa)) continue;
+    for (const DType dtype : kDTypes) check_dequantize(model, isa, dtype, false, "rounding");
+  }
+  return static_cast<int>(N);
+}
+
+void check_errors() {
+  Model model = make_model({{2, {{64, 4, 64, kZeroNone}, {6, 2, 3, kZeroNone}}}}, DType::kF16, false, false);
+  float x[70] = {}, y[2] = {7.0f, 7.0f};
+  LinearArgs args{x, DType::kF32, 0, 70, model.weight(), nullptr, DType::kF32, y, nullptr, 0};
+  check(linear_workspace_bytes(args) == 0 && linear(args, Isa::kPortable, kSerial) == kOk && y[0] == 7.0f, "M=0");
+  args.M = 1;
+  std::vector<char> workspace(linear_workspace_bytes(args));
+  args.workspace = workspace.data();
+  args.workspace_bytes = workspace.size() - 1;
+  check(linear(args, Isa::kPortable, kSerial) == kErrorWorkspace, "short workspace");
+  LinearArgs many = args;
+  many.M = 1 << 20;
+  check(linear_workspace_bytes(many) <= 192 * 128 * 4 + 64, "workspace grows without limit");
+  args.workspace_bytes = workspace.size();
+  check(linear(args, Isa::kPortable, kSerial) == kOk, "valid call");
+  const auto expect = [&](int want, auto change, const char* what) {
+    Model copy = model;
+    LinearArgs bad = args;
+    bad.weight.segments = copy.segments.data();
+    change(bad, copy.segments);
+    check(linear(bad, Isa::kPortable, kSerial) == want && std::strlen(error_text(want)) > 5, what);
+  };
+  expect(kErrorShape, [](LinearArgs& a, auto&) { a.M = -1; }, "negative M");
+  expect(kErrorNull, [](LinearArgs& a, auto&) { a.x = nullptr; }, "null x");
+  expect(kErrorDType, [](LinearArgs& a, auto&) { a.x_dtype = static_cast<DType>(9); }, "unknown dtype");
+  expect(kErrorCover, [](LinearArgs& a, auto&) { a.weight.N = 3; }, "missing row");
+  expect(kErrorCover, [](LinearArgs& a, auto&) { a.weight.K = 71; }, "missing column");
+  expect(kErrorCover, [](LinearArgs& a, auto&) { a.weight.num_segments = 1; }, "missing segment");
+  expect(kErrorSegment, [](LinearArgs&, auto& s) { s[0].bits = 9; }, "bits=9");
+  expect(kErrorSegment, [](LinearArgs&, auto& s) { s[1].group_size = 4; }, "group_size does not divide");
+  expect(kErrorNull, [](LinearArgs&, auto& s) { s[1].zero_kind = kZeroInt; }, "zeros missing");
+}
+
+}  // namespace
+
+int main() {
+  const int uniform_cases = check_uniform(), segment_cases = check_segments(), many = check_many_tokens();
+  const int conversions = check_conversions(), roundings = check_rounding();
+  check_errors();
+  std::printf("best isa: %s\n", isa_name(best_isa()));
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    std::printf("%s: %s\n", isa_name(isa), supported(isa) ? "checked" : "not supported here, skipped");
+  }
+  std::printf("%d uniform, %d segmented, %d many-token weights, %d conversions, %d roundings\n", uniform_cases,
+              segment_cases, many, conversions, roundings);
+  std::printf("%ld checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}

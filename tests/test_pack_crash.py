@@ -1,0 +1,165 @@
+"""Packing is all or nothing: killed, interrupted or failing at the last step. And it always gives the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+from packed import UNIFORM, check_packed, digests, mixed_plan, small_plan
+
+import mpq_kernels.outdir
+from mpq_kernels.errors import CheckpointError
+from mpq_kernels.pack import pack
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama") / "model"
+    tiny_model("llama", path, tied=True)
+    return path
+
+
+PACK_SCRIPT = """
+import sys, torch
+from mpq_kernels.pack import pack
+from mpq_kernels.plan import Plan
+torch.set_num_threads(int(sys.argv[1]))
+pack(sys.argv[2], sys.argv[3], Plan.from_file(sys.argv[4]), max_shard_bytes=20_000)
+"""
+
+
+def start(script, *arguments, **environment):
+    """Run Python code in another process that imports the same package."""
+    package = str(Path(mpq_kernels.outdir.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": package} | environment
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_same_input_same_bytes(llama, tmp_path):
+    """In one process with one and two threads, and in another process with another hash seed."""
+    plan = small_plan(llama)
+    plan.to_file(tmp_path / "plan.json")
+    process = start(PACK_SCRIPT, 2, llama, tmp_path / "b", tmp_path / "plan.json", PYTHONHASHSEED="7")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pack(llama, tmp_path / "a", plan, max_shard_bytes=20_000)
+    finally:
+        torch.set_num_threads(threads)
+    pack(llama, tmp_path / "c", plan, max_shard_bytes=20_000)
+    assert process.wait(60) == 0
+    process.stdout.close()
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") == digests(tmp_path / "c")
+
+
+def test_overwrite(llama, tmp_path):
+    pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    (tmp_path / "out" / "notes.txt").write_text("")
+    pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True)
+    check_packed(llama, tmp_path / "out", mixed_plan(llama))
+    assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted(error, llama, tmp_path):
+    pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    before = digests(tmp_path / "out")
+
+    def stop(done, total, name):
+        if done > total // 2:
+            raise error
+
+    with pytest.raises(error):
+        pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True, progress=stop)
+    assert digests(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("step", ["rename", "fsync"])
+def test_swap_that_fails_brings_the_old_one_back(step, llama, tmp_path, monkeypatch):
+    pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    before = digests(tmp_path / "out")
+    rename, fsync = os.rename, mpq_kernels.outdir.fsync_directory
+
+    def failing_rename(source, target):
+        if ".partial-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    def failing_fsync(path):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        fsync(path)
+
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(mpq_kernels.outdir.os, "rename", failing_rename)
+        else:
+            patch.setattr(mpq_kernels.outdir, "fsync_directory", failing_fsync)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True)
+    assert digests(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
+
+
+KILL_SCRIPT = """
+import sys, threading, time
+from mpq_kernels.pack import pack
+from mpq_kernels.plan import Plan
+def stop(done, total, name):
+    if done > total // 2:
+        print("half", flush=True)
+        time.sleep(60)
+def run(out):
+    pack(sys.argv[1], out, Plan.from_file(sys.argv[2]), quantizer="rtn", overwrite=True, progress=stop)
+for out in sys.argv[3:]:
+    threading.Thread(target=run, args=(out,)).start()
+"""
+
+
+def test_kill_9(llama, tmp_path):
+    """A killed run leaves the older output or none, never half of one; the next run clears its rest away."""
+    plan = mixed_plan(llama)
+    plan.to_file(tmp_path / "plan.json")
+    new, old = tmp_path / "new", tmp_path / "old"
+    pack(llama, old, UNIFORM, quantizer="rtn")
+    before = digests(old)
+    process = start(KILL_SCRIPT, llama, tmp_path / "plan.json", new, old)
+    assert [process.stdout.readline() for _ in range(2)] == ["half\n"] * 2
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    process.stdout.close()
+    rests = {f".new.partial-{process.pid}", f".old.partial-{process.pid}"}
+    assert set(os.listdir(tmp_path)) == rests | {"old", "plan.json"}
+    assert digests(old) == before
+    for out in (new, old):
+        pack(llama, out, plan, quantizer="rtn", overwrite=True)
+        check_packed(llama, out, plan)
+    assert set(os.listdir(tmp_path)) == {"new", "old", "plan.json"}
+    assert digests(new) == digests(old)
+
+
+def test_killed_between_the_two_renames(llama, tmp_path):
+    """The old output waits under its other name; the next run brings it back before anything else."""
+    pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    before = digests(tmp_path / "out")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    os.rename(tmp_path / "out", tmp_path / f".out.replaced-{dead.pid}")
+
+    def stop(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn", progress=stop)
+    assert digests(tmp_path / "out") == before
+
+
+def test_living_runs_are_left_alone(llama, tmp_path):
+    other = tmp_path / f".out.partial-{os.getppid()}"
+    other.mkdir()
+    pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "out"])
