@@ -47,8 +47,6 @@ class MPQConfig(QuantizationConfigMixin):
 class MPQQuantizer(HfQuantizer):
     """Puts packed modules into a model that transformers is about to load."""
 
-    requires_calibration = True  # a dense model is packed by mpq_kernels.pack, not while it loads
-
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before a model is built."""
         if not self.pre_quantized:

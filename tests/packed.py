@@ -19,7 +19,7 @@ UNIFORM = Plan.from_dict({"version": 1, "default": {"bits": 4, "group_size": -1}
 
 
 def mixed_plan(path):
-    """Widths by regex and by name, a kept module, column segments, a permutation, q/k/v fused where the family has it."""
+    """Widths by regex and name, a kept module, column segments, a permutation; q/k/v fused where they are apart."""
     linears = SourceCheckpoint.open(path).linears()
     names = [spec.name for spec in linears]
     last = next(spec for spec in linears if spec.name.endswith(("layers.1.mlp.down_proj", "layers.1.mlp.fc2")))

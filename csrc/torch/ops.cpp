@@ -37,13 +37,18 @@ cpu::Isa current_isa() {
   return static_cast<cpu::Isa>(isa);
 }
 
+// Below this many multiplications a second thread costs more than it saves: waking one takes about 5 us, in which one
+// thread does about this much (benchmarks/test_linear_benchmark.py, 256 x 256 against 4096 x 4096 at M = 1).
+constexpr int64_t kSerialWork = 1 << 17;
+
 // Torch's own thread pool, so that the threads of the model and of these kernels never compete.
-const cpu::Parallel kTorchPool = {
-    [](void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
-      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { task(ctx, begin, end); });
-    },
-    nullptr,
-};
+cpu::Parallel torch_pool(int64_t work) {
+  if (work < kSerialWork) return {nullptr, nullptr};
+  return {[](void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { task(ctx, begin, end); });
+          },
+          nullptr};
+}
 
 cpu::DType to_dtype(ScalarType type, const char* name) {
   switch (type) {
@@ -178,7 +183,7 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   const int64_t workspace_floats = static_cast<int64_t>(args.workspace_bytes / sizeof(float)) + 1;
   Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
   args.workspace = workspace.data_ptr();
-  check_status(cpu::linear(args, current_isa(), kTorchPool));
+  check_status(cpu::linear(args, current_isa(), torch_pool(args.M * in_features * out_features)));
   return y;
 }
 
@@ -188,7 +193,7 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   const WeightView view(qweight, scales, zeros, perm, segments, out_features, in_features);
   const cpu::DType out_dtype = to_dtype(dtype, "dtype");
   Tensor out = torch::stable::new_empty(qweight, std::vector<int64_t>{out_features, in_features}, dtype);
-  check_status(cpu::dequantize(view.weight, out.data_ptr(), out_dtype, current_isa(), kTorchPool));
+  check_status(cpu::dequantize(view.weight, out.data_ptr(), out_dtype, current_isa(), torch_pool(in_features * out_features)));
   return out;
 }
 

@@ -1,0 +1,98 @@
+"""Imports go downwards only, and importing the package asks nothing of the machine."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mpq_kernels"
+
+# Lowest first. Modules of one row may import each other; a module may import from its own row and from rows above it
+# in this list.
+LAYERS = (
+    ("errors",),
+    ("formats", "files"),
+    ("layout",),
+    ("weights",),
+    ("packing", "reference", "safetensors_io", "shards", "schema", "modelmap", "source"),
+    ("plan", "resolve"),
+    ("quantize",),
+    ("checkpoint", "outdir", "report"),
+    ("ops",),
+    ("backends",),
+    ("linear", "fused"),
+    ("pack", "packjob", "replace"),
+    ("hf",),
+    ("model", "evaluate"),
+    ("__init__",),
+    ("cli", "__main__"),
+)
+LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    """Row entry of a file: its first component below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path):
+    """First components of the package that a file imports at run time, with line numbers."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for node in ast.walk(test)
+    }
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mpq_kernels":
+            names = [node.module.partition(".")[2]] if "." in node.module else [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name.split(".")[0], node.lineno
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    here = part(path)
+    assert here in LEVEL, f"{here} has no row in LAYERS"
+    for name, line in imported(path):
+        if name in LEVEL and name != here:
+            assert LEVEL[name] <= LEVEL[here], f"{path.name}:{line} imports {name}, which is above it"
+
+
+def test_formats_needs_only_the_standard_library():
+    tree = ast.parse((PACKAGE / "formats.py").read_text())
+    names = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert names <= set(sys.stdlib_module_names)
+
+
+def test_import_touches_no_device_and_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # any import of it fails
+import torch
+def refuse(*args, **kwargs): raise AssertionError("a device was asked for")
+for name in ("init", "_lazy_init", "is_available", "device_count", "get_device_capability", "current_device"):
+    setattr(torch.cuda, name, refuse)
+import mpq_kernels
+assert mpq_kernels.MixedLinear
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
