@@ -1,7 +1,7 @@
 """Builds the two compiled parts with ninja. Everything else about the package stands in pyproject.toml.
 
-    mpq_kernels/_ops.so     torch operators over the CPU kernels. Uses only the LibTorch stable ABI, so one binary serves
-                            torch 2.11 and later; it has no Python in it and is loaded by torch.ops.load_library.
+    mpq_kernels/_ops.so     torch operators over the CPU kernels. Only the LibTorch stable ABI, so one binary serves
+                            torch 2.11 and later; no Python in it; torch.ops.load_library loads it.
     mpq_kernels/_host.*.so  pybind11 module: packing, unpacking, layout identity.
 
 Both include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py.
@@ -67,7 +67,7 @@ def layout_header(formats) -> str:
         out.append(f"constexpr int kDtype{name} = {formats.SCALE_DTYPES.index(dtype)};")
     out.append("// Place of row n of a supertile in its block of scales.")
     out.append(f"constexpr uint8_t kRowPosition[{formats.TILE_N}] = {braces(position)};")
-    out.append("// kSource<width>[word * (32 / width) + i] = n * 64 + k of the code whose field is the i-th of the word.")
+    out.append("// kSource<width>[word * (32 / width) + i] = n * 64 + k of the code in the i-th field of the word.")
     for width in formats.PLANE_WIDTHS:
         per_word = formats.WORD_BITS // width
         source = [0] * formats.TILE_CODES

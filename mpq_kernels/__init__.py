@@ -7,19 +7,13 @@
 Importing this package also makes `AutoModelForCausalLM.from_pretrained` understand packed directories.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from .errors import CheckpointError, FormatError, MPQError, PlanError, QuantizeError, UnsupportedError
 from .linear import MixedLinear
 from .model import load
 from .pack import pack
 from .plan import Plan
 from .replace import replace_linears
-
-try:
-    __version__ = version("mpq_kernels")
-except PackageNotFoundError:  # run from a source tree that was built in place
-    __version__ = "0.1.0"
+from .version import VERSION as __version__
 
 __all__ = [
     "CheckpointError",

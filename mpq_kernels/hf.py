@@ -1,7 +1,7 @@
 """The transformers side: after `import mpq_kernels`, `from_pretrained` and `save_pretrained` work on packed models.
 
-transformers builds the model on the meta device, asks the quantizer to change it, and then fills tensors by name. So the
-packed modules are put in place first, with the very tensors that the checkpoint stores, and nothing is converted.
+transformers builds the model on the meta device, asks the quantizer to change it, and then fills tensors by name. So
+the packed modules are put in place first, with the very tensors that the checkpoint stores; nothing is converted.
 transformers only warns about a packed tensor that is missing, and may not see that one is misshapen; here both are
 errors, found in the file headers before anything is allocated.
 """
@@ -35,7 +35,7 @@ class MPQConfig(QuantizationConfigMixin):
 
     def __init__(self, **data: Any) -> None:
         # Unchecked, because transformers also builds it only to print a config; `packing` checks.
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers lists only its own methods
         for key, value in data.items():
             setattr(self, key, value)
 
@@ -47,10 +47,14 @@ class MPQConfig(QuantizationConfigMixin):
 class MPQQuantizer(HfQuantizer):
     """Puts packed modules into a model that transformers is about to load."""
 
+    quantization_config: MPQConfig
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before a model is built."""
         if not self.pre_quantized:
-            raise UnsupportedError("a dense model is not packed while it loads: use mpq_kernels.pack, then load the result")
+            raise UnsupportedError(
+                "a dense model is not packed while it loads: use mpq_kernels.pack, then load the result"
+            )
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UnsupportedError("packed modules cannot be offloaded to disk: map every module to a device")
@@ -114,7 +118,9 @@ def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
-            raise CheckpointError(f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?")
+            raise CheckpointError(
+                f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?"
+            )
         if (linear.out_features, linear.in_features) != (n, module.layout.in_features):
             raise CheckpointError(
                 f"{name} is packed as {n} x {module.layout.in_features}, the model wants {linear.out_features} x "
@@ -122,7 +128,9 @@ def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
             )
         biases.append(linear.bias is not None)
     if any(biases) != module.bias:
-        raise CheckpointError(f"{module.name}: stored {'with' if module.bias else 'without'} a bias, unlike the model's")
+        raise CheckpointError(
+            f"{module.name}: stored {'with' if module.bias else 'without'} a bias, unlike the model's"
+        )
 
 
 def register() -> None:

@@ -1,6 +1,6 @@
 """`MixedLinear`: a drop-in for nn.Linear that holds a packed weight of one or several widths.
 
-    y[M, N] = x[M, K] @ W[N, K].T + bias        W stays packed; nothing is repacked, cast or derived at load
+y[M, N] = x[M, K] @ W[N, K].T + bias        W stays packed; nothing is repacked, cast or derived at load
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class MixedLinear(nn.Module):
         backend: str | None = None,
     ) -> MixedLinear:
         """Layer over existing packed tensors, without a copy. bias: [N] or None."""
-        layer = cls(weight.layout, bias is not None, dtype or (bias.dtype if bias is not None else None), "meta", backend)
+        layer = cls(
+            weight.layout, bias is not None, dtype or (bias.dtype if bias is not None else None), "meta", backend
+        )
         layer.assign(weight, bias)
         return layer
 
@@ -233,7 +235,7 @@ class PackedLinearFunction(torch.autograd.Function):
         return linear(x, *weight, bias, *shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad_x = grad @ W, grad_bias = the sum of grad over tokens."""
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:

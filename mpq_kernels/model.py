@@ -34,7 +34,7 @@ def load(
     checkpoint = PackedCheckpoint.open(path)
     for module in checkpoint.modules.values():
         select(module.layout, torch.device(device).type, backend)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype or "auto",
         local_files_only=True,
@@ -42,6 +42,7 @@ def load(
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, report = loaded
     problems = {key: sorted(map(str, value)) for key, value in report.items() if value}
     if problems:
         raise CheckpointError(

@@ -25,9 +25,10 @@ from .reference import dequantize
 from .report import ModuleReport, PackReport
 from .resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
 from .safetensors_io import Spec, nbytes, storage_order
-from .schema import Member, PackedModule, PackingConfig
+from .schema import PackedModule, PackingConfig
 from .shards import SINGLE_FILE
 from .source import SourceCheckpoint
+from .version import VERSION
 from .weights import TORCH_DTYPES, QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
@@ -180,11 +181,11 @@ class PackJob:
         """config.json of the output: that of the source, and how its weights are packed."""
         modules = {}
         for weight in self.resolved.weights:
-            members = _members(weight) if weight.fused else None
+            members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
                 weight.name, weight.layout, self._bias_dtype(weight) is not None, members
             )
-        packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, _producer())
+        packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
         # auto_map names code files; none is carried along.
         config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
         if not {config.get("dtype"), config.get("torch_dtype")} - {None, "auto"}:
@@ -234,16 +235,6 @@ def relative_error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
     return float(off / norm)
 
 
-def _members(weight: ResolvedWeight) -> tuple[Member, ...]:
-    lead = weight.name.rpartition(".")[0]
-    rows, out = 0, []
-    for member in weight.members:
-        name = member.spec.name.removeprefix(f"{lead}.") if lead else member.spec.name
-        out.append(Member(name, rows, rows + member.spec.out_features))
-        rows += member.spec.out_features
-    return tuple(out)
-
-
 def _kept_tensors(source: SourceCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
     """Name in the output -> stored name, of every tensor that stays as it is.
 
@@ -257,9 +248,3 @@ def _kept_tensors(source: SourceCheckpoint, resolved: ResolvedPlan) -> dict[str,
         kept.pop(tied.tied_source, None)
         kept[tied.tied_target] = tied.tied_source
     return kept
-
-
-def _producer() -> str:
-    from . import __version__  # not at the top: this module is imported while the package is
-
-    return f"mpq_kernels {__version__}"

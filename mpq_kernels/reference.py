@@ -57,8 +57,10 @@ def linear(
     return torch.nn.functional.linear(x.to(dtype), dequantize(weight, dtype), None if bias is None else bias.to(dtype))
 
 
-def error_bound(x: torch.Tensor, weight: QuantizedWeight | PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Largest |y - linear(x)| that fp32 accumulation in any order, and one rounding to x.dtype, can make. fp64 (..., N).
+def error_bound(
+    x: torch.Tensor, weight: QuantizedWeight | PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Largest |y - linear(x)| that fp32 accumulation in any order, and one rounding to x.dtype, can make: fp64 (.., N).
 
     A sum of n products is off by at most gamma_n = n u / (1 - n u) times the sum of the magnitudes of its terms
     (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u = 2**-24. Kernels sum codes and zeros
@@ -66,9 +68,7 @@ def error_bound(x: torch.Tensor, weight: QuantizedWeight | PackedWeight, bias: t
     additions, the product, the zero, the scale, the bias.
     """
     quantized = unpack(weight) if isinstance(weight, PackedWeight) else weight
-    magnitudes = tuple(
-        (n0, k0, _magnitude_block(block)) for n0, k0, block in quantized.blocks
-    )
+    magnitudes = tuple((n0, k0, _magnitude_block(block)) for n0, k0, block in quantized.blocks)
     layout = quantized.layout
     total = torch.empty(layout.out_features, layout.in_features, dtype=torch.float64)
     for n0, k0, block in magnitudes:

@@ -15,7 +15,6 @@ from .packing import pack
 from .plan import Plan
 from .quantize import quantize_weight
 from .resolve import ResolvedWeight, resolve
-from .schema import Member
 from .source import LinearSpec
 from .weights import QuantizedWeight
 
@@ -62,7 +61,7 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
     """Every nn.Linear of a model, in module order."""
     head = None
     if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return [
         LinearSpec(
@@ -75,7 +74,7 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
             tied=f"{name}.weight" in tied,
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if type(module) is nn.Linear  # a subclass may compute something else
     ]
 
 
@@ -83,7 +82,7 @@ def quantize_modules(
     model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
 ) -> MixedLinear:
     """Packed layer over the nn.Linear modules that one resolved weight names."""
-    linears = [model.get_submodule(member.spec.name) for member in weight.members]
+    linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
@@ -94,18 +93,14 @@ def quantize_modules(
     bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
     if not weight.fused:
         return MixedLinear.from_packed(packed, bias, dtype, backend)
-    return FusedLinear.from_members(packed, members_of(weight), bias, dtype, backend)
+    return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend)
 
 
-def members_of(weight: ResolvedWeight) -> list[Member]:
-    """Names relative to the parent module, and rows, of the members of a fused weight."""
-    parent = weight.name.rpartition(".")[0]
-    out, row = [], 0
-    for member in weight.members:
-        rows = member.spec.out_features
-        out.append(Member(member.spec.name.removeprefix(f"{parent}.") if parent else member.spec.name, row, row + rows))
-        row += rows
-    return out
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise FormatError(f"{name} is a {type(module).__name__}, not an nn.Linear: was the model changed meanwhile?")
+    return module
 
 
 def stack_biases(biases: list[torch.Tensor | None], rows: list[int]) -> torch.Tensor | None:

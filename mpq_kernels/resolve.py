@@ -16,6 +16,7 @@ from .errors import FormatError, PlanError
 from .formats import KEPT_BITS, TILE_K, TILE_N
 from .layout import Segment, SizeBreakdown, WeightLayout
 from .plan import REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
+from .schema import Member
 
 if TYPE_CHECKING:
     from .source import LinearSpec
@@ -41,6 +42,16 @@ class ResolvedWeight:
     members: tuple[ResolvedMember, ...]
     layout: WeightLayout
     fused: bool = False
+
+    def member_rows(self) -> tuple[Member, ...]:
+        """Names of the members beside the fused weight, and their rows in it."""
+        parent = self.name.rpartition(".")[0]
+        rows, out = 0, []
+        for member in self.members:
+            name = member.spec.name.removeprefix(f"{parent}.") if parent else member.spec.name
+            out.append(Member(name, rows, rows + member.spec.out_features))
+            rows += member.spec.out_features
+        return tuple(out)
 
 
 @dataclass(frozen=True)

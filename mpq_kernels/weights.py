@@ -9,7 +9,7 @@ came from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -156,7 +156,7 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device; dtypes never change."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        return PackedWeight(self.layout, **moved)
 
     def size(self) -> SizeBreakdown:
         """Stored bits by purpose, checked against the bytes of the tensors themselves."""

@@ -10,7 +10,7 @@ ISAS = torch.ops.mpq.cpu_isas().split(",")
 
 @pytest.fixture(autouse=True)
 def poison():
-    """torch.empty gives NaN, so that an output element which nobody wrote is found; and no test leaves a seed behind."""
+    """torch.empty gives NaN, so that an output element which nobody wrote is found; every test has the same seed."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mpq_kernels"
 # Lowest first. Modules of one row may import each other; a module may import from its own row and from rows above it
 # in this list.
 LAYERS = (
-    ("errors",),
+    ("errors", "version"),
     ("formats", "files"),
     ("layout",),
     ("weights",),

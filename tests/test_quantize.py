@@ -165,11 +165,11 @@ def test_float_zeros_reach_a_range_away_from_zero(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("spec", [BlockSpec(3, 64, z, "float16") for z in ZERO_KINDS] + [BlockSpec(2, -1)], ids=str)
 def test_same_result_for_any_number_of_threads_and_chunks(spec: BlockSpec, method: str, monkeypatch) -> None:
-    w = torch.randn(48, 4096, generator=torch.Generator().manual_seed(5))
+    w = torch.randn(64, 2048, generator=torch.Generator().manual_seed(5))  # torch splits work above 32768 values
     before = torch.get_num_threads()
     results = []
     try:
-        for threads, chunk in ((1, 2**18), (2, 2**18), (2, 2**13)):
+        for threads, chunk in ((1, 2**18), (2, 2**18), (2, 2**15)):
             torch.set_num_threads(threads)
             monkeypatch.setattr(blocks, "CHUNK_WEIGHTS", chunk)
             results.append(quantize_block(w, spec, method))
@@ -182,7 +182,7 @@ def test_same_result_for_any_number_of_threads_and_chunks(spec: BlockSpec, metho
 
 
 def test_one_long_row_does_not_depend_on_threads() -> None:
-    w = torch.randn(1, 131072, generator=torch.Generator().manual_seed(6))
+    w = torch.randn(1, 65536, generator=torch.Generator().manual_seed(6))
     before = torch.get_num_threads()
     results = []
     try:

@@ -24,7 +24,10 @@ def _dequantize(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    table = [Segment(*segments[i : i + 6], ZERO_KINDS[segments[i + 6]]) for i in range(0, len(segments), 7)]
+    table = []
+    for i in range(0, len(segments), 7):
+        n0, n1, k0, k1, bits, group_size, zero = segments[i : i + 7]
+        table.append(Segment(n0, n1, k0, k1, bits, group_size, ZERO_KINDS[zero]))
     layout = WeightLayout(out_features, in_features, tuple(table), DTYPE_NAMES[scales.dtype], perm is not None)
     return reference.dequantize(PackedWeight(layout, qweight, scales, zeros, perm), dtype)
 

@@ -114,9 +114,11 @@ def storable(scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> tuple[
 
 
 def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
-    """Scales [G, 1] rounded to the stored dtype. Raises QuantizeError when one is out of range for it."""
+    """Scales [G, 1], none 0, rounded to the stored dtype. Raises QuantizeError when one is out of range for it."""
     stored = scale.to(TORCH_DTYPES[spec.scale_dtype]).float()
     bad = ~torch.isfinite(stored) | ((stored - scale).abs() > MAX_SCALE_LOSS * scale.abs())
+    # Below this the fp32 value itself has lost digits, or all of them.
+    bad |= scale.abs() < torch.finfo(torch.float32).smallest_normal
     if not bool(bad.any()):
         return stored
     value = float(scale[bad][0])

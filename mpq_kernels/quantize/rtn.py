@@ -51,14 +51,14 @@ def _symmetric(
     groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     zero = torch.full_like(low, spec.symmetric_zero)
+    empty = (high == 0) & (low == 0)
     if spec.bits == 1:
-        # No code of one bit means 0, so a group of zeros needs the scale 0.
-        return checked_scale(groups.abs().mean(1, keepdim=True) * 2, spec), zero
+        scale = checked_scale(torch.where(empty, 1.0, groups.abs().mean(1, keepdim=True) * 2), spec)
+        return torch.where(empty, 0.0, scale), zero  # no code of one bit means 0, so a group of zeros has the scale 0
     below = float(spec.symmetric_zero)
     above = below - 1
     sign = torch.where(high > -low, -1.0, 1.0)
     large, small = torch.maximum(high, -low), torch.minimum(high, -low)
-    empty = large == 0
     best = None
     for steps in (torch.maximum(large / below, small / above), large / (below - 0.5)):
         scale = checked_scale(torch.where(empty, 1.0, steps * sign), spec)

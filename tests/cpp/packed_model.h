@@ -22,9 +22,9 @@ int failures = 0;
 long checks = 0;
 std::mt19937 rng(1);
 
-void check(bool ok, const std::string& what) {
+void check(bool ok, const std::string& where, const char* what) {
   ++checks;
-  if (!ok && ++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+  if (!ok && ++failures <= 20) std::printf("FAILED: %s: %s\n", where.c_str(), what);
 }
 
 double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(rng); }

@@ -52,8 +52,8 @@ struct Call {
                     bias_dtype, y.data(), nullptr, 0};
     Buffer workspace(linear_workspace_bytes(args), odd);
     args.workspace = workspace.data(), args.workspace_bytes = workspace.size;
-    check(linear(args, isa, parallel) == kOk, name + ": error code");
-    check(y.intact() && workspace.intact(), name + ": wrote outside y or the workspace");
+    check(linear(args, isa, parallel) == kOk, name, "error code");
+    check(y.intact() && workspace.intact(), name, "wrote outside y or the workspace");
     return y.bytes;
   }
 };
@@ -69,7 +69,7 @@ void check_one_hot(Model& model, Isa isa, int64_t M, bool odd, const std::string
     call.run(kSerial);
     for (int64_t i = 0; i < M * model.N; ++i) {
       const float* want = &model.w[i % model.N * model.K + columns[i / model.N]];
-      check(!std::memcmp(call.y_at(i / model.N, i % model.N), want, 4), call.name);
+      check(!std::memcmp(call.y_at(i / model.N, i % model.N), want, 4), call.name, "not the bits of W");
     }
   }
 }
@@ -89,30 +89,29 @@ void check_random(Model& model, Isa isa, DType dtype, int64_t M, bool bias, bool
       }
       // K + 16 fp32 roundings of terms that add up to at most `size`, and one rounding to the output dtype.
       const double bound = (model.K + 16) * 0x1p-24 * size + unit * std::fabs(sum) * 1.01 + 0x1p-25;
-      check(std::fabs(decode(call.y_at(m, n), dtype) - sum) <= bound, call.name + ": value");
+      check(std::fabs(decode(call.y_at(m, n), dtype) - sum) <= bound, call.name, "value");
     }
   }
-  check(call.run(kThreads) == first, call.name + ": 1 and 3 threads differ");
+  check(call.run(kThreads) == first, call.name, "1 and 3 threads differ");
   if (M < 2) return;
   const int64_t bad = below(static_cast<int>(M));
   encode(below(2) ? NAN : INFINITY, dtype, call.x_at(bad, below(static_cast<int>(model.K))));
   const std::vector<unsigned char> poisoned = call.run(kSerial);
   const size_t row = static_cast<size_t>(model.N) * bytes_of(dtype), start = call.y.shift;
   for (int64_t m = 0; m < M; ++m) {
-    check(m == bad || !std::memcmp(&poisoned[start + m * row], &first[start + m * row], row),
-          call.name + ": NaN spread");
+    check(m == bad || !std::memcmp(&poisoned[start + m * row], &first[start + m * row], row), call.name, "NaN spread");
   }
 }
 
 void check_dequantize(Model& model, Isa isa, DType dtype, bool odd, const std::string& label) {
   Buffer out(static_cast<size_t>(model.N * model.K) * bytes_of(dtype), odd);
   const std::string name = label + " dequantize " + isa_name(isa);
-  check(dequantize(model.weight(), out.data(), dtype, isa, kThreads) == kOk, name + ": error code");
-  check(out.intact(), name + ": wrote outside");
+  check(dequantize(model.weight(), out.data(), dtype, isa, kThreads) == kOk, name, "error code");
+  check(out.intact(), name, "wrote outside");
   for (int64_t i = 0; i < model.N * model.K; ++i) {
     unsigned char want[4];
     encode(model.w[i], dtype, want);
-    check(!std::memcmp(out.data() + i * bytes_of(dtype), want, bytes_of(dtype)), name);
+    check(!std::memcmp(out.data() + i * bytes_of(dtype), want, bytes_of(dtype)), name, "not the bits of W");
   }
 }
 
@@ -201,7 +200,7 @@ int check_conversions() {
       call.run(kSerial);
       for (int i = 0; i < 65536; ++i) {
         const double want = decode(call.x_at(i, 0), dtype), got = decode(call.y_at(i, 0), dtype);
-        check(got == want || (std::isnan(want) && std::isnan(got)), call.name + " of " + std::to_string(i));
+        check(got == want || (std::isnan(want) && std::isnan(got)), call.name, "value");
       }
     }
   }
@@ -237,23 +236,24 @@ void check_errors() {
   Model model = make_model({{2, {{64, 4, 64, kZeroNone}, {6, 2, 3, kZeroNone}}}}, DType::kF16, false, false);
   float x[70] = {}, y[2] = {7.0f, 7.0f};
   LinearArgs args{x, DType::kF32, 0, 70, model.weight(), nullptr, DType::kF32, y, nullptr, 0};
-  check(linear_workspace_bytes(args) == 0 && linear(args, Isa::kPortable, kSerial) == kOk && y[0] == 7.0f, "M=0");
+  check(linear_workspace_bytes(args) == 0 && linear(args, Isa::kPortable, kSerial) == kOk && y[0] == 7.0f, "errors",
+        "M=0");
   args.M = 1;
   std::vector<char> workspace(linear_workspace_bytes(args));
   args.workspace = workspace.data();
   args.workspace_bytes = workspace.size() - 1;
-  check(linear(args, Isa::kPortable, kSerial) == kErrorWorkspace, "short workspace");
+  check(linear(args, Isa::kPortable, kSerial) == kErrorWorkspace, "errors", "short workspace");
   LinearArgs many = args;
   many.M = 1 << 20;
-  check(linear_workspace_bytes(many) <= 192 * 128 * 4 + 64, "workspace grows without limit");
+  check(linear_workspace_bytes(many) <= 192 * 128 * 4 + 64, "errors", "workspace grows without limit");
   args.workspace_bytes = workspace.size();
-  check(linear(args, Isa::kPortable, kSerial) == kOk, "valid call");
+  check(linear(args, Isa::kPortable, kSerial) == kOk, "errors", "valid call");
   const auto expect = [&](int want, auto change, const char* what) {
     Model copy = model;
     LinearArgs bad = args;
     bad.weight.segments = copy.segments.data();
     change(bad, copy.segments);
-    check(linear(bad, Isa::kPortable, kSerial) == want && std::strlen(error_text(want)) > 5, what);
+    check(linear(bad, Isa::kPortable, kSerial) == want && std::strlen(error_text(want)) > 5, "errors", what);
   };
   expect(kErrorShape, [](LinearArgs& a, auto&) { a.M = -1; }, "negative M");
   expect(kErrorNull, [](LinearArgs& a, auto&) { a.x = nullptr; }, "null x");
