@@ -13,7 +13,7 @@ struct Index {
 
 // body(Index<0>) ... body(Index<3>): shift counts and shuffles have to be compile-time constants.
 template <typename Body>
-MPQ_INLINE void for_each_byte(Body body) {
+MPQ_INLINE void for_each_of_4(Body body) {
   body(Index<0>{});
   body(Index<1>{});
   body(Index<2>{});
@@ -36,15 +36,14 @@ inline Stripe stripe_of(const Segment& segment, int64_t row_tile) {
   return stripe;
 }
 
-// Words of plane P of one chunk (16 columns), lanes (q, t) of the part, row group g.
-template <int Bits, int P>
+// Words of plane P of one chunk (16 columns), the C-th of its supertile: lanes (q, t) of the part, row group g.
+template <int Bits, int P, int C>
 MPQ_INLINE I load_plane(const Stripe& stripe, int64_t chunk, int g, int part) {
   constexpr int width = kPlaneWidth[Bits][P];
-  const int c = static_cast<int>(chunk & 3);
-  const uint32_t* tile = stripe.planes[P] + (chunk >> 2) * 128 * width;
-  if constexpr (width == 4) return load_plane4(tile + c * 128 + g * 16, part);
-  if constexpr (width == 2) return load_plane2(tile + (c >> 1) * 128 + g * 16, c, part);
-  if constexpr (width == 1) return load_plane1(tile + g * 16, c, part);
+  const uint32_t* words = stripe.planes[P] + chunk * width / 4 * 128 + g * 16;  // 4 / width chunks share their words
+  if constexpr (width == 4) return load_plane4(words, part);
+  if constexpr (width == 2) return load_plane2<C>(words, part);
+  if constexpr (width == 1) return load_plane1<C>(words, part);
 }
 
 // Bit of a byte where a merged code of row half H starts. Dirty decoders may leave it where the widest plane has it.
@@ -86,13 +85,19 @@ MPQ_INLINE I merge(const I (&words)[3]) {
   return out;
 }
 
-// out[h] = merged words of the rows 16 t + 8 h + g.
+// True if C does not matter to load_codes: every chunk has its own words.
 template <int Bits>
+constexpr bool chunks_have_words() {
+  return kPlaneWidth[Bits][kPlaneCount[Bits] - 1] == 4;
+}
+
+// out[h] = merged words of the rows 16 t + 8 h + g of one chunk, the C-th of its supertile.
+template <int Bits, int C>
 MPQ_INLINE void load_codes(const Stripe& stripe, int64_t chunk, int g, int part, I (&out)[2]) {
   I words[3] = {};
-  words[0] = load_plane<Bits, 0>(stripe, chunk, g, part);
-  if constexpr (kPlaneCount[Bits] > 1) words[1] = load_plane<Bits, 1>(stripe, chunk, g, part);
-  if constexpr (kPlaneCount[Bits] > 2) words[2] = load_plane<Bits, 2>(stripe, chunk, g, part);
+  words[0] = load_plane<Bits, 0, C>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 1) words[1] = load_plane<Bits, 1, C>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 2) words[2] = load_plane<Bits, 2, C>(stripe, chunk, g, part);
   out[0] = merge<Bits, 0>(words);
   out[1] = merge<Bits, 1>(words);
 }

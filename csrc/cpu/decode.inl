@@ -16,38 +16,47 @@ struct Tokens {
   int64_t stride;
 };
 
-// acc[g - g0][h][m] += codes * x over the chunks [begin, end).
+// acc[g - g0][h][m] += codes * x of one chunk, the C-th of its supertile.
+template <int Bits, int C, int M, int G>
+MPQ_INLINE void accumulate_chunk(const Stripe& stripe, int64_t chunk, const Tokens& x, int g0, F (&acc)[G][2][M]) {
+#pragma GCC unroll 1
+  for (int part = 0; part < 16 / kLanes; ++part) {
+    F xs[4][M];
+    for_each_of_4([&](auto j) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) xs[j.value][m] = spread_x<j.value>(x.chunks + 16 * chunk + m * x.stride, part);
+    });
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      I codes[2];
+      load_codes<Bits, C>(stripe, chunk, g0 + g, part, codes);
+      for_each_of_4([&](auto j) __attribute__((always_inline)) {
+        const F top = code_floats<Bits, 0, j.value>(codes[0]);
+        const F bottom = code_floats<Bits, 1, j.value>(codes[1]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          acc[g][0][m] = fma(top, xs[j.value][m], acc[g][0][m]);
+          acc[g][1][m] = fma(bottom, xs[j.value][m], acc[g][1][m]);
+        }
+      });
+    }
+  }
+}
+
+// acc += codes * x over the chunks [begin, end).
 template <int Bits, int M, int G>
 MPQ_INLINE void accumulate(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end, int g0,
                            F (&acc)[G][2][M]) {
-  constexpr int P = G > 1 ? PAIR : 1;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-#pragma GCC unroll 4
-    for (int part = 0; part < 16 / kLanes; ++part) {
-      F xs[4][M];
-      for_each_byte([&](auto j) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) xs[j.value][m] = spread_x<j.value>(x.chunks + m * x.stride + 16 * chunk, part);
-      });
-#pragma GCC unroll 8
-      for (int g = 0; g < G; g += P) {
-        I codes[P][2];
-#pragma GCC unroll 2
-        for (int i = 0; i < P; ++i) load_codes<Bits>(stripe, chunk, g0 + g + i, part, codes[i]);
-        for_each_byte([&](auto j) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-          for (int i = 0; i < P; ++i) {
-            const F top = code_floats<Bits, 0, j.value>(codes[i][0]);
-            const F bottom = code_floats<Bits, 1, j.value>(codes[i][1]);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) {
-              acc[g + i][0][m] = fma(top, xs[j.value][m], acc[g + i][0][m]);
-              acc[g + i][1][m] = fma(bottom, xs[j.value][m], acc[g + i][1][m]);
-            }
-          }
-        });
-      }
-    }
+  if constexpr (chunks_have_words<Bits>()) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) accumulate_chunk<Bits, 0>(stripe, chunk, x, g0, acc);
+    return;
+  }
+  for (int64_t tile = begin / 4; 4 * tile < end; ++tile) {
+    for_each_of_4([&](auto c) __attribute__((always_inline)) {
+      const int64_t chunk = 4 * tile + c.value;
+      if (chunk < begin || chunk >= end) return;
+      accumulate_chunk<Bits, c.value>(stripe, chunk, x, g0, acc);
+    });
   }
 }
 
@@ -61,30 +70,29 @@ MPQ_INLINE F sum_x(const float* chunks, int64_t begin, int64_t end) {
 }
 
 // totals[m][2 g + h] += scale * (codes * x - zero * sum x) over a span of chunks inside one group.
+//
+// Not inlined: GCC would hoist the loads of scales and zeros out of the loop over spans and spill all of them.
 template <int Bits, int M>
-MPQ_INLINE void add_span(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end, const GroupParams& params,
-                         F (&totals)[M][16]) {
+__attribute__((noinline)) void add_span(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end,
+                                        const GroupParams& params, F (&totals)[M][16]) {
   constexpr int G = kRowGroups[M];
   F xsum[M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) xsum[m] = sum_x(x.chunks + m * x.stride, begin, end);
+  for (int m = 0; m < M; ++m) xsum[m] = sub(zeros_f(), sum_x(x.chunks + m * x.stride, begin, end));
   for (int g0 = 0; g0 < 8; g0 += G) {
     F acc[G][2][M];
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * G; ++i) {
+      const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[g][0][m] = acc[g][1][m] = zeros_f();
+      for (int m = 0; m < M; ++m) acc[i >> 1][i & 1][m] = mul(zero, xsum[m]);
     }
     accumulate<Bits, M, G>(stripe, x, begin, end, g0, acc);
 #pragma GCC unroll 16
     for (int i = 0; i < 2 * G; ++i) {
       const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
-      const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const F centered = fnma(zero, xsum[m], acc[i >> 1][i & 1][m]);
-        totals[m][2 * g0 + i] = fma(scale, centered, totals[m][2 * g0 + i]);
-      }
+      for (int m = 0; m < M; ++m) totals[m][2 * g0 + i] = fma(scale, acc[i >> 1][i & 1][m], totals[m][2 * g0 + i]);
     }
   }
 }

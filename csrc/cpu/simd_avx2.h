@@ -78,18 +78,18 @@ MPQ_INLINE I load_words(const uint32_t* words, int part) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 8 * part));
 }
 
-// The words of lanes (q, t) of one chunk c; words points at the 16 words of row group g.
+// The words of lanes (q, t) of chunk C of a supertile; words points at the 16 words of row group g.
 MPQ_INLINE I load_plane4(const uint32_t* words, int part) { return load_words(words, part); }
 
-MPQ_INLINE I load_plane2(const uint32_t* words, int c, int part) {
-  const I index = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 1, 1, 4, 4, 5, 5), _mm256_set1_epi32(2 * (c & 1)));
-  const I lanes = _mm256_permutevar8x32_epi32(load_words(words, part), index);
+template <int C>
+MPQ_INLINE I load_plane2(const uint32_t* words, int part) {
+  const I lanes = _mm256_shuffle_epi32(load_words(words, part), C & 1 ? 0xfa : 0x50);
   return _mm256_srlv_epi32(lanes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
 }
 
-MPQ_INLINE I load_plane1(const uint32_t* words, int c, int part) {
-  const I index = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4), _mm256_set1_epi32(c));
-  const I lanes = _mm256_permutevar8x32_epi32(load_words(words, part), index);
+template <int C>
+MPQ_INLINE I load_plane1(const uint32_t* words, int part) {
+  const I lanes = _mm256_shuffle_epi32(load_words(words, part), C * 0x55);
   return _mm256_srlv_epi32(lanes, _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6));
 }
 

@@ -13,7 +13,7 @@ namespace {
 using F = __m512;
 using I = __m512i;
 constexpr int kLanes = 16;
-constexpr int kRowGroups[5] = {0, 8, 4, 2, 2};  // g values whose accumulators fit in registers, for M = 1..4
+constexpr int kRowGroups[5] = {0, 8, 4, 2, 1};  // g values whose accumulators fit in registers, for M = 1..4
 constexpr int kTileVectors = 4;                 // vectors of a row of the fp32 tile that one pass multiplies
 
 // Widths whose codes become floats by a table lookup that ignores the bits above the field; the others need clean
@@ -77,7 +77,7 @@ MPQ_INLINE I keep(I v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_e
 
 // field where mask is set, low elsewhere.
 MPQ_INLINE I select(I low, I field, uint32_t mask) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), field, low, 0xca);
+  return _mm512_ternarylogic_epi32(field, low, _mm512_set1_epi32(static_cast<int>(mask)), 0xe4);
 }
 
 // low | (field & mask)
@@ -85,20 +85,18 @@ MPQ_INLINE I insert(I low, I field, uint32_t mask) {
   return _mm512_ternarylogic_epi32(low, field, _mm512_set1_epi32(static_cast<int>(mask)), 0xf8);
 }
 
-// The words of lanes (q, t) of one chunk c; words points at the 16 words of row group g.
+// The words of lanes (q, t) of chunk C of a supertile; words points at the 16 words of row group g.
 MPQ_INLINE I load_plane4(const uint32_t* words, int /*part*/) { return _mm512_loadu_si512(words); }
 
-MPQ_INLINE I load_plane2(const uint32_t* words, int c, int /*part*/) {
-  const I base = _mm512_setr_epi32(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13);
-  const I index = _mm512_add_epi32(base, _mm512_set1_epi32(2 * (c & 1)));
-  const I lanes = _mm512_permutexvar_epi32(index, _mm512_loadu_si512(words));
+template <int C>
+MPQ_INLINE I load_plane2(const uint32_t* words, int /*part*/) {
+  const I lanes = _mm512_shuffle_epi32(_mm512_loadu_si512(words), static_cast<_MM_PERM_ENUM>(C & 1 ? 0xfa : 0x50));
   return _mm512_srlv_epi32(lanes, _mm512_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4));
 }
 
-MPQ_INLINE I load_plane1(const uint32_t* words, int c, int /*part*/) {
-  const I base = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-  const I index = _mm512_add_epi32(base, _mm512_set1_epi32(c));
-  const I lanes = _mm512_permutexvar_epi32(index, _mm512_loadu_si512(words));
+template <int C>
+MPQ_INLINE I load_plane1(const uint32_t* words, int /*part*/) {
+  const I lanes = _mm512_shuffle_epi32(_mm512_loadu_si512(words), static_cast<_MM_PERM_ENUM>(C * 0x55));
   return _mm512_srlv_epi32(lanes, _mm512_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6, 0, 4, 2, 6, 0, 4, 2, 6));
 }
 

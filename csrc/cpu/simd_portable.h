@@ -67,21 +67,23 @@ MPQ_INLINE uint32_t load_word(const uint32_t* p) {
   return v;
 }
 
-// The words of lanes t of one chunk c; words points at the 16 words of row group g.
+// The words of lanes t of chunk C of a supertile; words points at the 16 words of row group g.
 MPQ_INLINE I load_plane4(const uint32_t* words, int part) {
   I v;
   __builtin_memcpy(&v, words + 4 * part, sizeof v);
   return v;
 }
 
-MPQ_INLINE I load_plane2(const uint32_t* words, int c, int part) {
-  const uint32_t low = load_word(words + 4 * part + 2 * (c & 1));
-  const uint32_t high = load_word(words + 4 * part + 2 * (c & 1) + 1);
+template <int C>
+MPQ_INLINE I load_plane2(const uint32_t* words, int part) {
+  const uint32_t low = load_word(words + 4 * part + 2 * (C & 1));
+  const uint32_t high = load_word(words + 4 * part + 2 * (C & 1) + 1);
   return I{low, low >> 4, high, high >> 4};
 }
 
-MPQ_INLINE I load_plane1(const uint32_t* words, int c, int part) {
-  const uint32_t w = load_word(words + 4 * part + c);
+template <int C>
+MPQ_INLINE I load_plane1(const uint32_t* words, int part) {
+  const uint32_t w = load_word(words + 4 * part + C);
   return I{w, w >> 4, w >> 2, w >> 6};
 }
 

@@ -39,15 +39,16 @@ inline void load_chunk_params(const Segment& s, DType scale_dtype, int64_t row_t
   out.group = first == last ? first : -1;
 }
 
-// tile[16][64] = (code - zero) * scale of one chunk.
-template <int Bits>
-MPQ_INLINE void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& params, float* tile) {
+// tile[16][64] = (code - zero) * scale of one chunk, the C-th of its supertile.
+template <int Bits, int C>
+void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& params, float* tile) {
+#pragma GCC unroll 1
   for (int part = 0; part < 16 / kLanes; ++part) {
     for (int g = 0; g < 8; g += kPairs) {
       I codes[kPairs][2];
 #pragma GCC unroll 2
-      for (int i = 0; i < kPairs; ++i) load_codes<Bits>(stripe, chunk, g + i, part, codes[i]);
-      for_each_byte([&](auto j) __attribute__((always_inline)) {
+      for (int i = 0; i < kPairs; ++i) load_codes<Bits, C>(stripe, chunk, g + i, part, codes[i]);
+      for_each_of_4([&](auto j) __attribute__((always_inline)) {
         F v[2 * kPairs];
 #pragma GCC unroll 2
         for (int i = 0; i < kPairs; ++i) {
@@ -80,11 +81,13 @@ struct TileSource {
 // tile[16 * (end - begin)][64] of the chunks [begin, end) of a segment.
 template <int Bits>
 void dequantize_tile(const TileSource& source, int64_t begin, int64_t end, float* tile) {
+  constexpr void (*kChunks[4])(const Stripe&, int64_t, const ChunkParams&, float*) = {
+      dequantize_chunk<Bits, 0>, dequantize_chunk<Bits, 1>, dequantize_chunk<Bits, 2>, dequantize_chunk<Bits, 3>};
   const Stripe stripe = stripe_of(source.segment, source.row_tile);
   ChunkParams params;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     load_chunk_params(source.segment, source.scale_dtype, source.row_tile, chunk, params);
-    dequantize_chunk<Bits>(stripe, chunk, params, tile + 1024 * (chunk - begin));
+    kChunks[chunk % 4](stripe, chunk, params, tile + 1024 * (chunk - begin));
   }
 }
 
