@@ -43,7 +43,7 @@ def test_packed(benchmark: Any, bits: int, stage: str, shape: tuple[int, int]) -
     benchmark.group = f"{stage} {shape[0]}x{shape[1]}"
     layer = MixedLinear.from_linear(_linear(shape), bits=bits, group_size=64, quantizer="rtn")
     x = torch.randn(TOKENS[stage], shape[1])
-    wanted = torch.nn.functional.linear(x.double(), layer.dequantize(torch.float64))
+    wanted = torch.nn.functional.linear(x.double(), layer.dequantize().double())
     error = (layer(x) - wanted).abs().max() / wanted.abs().max()
     assert error < 1e-2, f"wrong by {error:.2g}: not timed"  # far above rounding, far below a wrong weight
     _run(benchmark, layer, x, layer.layout.size().total_bytes)

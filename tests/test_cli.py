@@ -265,13 +265,12 @@ def test_dry_run_is_exact(run, tmp_path, space, words, tied):
     text = run("pack", dense, tmp_path / "o", *words, "--dry-run").out
     assert sorted(tmp_path.rglob("*")) == before
     run("pack", dense, tmp_path / "o", *words, "--quantizer", "rtn")
-    stored = PackedCheckpoint.open(tmp_path / "o").tensors
-    for tensor in data["tensors"]:
-        entry = stored[tensor["name"]]
-        assert (tensor["bytes"], tensor["shape"]) == (entry.entry.nbytes, list(entry.shape))
-        assert str(entry.dtype) == f"torch.{tensor['dtype']}"
-    assert data["total_bytes"] == sum(tensor.entry.nbytes for tensor in stored.values())
-    assert f"{data['total_bytes']:,} bytes of tensors" in text
+    checkpoint = PackedCheckpoint.open(tmp_path / "o")
+    stored = {name: (str(t.dtype), list(t.shape), t.entry.nbytes) for name, t in checkpoint.tensors.items()}
+    assert {t["name"]: (f"torch.{t['dtype']}", t["shape"], t["bytes"]) for t in data["tensors"]} == stored
+    assert data["files"] == {file.name: file.stat().st_size for file in checkpoint.files.files}
+    assert data["packed"]["total"] == checkpoint.size().packed.total_bytes
+    assert f"all tensors {data['total_bytes']:,} bytes" in text
 
 
 def test_pack_leaves_existing_output_alone(run, tmp_path):

@@ -14,9 +14,10 @@ from typing import Any
 
 import typer
 
+from ..version import VERSION
 from .output import JsonFlag, print_json, print_table
 
-PACKAGES = ("mpq_kernels", "torch", "triton", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "numpy")
 
 
 def command(as_json: JsonFlag = False) -> None:
@@ -39,7 +40,7 @@ def examine() -> dict[str, Any]:
     backends = examine_backends()
     works = any(item["reason"] is None and not item["only_on_request"] for item in backends)
     return {
-        "packages": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "packages": {"mpq_kernels": VERSION, "python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "machine": _machine(),
         "gpus": _gpus(),
         "nvcc": _nvcc(),

@@ -43,7 +43,7 @@ def command(
     else:
         chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
     if dry_run:
-        _dry_run(model, chosen, as_json)
+        _dry_run(model, chosen, quantizer, as_json)
         return
     from ..pack import pack
 
@@ -69,34 +69,42 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --bits; a plan says it for each module")
 
 
-def _dry_run(model: Path, plan: Plan, as_json: bool) -> None:
-    from ..layout import DTYPE_BYTES
+def _dry_run(model: Path, plan: Plan, quantizer: str, as_json: bool) -> None:
+    """What `pack` would write: the same job, of which only the sizes are asked."""
+    from ..pack import MAX_SHARD_BYTES
+    from ..packjob import PackJob
+    from ..quantize import quantizer as quantizer_row
     from ..resolve import resolve
+    from ..safetensors_io import file_bytes, nbytes
     from ..source import SourceCheckpoint
 
     source = SourceCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
-    tensors: list[dict[str, Any]] = []
-    for weight in resolved.weights:
-        for key, (dtype, shape) in weight.layout.tensor_specs().items():
-            size = DTYPE_BYTES[dtype] * shape[0]
-            tensors.append({"name": f"{weight.name}.{key}", "dtype": dtype, "shape": list(shape), "bytes": size})
-    dense = {member.spec.tensor for weight in resolved.weights for member in weight.members}
-    # The input embedding is read by row, so it stays even where the head that shares it is packed.
-    replaced = dense - {source.model_map.tied_source}
-    kept = sum(tensor.entry.nbytes for name, tensor in source.tensors.items() if name not in replaced)
-    before = sum(source.tensors[name].entry.nbytes for name in dense)
-    total = resolved.size()
+    shards = PackJob(source, resolved, quantizer_row(quantizer).name, None).shards(MAX_SHARD_BYTES)
+    tensors: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "bytes": nbytes((dtype, shape)),
+        }
+        for shard in shards
+        for name, (dtype, shape) in shard.specs.items()
+    ]
+    files = {shard.name: file_bytes(shard.specs) for shard in shards}
+    total, together = resolved.size(), sum(tensor["bytes"] for tensor in tensors)
+    before = sum(tensor.entry.nbytes for tensor in source.tensors.values())
     if as_json:
-        summary = {"packed": size_dict(total), "dense_bytes": before, "kept_bytes": kept}
-        print_json(summary | {"total_bytes": total.total_bytes + kept, "tensors": tensors, "kept": resolved.kept})
+        summary = {"packed": size_dict(total), "total_bytes": together, "source_bytes": before}
+        print_json(summary | {"files": files, "tensors": tensors, "kept": resolved.kept})
         return
-    rows = [[t["name"], t["dtype"], t["shape"][0], t["bytes"]] for t in tensors]
-    print_table("dry run: nothing is written", ["<tensor", "<dtype", "elements", "bytes"], rows)
+    rows = [[t["name"], t["dtype"], " x ".join(map(str, t["shape"])), t["bytes"]] for t in tensors]
+    print_table("dry run: nothing is written", ["<tensor", "<dtype", "<shape", "bytes"], rows)
     print_kept(resolved.kept)
+    print_table(None, ["<file", "bytes"], list(files.items()))
     print(
-        f"packed {before:,} -> {total.total_bytes:,} bytes ({total.bits_per_weight:.4f} bits per weight), "
-        f"kept {kept:,} bytes, together {total.total_bytes + kept:,} bytes of tensors"
+        f"packed {total.total_bytes:,} bytes at {total.bits_per_weight:.4f} bits per weight, "
+        f"all tensors {together:,} bytes (was {before:,}), files {sum(files.values()):,}"
     )
 
 

@@ -9,15 +9,30 @@ W is approximated by (codes - zero) * scale, and four moves compete for each gro
              split of HQQ, https://mobiusml.github.io/hqq_blog/
 
 Every candidate is rounded to its stored dtypes first and judged by the squared error that is then left.
+
+Perplexity of TinyStories-656K, groups of 64, integer zeros, geometric mean over 8 random orders of the columns
+(20,000 tokens, windows of 256; the standard deviation of one order is 1.2% / 2.7% / 6% at 4 / 3 / 2 bits):
+
+    bits                                        4       3       2
+    rtn                                     54.12   71.72   710.1
+    clip grid of 25 steps alone             54.37   65.65   187.6
+    HQQ as published, float zeros           55.50   66.70   301.5
+    this search                             54.42   65.85   180.6
+    this search, float zeros                55.29   66.78   135.1
+
+Judging by |error|**p with p = 1.5, 2.4, 3 or 4, adding a penalty on the sum of errors, weighting columns by their
+norm, or un-shrinking the scale afterwards moved single figures by less than these deviations, or made them worse.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .blocks import BlockSpec, storable
+from .blocks import BlockSpec, row_sum, storable
 from .rtn import round_to_nearest
 
+# Within 0.04% / 0.2% / 1% (2 / 3 / 4 bits) of the squared error of an exhaustive search over every zero point and 37
+# ratios, measured on normal weights in groups of 64 with integer zeros.
 RATIOS = (0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
 ZERO_STEPS = (0.0, -1.0, 1.0)
 FIT_STEPS = 3
@@ -36,11 +51,11 @@ class _Search:
         self.error = self._judge(self.scale, self.zero)
 
     def _judge(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Squared error [G, 1]; leaves weights in steps in `steps` and codes in `work`."""
+        """Squared error [G, 1] of stored scales and zeros [G, 1]. Overwrites both buffers."""
         torch.div(self.groups, scale, out=self.steps).add_(zero)
         torch.round(self.steps, out=self.work).clamp_(0, self.spec.max_code)
         residual = self.steps.sub_(self.work)
-        return residual.mul_(residual).sum(1, keepdim=True).mul_(scale * scale)
+        return row_sum(residual.mul_(residual)).mul_(scale * scale)
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """Keep a candidate [G, 1] for the groups where it has the smaller error."""
@@ -62,18 +77,22 @@ class _Search:
             kept = size.sub_(size.rsqrt().div_(BETA)).clamp_(min=0).copysign_(residual)
             target = self.groups - kept.mul_(self.scale)
         if self.spec.zero == "float":
-            mean_code, mean = codes.mean(1, keepdim=True), target.mean(1, keepdim=True)
+            mean_code, mean = _mean(codes), _mean(target)
             codes = codes.sub_(mean_code)
-            scale = (codes * target).sum(1, keepdim=True) / (codes * codes).sum(1, keepdim=True)
+            scale = row_sum(codes * target) / row_sum(codes * codes)
             self.consider(scale, mean_code - mean / scale)
         else:
             codes = codes.sub_(self.zero)
-            scale = (codes * target).sum(1, keepdim=True) / (codes * codes).sum(1, keepdim=True)
+            scale = row_sum(codes * target) / row_sum(codes * codes)
             if self.spec.zero == "int":
                 # The zero that balances the residuals, before the scale that goes with the present one.
-                shift = (codes - target / self.scale).mean(1, keepdim=True)
+                shift = _mean(codes - target / self.scale)
                 self.consider(self.scale, self.zero + shift)
             self.consider(scale, self.zero)
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    return row_sum(values) / values.shape[1]
 
 
 def search_scale_and_zero(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:

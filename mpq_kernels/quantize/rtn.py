@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import BlockSpec, checked_scale, keep_better, squared_error, storable
+from .blocks import BlockSpec, checked_scale, keep_better, row_sum, squared_error, storable
 
 
 def round_to_nearest(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def _symmetric(
     zero = torch.full_like(low, spec.symmetric_zero)
     empty = (high == 0) & (low == 0)
     if spec.bits == 1:
-        scale = checked_scale(torch.where(empty, 1.0, groups.abs().mean(1, keepdim=True) * 2), spec)
+        scale = checked_scale(torch.where(empty, 1.0, row_sum(groups.abs()) * (2 / groups.shape[1])), spec)
         return torch.where(empty, 0.0, scale), zero  # no code of one bit means 0, so a group of zeros has the scale 0
     below = float(spec.symmetric_zero)
     above = below - 1
