@@ -18,7 +18,7 @@ SOURCES := setup.py mpq_kernels/formats.py $(shell find csrc -type f -not -path 
 CXX_FILES := $(shell find csrc tests/cpp -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
 	-o -name '*.cuh' \) -not -path 'csrc/generated/*')
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test sanitize lint format bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -44,6 +44,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+sanitize: install
+	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/test_cpu_kernels.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,13 +20,13 @@
 #include <string>
 #include <vector>
 
-#define CHECK(call)                                                                               \
-  do {                                                                                            \
-    const cudaError_t status = (call);                                                            \
-    if (status != cudaSuccess) {                                                                  \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(status));        \
-      std::exit(1);                                                                               \
-    }                                                                                             \
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    const cudaError_t status = (call);                                                     \
+    if (status != cudaSuccess) {                                                           \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(status)); \
+      std::exit(1);                                                                        \
+    }                                                                                      \
   } while (0)
 
 // One m16n8k16 product: every A element is the 16-bit pattern `a`, B is x in row k = 0 and zero below, so that each
@@ -69,10 +69,9 @@ __global__ void wgmma_products(const uint16_t* a_bits, const uint16_t* x_bits, f
   const uint64_t descriptor = (address & 0x3FFFF) >> 4 | (128ull >> 4) << 16 | (256ull >> 4) << 32;
   float d[4] = {0.f, 0.f, 0.f, 0.f};
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%4,%4,%4}, %5, 1, 1, 1, 0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a), "l"(descriptor));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%4,%4,%4}, %5, 1, 1, 1, 0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a), "l"(descriptor));
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   if (threadIdx.x < 4) {
@@ -100,7 +99,8 @@ using Kernel = void (*)(const uint16_t*, const uint16_t*, float*);
 
 // Products that are not the exact a * x. decode_a, decode_x turn patterns into numbers.
 template <class DecodeA, class DecodeX>
-int mismatches(Kernel kernel, int threads, int values, const std::vector<uint16_t>& xs, DecodeA decode_a, DecodeX decode_x) {
+int mismatches(Kernel kernel, int threads, int values, const std::vector<uint16_t>& xs, DecodeA decode_a,
+               DecodeX decode_x) {
   std::vector<uint16_t> patterns(values);
   for (int v = 0; v < values; ++v) patterns[v] = static_cast<uint16_t>(v);
   uint16_t *a = nullptr, *x = nullptr;
@@ -118,7 +118,8 @@ int mismatches(Kernel kernel, int threads, int values, const std::vector<uint16_
     CHECK(cudaGetLastError());
     CHECK(cudaMemcpy(host.data(), out, host.size() * sizeof(float), cudaMemcpyDeviceToHost));
     for (int v = 0; v < values; ++v)
-      for (int n = 0; n < 8; ++n) wrong += !(static_cast<double>(host[v * 8 + n]) == decode_a(v) * decode_x(xs[first + n]));
+      for (int n = 0; n < 8; ++n)
+        wrong += !(static_cast<double>(host[v * 8 + n]) == decode_a(v) * decode_x(xs[first + n]));
   }
   CHECK(cudaFree(a));
   CHECK(cudaFree(x));

@@ -4,16 +4,25 @@
     mpq.pack("model_dir", "out_dir", plan)
     model = mpq.load("out_dir")
 
-Importing this package also makes `AutoModelForCausalLM.from_pretrained` understand packed directories.
+Importing this package also makes `AutoModelForCausalLM.from_pretrained` understand packed directories. Names are loaded
+when they are first used, so that the import itself costs nothing and asks nothing of the machine.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import autoregister
 from .errors import CheckpointError, FormatError, MPQError, PlanError, QuantizeError, UnsupportedError
-from .linear import MixedLinear
-from .model import load
-from .pack import pack
-from .plan import Plan
-from .replace import replace_linears
 from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .linear import MixedLinear
+    from .model import load
+    from .pack_model import pack
+    from .plan import Plan
+    from .replace import replace_linears
+
+_LAZY = {"MixedLinear": "linear", "Plan": "plan", "load": "model", "pack": "pack_model", "replace_linears": "replace"}
 
 __all__ = [
     "CheckpointError",
@@ -29,3 +38,18 @@ __all__ = [
     "pack",
     "replace_linears",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+autoregister.install()

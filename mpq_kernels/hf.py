@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import validate_tensors
@@ -144,3 +144,6 @@ def register() -> None:
 def packed_modules(model: nn.Module) -> Sequence[tuple[str, MixedLinear]]:
     """(name, module) of every module of a model that owns packed tensors."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MixedLinear)]
+
+
+register()

@@ -117,7 +117,10 @@ class MixedLinear(nn.Module):
         """W [N, K] in the original column order: (codes - zeros) * scales in fp32, rounded once to dtype (fp32)."""
         buffers = self._buffers
         weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
-        return self._dequantize(*weight, self._segments, self.out_features, self.in_features, dtype or torch.float32)
+        wanted = dtype or torch.float32
+        made = wanted if wanted in (torch.float16, torch.bfloat16) else torch.float32
+        shape = (self._segments, self.out_features, self.in_features)
+        return self._dequantize(*weight, *shape, made).to(wanted)
 
     @property
     def packed(self) -> PackedWeight:

@@ -12,8 +12,6 @@ from .backends import select
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError
 
-hf.register()
-
 
 def load(
     path: str | os.PathLike[str],

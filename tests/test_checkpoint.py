@@ -17,7 +17,7 @@ from mpq_kernels.checkpoint import PackedCheckpoint, validate_tensors
 from mpq_kernels.errors import CheckpointError
 from mpq_kernels.files import read_json_object
 from mpq_kernels.layout import Segment, SizeBreakdown, WeightLayout
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 from mpq_kernels.schema import Member, PackedModule, PackingConfig
 
 DOWN = "model.layers.1.mlp.down_proj"  # permuted, two column segments

@@ -23,9 +23,9 @@ LAYERS = (
     ("ops",),
     ("backends",),
     ("linear", "fused"),
-    ("pack", "packjob", "replace"),
+    ("pack_model", "pack_job", "replace"),
     ("hf",),
-    ("model", "evaluate"),
+    ("autoregister", "model", "evaluate"),
     ("__init__",),
     ("cli", "__main__"),
 )
@@ -83,8 +83,19 @@ def test_formats_needs_only_the_standard_library():
     assert names <= set(sys.stdlib_module_names)
 
 
-def test_import_touches_no_device_and_needs_no_triton():
-    code = """
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy():
+    heavy = run("import sys, mpq_kernels; print(*(n for n in ('torch', 'transformers', 'triton') if n in sys.modules))")
+    assert heavy.strip() == ""
+
+
+def test_use_touches_no_device_and_needs_no_triton():
+    run("""
 import sys
 sys.modules["triton"] = None  # any import of it fails
 import torch
@@ -92,7 +103,31 @@ def refuse(*args, **kwargs): raise AssertionError("a device was asked for")
 for name in ("init", "_lazy_init", "is_available", "device_count", "get_device_capability", "current_device"):
     setattr(torch.cuda, name, refuse)
 import mpq_kernels
-assert mpq_kernels.MixedLinear
+assert mpq_kernels.MixedLinear and mpq_kernels.load and mpq_kernels.pack and mpq_kernels.Plan
+""")
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["import mpq_kernels, transformers", "import transformers.quantizers, mpq_kernels", "import mpq_kernels.hf"],
+)
+def test_any_order_of_imports_registers_with_transformers(order):
+    out = run(
+        order
+        + """
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+print("mpq" in AUTO_QUANTIZER_MAPPING and "mpq" in AUTO_QUANTIZATION_CONFIG_MAPPING)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    )
+    assert out.strip() == "True"
+
+
+def test_every_public_name_exists():
+    import mpq_kernels
+
+    assert all(getattr(mpq_kernels, name) is not None for name in mpq_kernels.__all__)
+    assert set(dir(mpq_kernels)) == set(mpq_kernels.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = mpq_kernels.laod

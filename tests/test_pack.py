@@ -10,10 +10,10 @@ from models import FAMILIES, tiny_model
 from packed import UNIFORM, check_kept, check_packed, mixed_plan, small_plan
 from safetensors.torch import load_file, save_file
 
-import mpq_kernels.packjob as packjob
+import mpq_kernels.pack_job as pack_job
 from mpq_kernels.checkpoint import PackedCheckpoint
 from mpq_kernels.errors import CheckpointError
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 from mpq_kernels.plan import Plan
 from mpq_kernels.reference import dequantize
 from mpq_kernels.resolve import resolve
@@ -155,7 +155,7 @@ def test_config_gets_a_dtype_and_loses_code(tmp_path):
 def test_one_weight_in_memory_at_a_time(llama, tmp_path, monkeypatch):
     """When a weight is quantized, the packed tensors of the one before have been written and released."""
     held = []
-    real = packjob.packing.pack
+    real = pack_job.packing.pack
 
     def watch(quantized):
         assert not any(ref() is not None for ref in held[:-3])
@@ -163,7 +163,7 @@ def test_one_weight_in_memory_at_a_time(llama, tmp_path, monkeypatch):
         held.extend(weakref.ref(tensor) for tensor in packed.tensors().values())
         return packed
 
-    monkeypatch.setattr(packjob.packing, "pack", watch)
+    monkeypatch.setattr(pack_job.packing, "pack", watch)
     pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
     assert len(held) == 3 * 15
 

@@ -13,7 +13,7 @@ from packed import UNIFORM, check_packed, digests, mixed_plan, small_plan
 
 import mpq_kernels.outdir
 from mpq_kernels.errors import CheckpointError
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def llama(tmp_path_factory):
 
 PACK_SCRIPT = """
 import sys, torch
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 from mpq_kernels.plan import Plan
 torch.set_num_threads(int(sys.argv[1]))
 pack(sys.argv[2], sys.argv[3], Plan.from_file(sys.argv[4]), max_shard_bytes=20_000)
@@ -107,7 +107,7 @@ def test_swap_that_fails_brings_the_old_one_back(step, llama, tmp_path, monkeypa
 
 KILL_SCRIPT = """
 import sys, threading, time
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 from mpq_kernels.plan import Plan
 def stop(done, total, name):
     if done > total // 2:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import mpq_kernels.files
 import mpq_kernels.outdir
+from mpq_kernels import pack_model
 from mpq_kernels.errors import CheckpointError, PlanError, QuantizeError
-from mpq_kernels.pack import pack
+from mpq_kernels.pack_model import pack
 from mpq_kernels.plan import Plan
 
 
@@ -148,8 +148,7 @@ def test_disk_space_is_checked_first(llama, tmp_path, monkeypatch):
 
 def test_space_asked_for_is_what_is_written(llama, tmp_path, monkeypatch):
     asked = []
-    module = sys.modules["mpq_kernels.pack"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "check_space", lambda parent, needed, files: asked.append((needed, files)))
+    monkeypatch.setattr(pack_model, "check_space", lambda parent, needed, files: asked.append((needed, files)))
     pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", max_shard_bytes=50_000)
     sizes = [file.stat().st_size for file in (tmp_path / "out").iterdir()]
     assert asked == [(sum(sizes), len(sizes))]

@@ -54,14 +54,16 @@ void for_each_row_tile(int64_t row_tiles, int threads, const Task& task) {
 // One supertile of codes, padded with zero codes; tile: [64][64].
 void load_tile(const uint8_t* codes, const Shape& shape, int64_t row_tile, int64_t col_tile, uint8_t* tile) {
   const int64_t n0 = row_tile * mpq::kTileN, k0 = col_tile * mpq::kTileK;
-  const int64_t rows = std::min<int64_t>(mpq::kTileN, shape.n - n0), cols = std::min<int64_t>(mpq::kTileK, shape.k - k0);
+  const int64_t rows = std::min<int64_t>(mpq::kTileN, shape.n - n0),
+                cols = std::min<int64_t>(mpq::kTileK, shape.k - k0);
   if (rows < mpq::kTileN || cols < mpq::kTileK) std::memset(tile, 0, kTileCodes);
   for (int64_t r = 0; r < rows; ++r) std::memcpy(tile + r * mpq::kTileK, codes + (n0 + r) * shape.k + k0, cols);
 }
 
 void store_tile(uint8_t* codes, const Shape& shape, int64_t row_tile, int64_t col_tile, const uint8_t* tile) {
   const int64_t n0 = row_tile * mpq::kTileN, k0 = col_tile * mpq::kTileK;
-  const int64_t rows = std::min<int64_t>(mpq::kTileN, shape.n - n0), cols = std::min<int64_t>(mpq::kTileK, shape.k - k0);
+  const int64_t rows = std::min<int64_t>(mpq::kTileN, shape.n - n0),
+                cols = std::min<int64_t>(mpq::kTileK, shape.k - k0);
   for (int64_t r = 0; r < rows; ++r) std::memcpy(codes + (n0 + r) * shape.k + k0, tile + r * mpq::kTileK, cols);
 }
 

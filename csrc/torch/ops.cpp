@@ -103,9 +103,9 @@ struct WeightView {
 
   static void check_segment(const cpu::Segment& s, int64_t N, int64_t K, const cpu::Segment* previous) {
     STD_TORCH_CHECK(s.bits >= 1 && s.bits <= 8, "bits=", s.bits, " is not 1..8");
-    STD_TORCH_CHECK(0 <= s.n0 && s.n0 < s.n1 && s.n1 <= N && 0 <= s.k0 && s.k0 < s.k1 && s.k1 <= K &&
-                        s.k0 % mpq::kTileK == 0,
-                    "segment rows ", s.n0, "..", s.n1, ", columns ", s.k0, "..", s.k1, " do not fit ", N, " x ", K);
+    STD_TORCH_CHECK(
+        0 <= s.n0 && s.n0 < s.n1 && s.n1 <= N && 0 <= s.k0 && s.k0 < s.k1 && s.k1 <= K && s.k0 % mpq::kTileK == 0,
+        "segment rows ", s.n0, "..", s.n1, ", columns ", s.k0, "..", s.k1, " do not fit ", N, " x ", K);
     STD_TORCH_CHECK(s.group_size > 0 && (s.k1 - s.k0) % s.group_size == 0, "group_size=", s.group_size,
                     " does not divide the ", s.k1 - s.k0, " columns of a segment");
     STD_TORCH_CHECK(s.zero_kind >= mpq::kZeroNone && s.zero_kind <= mpq::kZeroFloat, "unknown kind of zeros");
@@ -122,8 +122,16 @@ struct WeightView {
     int64_t word = 0, scale_count = 0, zero_count = 0;
     segments.reserve(table.size() / kSegmentInts);
     for (size_t i = 0; i < table.size(); i += kSegmentInts) {
-      cpu::Segment s{table[i],     table[i + 1], table[i + 2], table[i + 3], static_cast<int>(table[i + 4]),
-                     table[i + 5], static_cast<int>(table[i + 6]), {}, nullptr, nullptr};
+      cpu::Segment s{table[i],
+                     table[i + 1],
+                     table[i + 2],
+                     table[i + 3],
+                     static_cast<int>(table[i + 4]),
+                     table[i + 5],
+                     static_cast<int>(table[i + 6]),
+                     {},
+                     nullptr,
+                     nullptr};
       check_segment(s, N, K, segments.empty() ? nullptr : &segments.back());
       const int64_t rows = ceil_div(s.n1 - s.n0, mpq::kTileN), cols = ceil_div(s.k1 - s.k0, mpq::kTileK);
       for (int p = 0; p < mpq::kPlaneCount[s.bits]; ++p) {
@@ -135,8 +143,9 @@ struct WeightView {
       scale_count += count;
       if (s.zero_kind != mpq::kZeroNone) {
         STD_TORCH_CHECK(zeros.has_value(), "segments name zeros, but none were given");
-        STD_TORCH_CHECK(zeros->scalar_type() == (s.zero_kind == mpq::kZeroInt ? ScalarType::Byte : scales.scalar_type()),
-                        "integer zeros must be uint8, float zeros must have the dtype of the scales");
+        STD_TORCH_CHECK(
+            zeros->scalar_type() == (s.zero_kind == mpq::kZeroInt ? ScalarType::Byte : scales.scalar_type()),
+            "integer zeros must be uint8, float zeros must have the dtype of the scales");
         s.zeros = zero + zero_count * zeros->element_size();
         zero_count += count;
       }
@@ -193,7 +202,8 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   const WeightView view(qweight, scales, zeros, perm, segments, out_features, in_features);
   const cpu::DType out_dtype = to_dtype(dtype, "dtype");
   Tensor out = torch::stable::new_empty(qweight, std::vector<int64_t>{out_features, in_features}, dtype);
-  check_status(cpu::dequantize(view.weight, out.data_ptr(), out_dtype, current_isa(), torch_pool(in_features * out_features)));
+  check_status(
+      cpu::dequantize(view.weight, out.data_ptr(), out_dtype, current_isa(), torch_pool(in_features * out_features)));
   return out;
 }
 

@@ -45,7 +45,7 @@ def command(
     if dry_run:
         _dry_run(model, chosen, quantizer, as_json)
         return
-    from ..pack import pack
+    from ..pack_model import pack
 
     with progress("packing", hidden=as_json or quiet) as report_progress:
         report = pack(model, out, chosen, quantizer=quantizer, overwrite=overwrite, progress=report_progress)
@@ -71,8 +71,8 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
 
 def _dry_run(model: Path, plan: Plan, quantizer: str, as_json: bool) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
-    from ..pack import MAX_SHARD_BYTES
-    from ..packjob import PackJob
+    from ..pack_job import PackJob
+    from ..pack_model import MAX_SHARD_BYTES
     from ..quantize import quantizer as quantizer_row
     from ..resolve import resolve
     from ..safetensors_io import file_bytes, nbytes

@@ -13,6 +13,8 @@ so the sign of the scale turns the long side towards the larger weights. Two sca
 smaller squared error kept for each group: the least that clips nothing, which restores weights that already lie on a
 grid, and max|w| / (2**(bits-1) - 1/2), the least that is off by at most half a step at both ends. One bit has the
 values -s/2 and s/2; s = 2 mean|w| is their least-squares scale.
+
+A group of zeros gets the scale 0: kernels add codes and zeros up apart, and their roundings, times 0, stay 0.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ def round_to_nearest(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tenso
 
 
 def _from_range(low: torch.Tensor, high: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero that put codes 0 and max_code at low <= 0 <= high; scale 1 where both are 0."""
+    """Scale and zero that put codes 0 and max_code at low <= 0 <= high; scale 0 where both are 0."""
     exact = high / spec.max_code - low / spec.max_code  # the difference of extremes may overflow fp32
     scale = checked_scale(torch.where(high > low, exact, 1.0), spec)
-    return scale, storable(scale, -low / scale, spec)[1]
+    zero = storable(scale, -low / scale, spec)[1]
+    return torch.where(high > low, scale, 0.0), zero
 
 
 def _symmetric(
@@ -54,7 +57,7 @@ def _symmetric(
     empty = (high == 0) & (low == 0)
     if spec.bits == 1:
         scale = checked_scale(torch.where(empty, 1.0, row_sum(groups.abs()) * (2 / groups.shape[1])), spec)
-        return torch.where(empty, 0.0, scale), zero  # no code of one bit means 0, so a group of zeros has the scale 0
+        return torch.where(empty, 0.0, scale), zero
     below = float(spec.symmetric_zero)
     above = below - 1
     sign = torch.where(high > -low, -1.0, 1.0)
@@ -65,4 +68,4 @@ def _symmetric(
         found = (squared_error(groups, scale, zero, spec.max_code), scale, zero)
         best = found if best is None else keep_better(best, found)
     assert best is not None
-    return best[1:]
+    return torch.where(empty, 0.0, best[1]), zero

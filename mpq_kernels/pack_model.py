@@ -16,7 +16,7 @@ from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
 from .outdir import check_output, check_space, json_bytes, new_directory
-from .packjob import PackJob, Progress, index_of
+from .pack_job import PackJob, Progress, index_of
 from .plan import Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
