@@ -108,6 +108,8 @@ def _host() -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     try:
+        if name == "torch":  # which build it is (+cpu, +cu130) stands only here
+            return str(importlib.import_module(name).__version__)
         return version(name)
     except PackageNotFoundError:
         return None
