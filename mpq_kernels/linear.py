@@ -178,12 +178,15 @@ class MixedLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MixedLinear:
         # .half(), .to(bfloat16) and the like must not touch packed tensors: scales in another dtype are other weights.
         before = dict(self._buffers)
+        target = fn(torch.zeros(0, dtype=self.dtype, device=self.qweight.device))
+        if target.device.type != "meta":
+            select(self.layout, target.device.type, self.wanted_backend)  # refuse before anything has moved
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = self._buffers[name]
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
-        self.dtype = fn(torch.zeros(0, dtype=self.dtype)).dtype
+        self.dtype = target.dtype
         self._bind()
         return self
 
