@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
     backends = examine_backends()
     works = any(item["reason"] is None and not item["only_on_request"] for item in backends)
     return {
-        "packages": {"mpq_kernels": VERSION, "python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "packages": _packages(),
         "machine": _machine(),
         "gpus": _gpus(),
         "nvcc": _nvcc(),
@@ -106,10 +106,16 @@ def _host() -> dict[str, Any]:
     return {"file": module.__file__, "layout_id": module.LAYOUT_ID, "reason": reason}
 
 
+def _packages() -> dict[str, str | None]:
+    import torch
+
+    own = {"mpq_kernels": VERSION, "python": platform.python_version()}
+    # Which build of torch it is (+cpu, +cu130) stands only in the module.
+    return own | {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)}
+
+
 def _version(name: str) -> str | None:
     try:
-        if name == "torch":  # which build it is (+cpu, +cu130) stands only here
-            return str(importlib.import_module(name).__version__)
         return version(name)
     except PackageNotFoundError:
         return None
