@@ -9,6 +9,7 @@ That is all that is mapped: a linear whose tensor transformers would rename, spl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import CheckpointError
 from .files import short
 from .shards import StoredTensor
 
+EXPERT_WEIGHT = re.compile(r".*\.experts\.\d+\.[A-Za-z0-9_]+\.weight")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -28,6 +30,8 @@ class LinearSpec:
     """One torch.nn.Linear of the model. `tensor` feeds its weight, `bias_tensor` its bias; names as stored.
 
     is_head: the output head. tied: its weight is also the input embedding, so packing it leaves the embedding dense.
+    expert: a linear of one expert of a mixture, which transformers merges with the others into a 3-D parameter; its
+    name is that of the stored tensor.
     """
 
     name: str
@@ -37,6 +41,7 @@ class LinearSpec:
     bias_tensor: str | None = None
     is_head: bool = False
     tied: bool = False
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,19 @@ class ModelMap:
             for name, module in model.named_modules()
             if type(module) is torch.nn.Linear
         )
+        linears += _experts(tensors, set(stored.values()))
         if embedding is None:
             return cls(linears, None, None)
         return cls(linears, stored[embedding], own_name or embedding)
+
+
+def _experts(tensors: Mapping[str, StoredTensor], used: set[str | None]) -> tuple[LinearSpec, ...]:
+    """Linears of single experts, which checkpoints store one by one and the model holds merged; in stored order."""
+    out = []
+    for name, tensor in tensors.items():
+        if name not in used and EXPERT_WEIGHT.fullmatch(name) and len(tensor.shape) == 2:
+            out.append(LinearSpec(name.removesuffix(".weight"), *tensor.shape, name, expert=True))
+    return tuple(out)
 
 
 def build_meta_model(path: Path) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from .pack_job import PackJob, Progress, index_of
 from .plan import Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
-from .resolve import resolve
+from .resolve import check_packable, resolve
 from .safetensors_io import file_bytes, write_safetensors
 from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
@@ -52,6 +52,7 @@ def pack(
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
+    check_packable(resolved)
     out = check_output(out_dir, source.path, overwrite)
     job = PackJob(source, resolved, quantizer, progress)
     shards = job.shards(max_shard_bytes)

@@ -60,6 +60,7 @@ MAX_REGEX_CHARS = 1000
 MAX_COMPARED = 5000  # names that a misspelt one is compared with: about 50 ms
 MAX_PROBLEMS = 20  # how many problems one message lists
 REGEX = "re:"
+EXPERTS = r"re:.*\.experts\.\d+\..*"  # every linear of every expert, as checkpoints name them
 
 CodeBits = Annotated[int, Field(strict=True, ge=1, le=8)]
 ZeroName = Literal["int", "float"]
@@ -224,7 +225,7 @@ class Plan(_Rules):
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
     ) -> Plan:
-        """One rule for every linear, and the output head in `lm_head` bits (16: kept).
+        """One rule for every linear, and the output head in `lm_head` bits (16: kept). Experts are kept.
 
         model: a Hugging Face directory, or its linears. Raises PlanError for a bad rule, CheckpointError for a bad
         directory. Whether group_size divides every K is checked by `resolve`.
@@ -237,7 +238,10 @@ class Plan(_Rules):
         if not model:
             raise PlanError("the model has no linear layers, so there is nothing to quantize")
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
-        return cls(default=rule, modules={spec.name: head for spec in model if spec.is_head})
+        rules = {spec.name: head for spec in model if spec.is_head}
+        if any(spec.expert for spec in model):
+            rules[EXPERTS] = WeightPlan(bits=KEPT_BITS)
+        return cls(default=rule, modules=rules)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:

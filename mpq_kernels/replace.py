@@ -51,9 +51,10 @@ def replace_linears(
             progress(done, len(resolved.weights), weight.name)
     known = {spec.name for spec in linears}
     for name, module in model.named_modules():
-        weight_tensor = module._parameters.get("weight")
-        if name not in known and weight_tensor is not None and weight_tensor.dim() > 1:
-            report.left[name] = f"{type(module).__name__} is not an nn.Linear"
+        for key, parameter in module._parameters.items():
+            if name not in known and parameter is not None and parameter.dim() > 1:
+                place_name = name if key == "weight" else f"{name}.{key}"
+                report.left[place_name] = f"{type(module).__name__} is not an nn.Linear"
     return report
 
 

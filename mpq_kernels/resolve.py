@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .errors import FormatError, PlanError
 from .formats import KEPT_BITS, TILE_K, TILE_N
 from .layout import Segment, SizeBreakdown, WeightLayout
-from .plan import REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
+from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
 from .schema import Member
 
 if TYPE_CHECKING:
@@ -91,6 +91,16 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
             parts = tuple(members[other] for other in names)
             weights[fused] = ResolvedWeight(fused, parts, stack_layouts([p.layout for p in parts]), fused=True)
     return ResolvedPlan(tuple(weights.values()), kept)
+
+
+def check_packable(resolved: ResolvedPlan) -> None:
+    """Raise PlanError when a plan gives widths to experts, which this version can describe but not pack."""
+    experts = [m.spec.name for weight in resolved.weights for m in weight.members if m.spec.expert]
+    if experts:
+        raise PlanError(
+            f"the plan gives widths to {len(experts)} linears of experts ({experts[0]}, ...), and this version packs "
+            f'none: keep them, with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
+        )
 
 
 def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:

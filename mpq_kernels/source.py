@@ -67,10 +67,10 @@ class SourceCheckpoint:
         return self.files.read(name)
 
     def linears(self) -> list[LinearSpec]:
-        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it.
+        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert.
 
-        Experts of mixture models are not torch.nn.Linear in transformers 5 and are not listed. Raises CheckpointError:
-        unknown model type, a missing tensor, a shape or dtype that does not fit the model.
+        Experts are listed where the files hold each on its own, under the names that they have there. Raises
+        CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not fit the model.
         """
         return list(self.model_map.linears)
 

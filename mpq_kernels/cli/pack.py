@@ -74,12 +74,13 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, as_json: bool) -> None:
     from ..pack_job import PackJob
     from ..pack_model import MAX_SHARD_BYTES
     from ..quantize import quantizer as quantizer_row
-    from ..resolve import resolve
+    from ..resolve import check_packable, resolve
     from ..safetensors_io import file_bytes, nbytes
     from ..source import SourceCheckpoint
 
     source = SourceCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
+    check_packable(resolved)
     shards = PackJob(source, resolved, quantizer_row(quantizer).name, None).shards(MAX_SHARD_BYTES)
     tensors: list[dict[str, Any]] = [
         {
