@@ -16,15 +16,24 @@ from .errors import CheckpointError, FormatError, MPQError, PlanError, QuantizeE
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from .calibrate import Calibration
     from .linear import MixedLinear
     from .model import load
     from .pack_model import pack
     from .plan import Plan
     from .replace import replace_linears
 
-_LAZY = {"MixedLinear": "linear", "Plan": "plan", "load": "model", "pack": "pack_model", "replace_linears": "replace"}
+_LAZY = {
+    "Calibration": "calibrate",
+    "MixedLinear": "linear",
+    "Plan": "plan",
+    "load": "model",
+    "pack": "pack_model",
+    "replace_linears": "replace",
+}
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "FormatError",
     "MPQError",

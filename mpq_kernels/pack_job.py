@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import packing
+from .calibrate import Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .quantize import quantize_weight
+from .quantize.gptq import activation_order
 from .reference import dequantize
 from .report import ModuleReport, PackReport
 from .resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
@@ -78,12 +80,18 @@ class PackJob:
     """One packing: what is to be written, and the errors measured while it is."""
 
     def __init__(
-        self, source: SourceCheckpoint, resolved: ResolvedPlan, quantizer: str, progress: Progress | None
+        self,
+        source: SourceCheckpoint,
+        resolved: ResolvedPlan,
+        quantizer: str,
+        progress: Progress | None,
+        calibrator: Calibrator | None = None,
     ) -> None:
         self.source = source
         self.resolved = resolved
         self.quantizer = quantizer
         self.progress = progress
+        self.calibrator = calibrator
         self.errors: dict[str, float] = {}
         self.kept = _kept_tensors(source, resolved)
         self.done = 0
@@ -157,11 +165,17 @@ class PackJob:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         weight = self.source.read(spec.tensor)
+        hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
+        if hessian is not None and perm is None and member.layout.permuted:
+            perm = activation_order(hessian)
         try:
-            quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name)
+            quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
         except QuantizeError as error:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
-        self.errors[spec.name] = relative_error(weight, quantized)
+        restored = dequantize(quantized)
+        self.errors[spec.name] = relative_error(weight, restored)
+        if self.calibrator is not None:
+            self.calibrator.set_weight(spec.name, restored)
         self._advance(spec.tensor, spec.name)
         return quantized
 
@@ -225,10 +239,27 @@ class PackJob:
         )
 
 
-def relative_error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
-    """||W - dequantized W|| / ||W|| (Frobenius), summed in fp64; 0 for a weight of zeros that stays so."""
+def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
+    """The same plan with a permutation of K, to be chosen from the calibration, in every weight that leaves it free.
+
+    Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
+    those whose columns differ in width or kind, stay as they are: there the plan says which column is which.
+    """
+
+    def free(weight: ResolvedWeight) -> bool:
+        return not weight.layout.permuted and all(len(band) == 1 for band in weight.layout.bands())
+
+    def permuted(weight: ResolvedWeight) -> ResolvedWeight:
+        members = tuple(replace(m, layout=replace(m.layout, permuted=True)) for m in weight.members)
+        return replace(weight, members=members, layout=replace(weight.layout, permuted=True))
+
+    return replace(resolved, weights=tuple(permuted(w) if free(w) else w for w in resolved.weights))
+
+
+def relative_error(weight: torch.Tensor, restored: torch.Tensor) -> float:
+    """||W - restored W|| / ||W|| (Frobenius), summed in fp64; 0 for a weight of zeros that stays so."""
     wanted = weight.float()
-    off = torch.linalg.vector_norm(wanted - dequantize(quantized), dtype=torch.float64).item()
+    off = torch.linalg.vector_norm(wanted - restored, dtype=torch.float64).item()
     norm = torch.linalg.vector_norm(wanted, dtype=torch.float64).item()
     if norm == 0.0:
         return 0.0 if off == 0.0 else math.inf

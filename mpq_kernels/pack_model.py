@@ -12,11 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
+from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
 from .outdir import check_output, check_space, json_bytes, new_directory
-from .pack_job import PackJob, Progress, index_of
+from .pack_job import PackJob, Progress, in_free_order, index_of
 from .plan import Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
@@ -33,28 +34,33 @@ def pack(
     out_dir: str | os.PathLike[str],
     plan: Plan,
     quantizer: str = "hqq",
-    calibration: object | None = None,
+    calibration: Calibration | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> PackReport:
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
-    quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that need it. overwrite: replace an older
-    packed checkpoint, once the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a
-    file of its own. progress: called as progress(done, total, name) with bytes of the source.
+    quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that need it, a Calibration or the path (a
+    pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. The dense model
+    is then held in memory (calibrate.py). overwrite: replace an older packed checkpoint, once the new one is complete.
+    max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own. progress: called as
+    progress(done, total, name) with bytes of the source.
 
     Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
     scale out of range). `out_dir` is then as it was before.
     """
-    _check_quantizer(quantizer, calibration)
+    calibrated = _check_calibration(quantizer, calibration)
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
     check_packable(resolved)
+    if calibrated is not None and calibrated.act_order:
+        resolved = in_free_order(resolved)
     out = check_output(out_dir, source.path, overwrite)
-    job = PackJob(source, resolved, quantizer, progress)
+    calibrator = None if calibrated is None or not resolved.weights else Calibrator(source, calibrated)
+    job = PackJob(source, resolved, quantizer, progress, calibrator)
     shards = job.shards(max_shard_bytes)
     texts = {CONFIG_FILE: json_bytes(job.config())}
     if len(shards) > 1:
@@ -75,11 +81,20 @@ def pack(
     return report
 
 
-def _check_quantizer(name: str, calibration: object | None) -> None:
-    if quantizer_row(name).needs_calibration:
-        raise QuantizeError(f"quantizer={name!r} needs calibration, which packing a checkpoint cannot give it")
-    if calibration is not None:
-        raise QuantizeError(f"quantizer={name!r} uses no calibration data; leave calibration out")
+def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:
+    """The calibration that a quantizer asks for. Raises QuantizeError where it is missing, of no use, or unreadable."""
+    if not quantizer_row(name).needs_calibration:
+        if calibration is not None:
+            raise QuantizeError(f"quantizer={name!r} uses no calibration data; leave calibration out")
+        return None
+    if isinstance(calibration, Calibration):
+        return calibration
+    if isinstance(calibration, os.PathLike):
+        return Calibration.from_file(calibration)
+    what = "is missing" if calibration is None else f"is a {type(calibration).__name__}"
+    raise QuantizeError(
+        f"quantizer={name!r} needs calibration, and it {what}: give a pathlib.Path of a UTF-8 text, or a Calibration"
+    )
 
 
 def _copy(source: Path, target: Path) -> None:

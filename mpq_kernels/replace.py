@@ -13,7 +13,7 @@ from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear
 from .packing import pack
 from .plan import Plan
-from .quantize import quantize_weight
+from .quantize import quantize_weight, require_no_calibration
 from .resolve import ResolvedWeight, resolve
 from .source import LinearSpec
 from .weights import QuantizedWeight
@@ -37,8 +37,10 @@ def replace_linears(
     """Quantize, pack and replace the linear layers of a model in memory, in place, as the plan says.
 
     progress: called with (done, total, name) after each packed weight. Raises PlanError when the plan does not fit the
-    model, QuantizeError for weights with NaN or Inf; the model is unchanged by an error in the plan.
+    model, QuantizeError for weights with NaN or Inf and for a quantizer that needs calibration; the model is unchanged
+    by an error in the plan.
     """
+    require_no_calibration(quantizer)
     linears = list_linears(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))

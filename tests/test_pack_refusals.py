@@ -69,6 +69,20 @@ BAD_INPUT = {
     ),
     "quantizer": (nothing, UNIFORM, {"quantizer": "magic"}, QuantizeError, ["'magic'", "rtn"]),
     "calibration": (nothing, UNIFORM, {"calibration": "text"}, QuantizeError, ["uses no calibration"]),
+    "calibration missing": (
+        nothing,
+        UNIFORM,
+        {"quantizer": "gptq"},
+        QuantizeError,
+        ["'gptq'", "it is missing", "text"],
+    ),
+    "calibration type": (
+        nothing,
+        UNIFORM,
+        {"quantizer": "gptq", "calibration": "text"},
+        QuantizeError,
+        ["it is a str", "Path"],
+    ),
     "shard bytes": (nothing, UNIFORM, {"max_shard_bytes": 0}, CheckpointError, ["max_shard_bytes=0"]),
     "no model": (shutil.rmtree, UNIFORM, {}, CheckpointError, ["is not a directory"]),
 }

@@ -65,3 +65,10 @@ def test_nan_names_the_module(tmp_path):
     model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(QuantizeError, match=r"model\.layers\.1\.self_attn\.o_proj"):
         replace_linears(model, Plan.uniform(list_linears(model), bits=4, group_size=-1), "rtn")
+
+
+def test_a_quantizer_that_needs_calibration_is_refused(tmp_path):
+    model = tiny_model("llama", tmp_path / "m")
+    with pytest.raises(QuantizeError, match="'gptq' needs calibration, which only `pack` gives it"):
+        replace_linears(model, Plan.model_validate({"version": 1, "default": {"bits": 4, "group_size": -1}}), "gptq")
+    assert not any(isinstance(module, MixedLinear) for module in model.modules())

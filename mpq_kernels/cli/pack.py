@@ -11,6 +11,7 @@ from .output import JsonFlag, ModelDir, QuietFlag, note, print_json, print_table
 from .plan import GroupOption, HeadOption, ScaleOption, SymmetricFlag, ZeroOption, print_kept, uniform_plan
 
 if TYPE_CHECKING:
+    from ..calibrate import Calibration
     from ..plan import Plan
     from ..report import PackReport
 
@@ -27,8 +28,16 @@ def command(
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
     quantizer: Annotated[
-        str, typer.Option(help="rtn (round to nearest) or hqq (search for scales and zeros).")
+        str,
+        typer.Option(help="rtn (round to nearest), hqq (search for scales and zeros) or gptq (needs --calibration)."),
     ] = "hqq",
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that the quantizer gptq reads.")] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
+    ] = None,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="Let gptq choose the order of the columns; stored as a permutation.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
     as_json: JsonFlag = False,
@@ -36,6 +45,7 @@ def command(
 ) -> None:
     """Pack MODEL into the new directory OUT, with one width (--bits) or under a plan (--plan)."""
     _check_usage(ctx, bits, plan)
+    _check_calibration(quantizer, calibration, calibration_tokens, act_order, dry_run)
     if plan is not None:
         from ..plan import Plan
 
@@ -43,12 +53,13 @@ def command(
     else:
         chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
     if dry_run:
-        _dry_run(model, chosen, quantizer, as_json)
+        _dry_run(model, chosen, quantizer, act_order, as_json)
         return
     from ..pack_model import pack
 
+    text = None if calibration is None else _read_calibration(calibration, calibration_tokens, act_order)
     with progress("packing", hidden=as_json or quiet) as report_progress:
-        report = pack(model, out, chosen, quantizer=quantizer, overwrite=overwrite, progress=report_progress)
+        report = pack(model, out, chosen, quantizer, text, overwrite=overwrite, progress=report_progress)
     if as_json:
         print_json(report.to_dict())
         return
@@ -69,9 +80,33 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --bits; a plan says it for each module")
 
 
-def _dry_run(model: Path, plan: Plan, quantizer: str, as_json: bool) -> None:
+def _check_calibration(
+    quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, dry_run: bool
+) -> None:
+    """--calibration with the quantizers that need it, and only with them; sizes can be asked for without it."""
+    from ..quantize import quantizer as quantizer_row
+
+    needed = quantizer_row(quantizer).needs_calibration
+    if needed and calibration is None and not dry_run:
+        raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
+    if not needed and calibration is not None:
+        raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
+    if act_order and not needed:
+        raise typer.BadParameter(f"--act-order goes with a quantizer that is calibrated, and {quantizer} is not")
+    if tokens is not None and calibration is None:
+        raise typer.BadParameter("--calibration-tokens goes with --calibration")
+
+
+def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibration:
+    from ..calibrate import Calibration
+
+    limit = {} if tokens is None else {"max_tokens": tokens}
+    return Calibration.from_file(path, act_order=act_order, **limit)
+
+
+def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: bool) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
-    from ..pack_job import PackJob
+    from ..pack_job import PackJob, in_free_order
     from ..pack_model import MAX_SHARD_BYTES
     from ..quantize import quantizer as quantizer_row
     from ..resolve import check_packable, resolve
@@ -81,6 +116,8 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, as_json: bool) -> None:
     source = SourceCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
     check_packable(resolved)
+    if act_order:
+        resolved = in_free_order(resolved)
     shards = PackJob(source, resolved, quantizer_row(quantizer).name, None).shards(MAX_SHARD_BYTES)
     tensors: list[dict[str, Any]] = [
         {

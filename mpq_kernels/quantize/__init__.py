@@ -11,34 +11,45 @@ from ..errors import QuantizeError
 from ..layout import WeightLayout
 from ..weights import QuantizedBlock, QuantizedWeight
 from .blocks import BlockSpec, quantize_groups
+from .gptq import quantize_with_hessian
 from .hqq import search_scale_and_zero
 from .rtn import round_to_nearest
 
-__all__ = ["QUANTIZERS", "BlockSpec", "Quantizer", "quantize_block", "quantize_weight", "quantizer"]
+__all__ = [
+    "QUANTIZERS",
+    "BlockSpec",
+    "Quantizer",
+    "quantize_block",
+    "quantize_weight",
+    "quantizer",
+    "require_no_calibration",
+]
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A method. run: (finite weight [n, k], spec) -> codes. needs_calibration: whether it asks for text to run."""
+    """A method. run: (finite weight [n, k], spec) -> codes; None for one that sees whole weights and their Hessian."""
 
     name: str
-    run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock]
-    needs_calibration: bool
+    run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock] | None
     summary: str
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it asks for text to run."""
+        return self.run is None
 
 
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q
     for q in (
-        Quantizer(
-            "rtn", lambda w, s: quantize_groups(w, s, round_to_nearest), False, "round to nearest, min/max range"
-        ),
+        Quantizer("rtn", lambda w, s: quantize_groups(w, s, round_to_nearest), "round to nearest, min/max range"),
         Quantizer(
             "hqq",
             lambda w, s: quantize_groups(w, s, search_scale_and_zero),
-            False,
             "scale and zero of least squared error: clip grid and half-quadratic steps",
         ),
+        Quantizer("gptq", None, "column by column, errors made up for by later columns; needs calibration"),
     )
 }
 
@@ -50,26 +61,44 @@ def quantizer(method: str) -> Quantizer:
     return QUANTIZERS[method]
 
 
+def require_no_calibration(method: str) -> None:
+    """Raise QuantizeError for an unknown method, and for one that needs calibration, where none can be given."""
+    if quantizer(method).needs_calibration:
+        raise QuantizeError(
+            f"quantizer={method!r} needs calibration, which only `pack` gives it: "
+            "pack(model_dir, out_dir, plan, quantizer, calibration=...)"
+        )
+
+
 def quantize_block(weight: torch.Tensor, spec: BlockSpec, method: str = "hqq", name: str = "weight") -> QuantizedBlock:
     """Quantize a floating weight [n, k] as one rectangle.
 
     name: what messages call it. Raises QuantizeError: NaN or Inf, an unknown method, a scale out of range of
     spec.scale_dtype; FormatError: a group size that does not divide k.
     """
-    run = quantizer(method).run
+    require_no_calibration(method)
     check_weight(weight, name)
-    return _run(run, weight, spec, name)
+    return _run(method, weight, spec, name)
 
 
 def quantize_weight(
-    weight: torch.Tensor, layout: WeightLayout, perm: torch.Tensor | None, method: str = "hqq", name: str = "weight"
+    weight: torch.Tensor,
+    layout: WeightLayout,
+    perm: torch.Tensor | None,
+    method: str = "hqq",
+    name: str = "weight",
+    hessian: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize weight [N, K] (original column order) into the segments of `layout`; the result has that layout.
 
     perm: int32 [K] when layout.permuted, else None; column j of the codes is column perm[j] of the weight.
+    hessian: [K, K], mean of x^T x with damping, in the original column order; for a method that needs calibration.
     Raises QuantizeError as quantize_block does, and when weight or perm do not fit the layout.
     """
-    run = quantizer(method).run
+    if hessian is None:
+        require_no_calibration(method)
+    elif not quantizer(method).needs_calibration:
+        raise QuantizeError(f"{name}: quantizer={method!r} uses no Hessian; leave it out")
     shape = (layout.out_features, layout.in_features)
     if tuple(weight.shape) != shape:
         raise QuantizeError(f"{name}: the weight is {list(weight.shape)}, and its layout {list(shape)}")
@@ -83,6 +112,8 @@ def quantize_weight(
         expected = torch.arange(shape[1], dtype=torch.int32, device=perm.device)
         if perm.dtype != torch.int32 or not torch.equal(perm.sort().values, expected):
             raise QuantizeError(f"{name}: perm must be an int32 permutation of 0..{shape[1] - 1}")
+    if hessian is not None:
+        return quantize_with_hessian(weight, layout, perm, hessian, name)
     blocks = []
     for s in layout.segments:
         spec = BlockSpec(s.bits, s.group_size, s.zero, layout.scale_dtype)
@@ -90,7 +121,7 @@ def quantize_weight(
         part = weight[s.n0 : s.n1]
         part = part[:, s.k0 : s.k1] if perm is None else part[:, perm[s.k0 : s.k1].long()]
         where = f"{name} rows {s.n0}..{s.n1}, columns {s.k0}..{s.k1}" if len(layout.segments) > 1 else name
-        blocks.append((s.n0, s.k0, _run(run, part, spec, where)))
+        blocks.append((s.n0, s.k0, _run(method, part, spec, where)))
     return QuantizedWeight(tuple(blocks), perm)
 
 
@@ -115,9 +146,9 @@ def check_weight(weight: torch.Tensor, name: str) -> None:
         )
 
 
-def _run(
-    run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock], weight: torch.Tensor, spec: BlockSpec, where: str
-) -> QuantizedBlock:
+def _run(method: str, weight: torch.Tensor, spec: BlockSpec, where: str) -> QuantizedBlock:
+    run = QUANTIZERS[method].run
+    assert run is not None, "callers refuse methods that need calibration"
     try:
         return run(weight, spec)
     except QuantizeError as error:

@@ -1,0 +1,139 @@
+"""GPTQ: codes chosen column by column, each column's rounding error made up for by the columns still to come.
+
+    error of a row   (w - q) H (w - q)^T,  H = mean of x^T x over calibration tokens
+    H^-1 = U^T U     with U upper triangular
+    column j         q_j = nearest stored value of w_j;  w_later -= (w_j - q_j) / U_jj * U_j,later
+
+The idea is that of https://arxiv.org/abs/2210.17323. Scale and zero of a group are searched when the group is reached,
+on columns that already carry the corrections of all columns before them, by the same search as without calibration.
+Rows do not depend on each other, so every row band of a layout runs on its own; along K the codes' order counts, which
+is that of the permutation where there is one. Weights are corrected in fp32, the factor is computed in fp64.
+
+Perplexity of TinyStories-656K, groups of 64, integer zeros, without the head (60,000 tokens, windows of 256; 65,536
+calibration tokens of other stories). Calibration on other windows, or with damping of 0.01 to 0.1, moves single figures
+by 1% / 1% / 5%, so that at 4 bits the gain over the search alone is hardly more than what chance does:
+
+    bits                          4       3       2
+    search alone (hqq)        43.69   53.60   165.0
+    gptq                      43.36   49.64    93.5
+    gptq, damping 0.01        44.12   48.74    94.8
+    gptq, damping 0.01, order 43.73   48.06    89.6
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import QuantizeError
+from ..layout import Segment, WeightLayout
+from ..weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
+from .blocks import CHUNK_WEIGHTS, BlockSpec, Search, encode
+from .hqq import search_scale_and_zero
+
+# Columns corrected one by one before the rest of the row is corrected by a single matrix product.
+BLOCK_COLUMNS = 128
+
+
+def quantize_with_hessian(
+    weight: torch.Tensor,
+    layout: WeightLayout,
+    perm: torch.Tensor | None,
+    hessian: torch.Tensor,
+    name: str = "weight",
+    search: Search = search_scale_and_zero,
+) -> QuantizedWeight:
+    """Codes of a finite weight [N, K] (original column order) of least error under `hessian`.
+
+    hessian: [K, K] in the original column order, symmetric and positive definite, on any device; the work is done
+    there and the result lies where the weight is. perm: int32 [K] when layout.permuted, else None.
+    Raises QuantizeError: a Hessian that is misshapen, not finite or not positive definite, a scale out of range.
+    """
+    order = None if perm is None else perm.to(hessian.device).long()
+    factor = inverse_factor(hessian, layout.in_features, order, name)
+    blocks = []
+    for band in layout.bands():
+        rows = weight[band[0].n0 : band[0].n1].to(hessian.device)
+        work = rows.to(torch.float32, copy=True) if order is None else rows.float()[:, order]
+        for segment in band:
+            spec = BlockSpec(segment.bits, segment.group_size, segment.zero, layout.scale_dtype)
+            try:
+                block = _quantize_segment(work, segment, spec, factor, search)
+            except QuantizeError as error:
+                where = f"rows {segment.n0}..{segment.n1}, columns {segment.k0}..{segment.k1}"
+                raise QuantizeError(f"{name}, {where}: {error}") from error
+            blocks.append((segment.n0, segment.k0, _to(block, weight.device)))
+    return QuantizedWeight(tuple(blocks), perm)
+
+
+def activation_order(hessian: torch.Tensor) -> torch.Tensor:
+    """Columns by falling mean square of their input, int32 [K] on the CPU: the most used are rounded first."""
+    return hessian.diagonal().sort(descending=True, stable=True).indices.to("cpu", torch.int32)
+
+
+def inverse_factor(hessian: torch.Tensor, size: int, order: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Upper triangular U (fp32) with U^T U = hessian^-1, of the columns in `order`. Raises QuantizeError."""
+    if tuple(hessian.shape) != (size, size) or not hessian.is_floating_point():
+        raise QuantizeError(f"{name}: the Hessian is {list(hessian.shape)}, and the weight has K={size} columns")
+    if not bool(torch.isfinite(hessian).all()):
+        raise QuantizeError(f"{name}: the Hessian holds NaN or Inf")
+    matrix = hessian.double() if order is None else hessian.double()[order][:, order]
+    # With the columns reversed, Cholesky gives H = R R^T with R upper triangular, and U = R^-1: no inverse of H itself.
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(failed):
+        raise QuantizeError(
+            f"{name}: the Hessian is not positive definite (its inputs lie in a subspace); add damping to its diagonal"
+        )
+    one = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).float()
+
+
+def _quantize_segment(
+    work: torch.Tensor, segment: Segment, spec: BlockSpec, factor: torch.Tensor, search: Search
+) -> QuantizedBlock:
+    """Quantize columns k0..k1 of the band `work` [n, K] and correct all columns to their right, in place."""
+    rows, size = len(work), segment.group_size
+    dtype = TORCH_DTYPES[spec.scale_dtype]
+    codes = torch.empty(rows, segment.cols, dtype=torch.uint8, device=work.device)
+    scales = torch.empty(rows, segment.cols // size, device=work.device)
+    zeros = torch.empty_like(scales)
+    # A block is a part of one group, or several whole groups: a group's first column is then always corrected up to it.
+    step = BLOCK_COLUMNS if size > BLOCK_COLUMNS else BLOCK_COLUMNS // size * size
+    spans = [
+        (start, min(start + step, end))
+        for first, end in (
+            [(g, g + size) for g in range(0, segment.cols, size)] if step < size else [(0, segment.cols)]
+        )
+        for start in range(first, end, step)
+    ]
+    for start, end in spans:
+        first, last = segment.k0 + start, segment.k0 + end
+        errors = torch.empty(rows, end - start, device=work.device)
+        for column in range(start, end):
+            group, place = column // size, segment.k0 + column
+            if column % size == 0:
+                found = _search_rows(work[:, place : place + size], spec, search)
+                scales[:, group : group + 1], zeros[:, group : group + 1] = found
+            scale, zero = scales[:, group : group + 1], zeros[:, group : group + 1]
+            value = work[:, place : place + 1]
+            code = encode(value, scale, zero, spec.max_code)
+            codes[:, column] = code[:, 0].to(torch.uint8)
+            error = (value - (code - zero) * scale) / factor[place, place]
+            errors[:, column - start] = error[:, 0]
+            work[:, place + 1 : last] -= error * factor[place, place + 1 : last]
+        work[:, last:] -= errors @ factor[first:last, last:]
+    stored = None
+    if spec.zero != "none":
+        stored = zeros.to(torch.uint8 if spec.zero == "int" else dtype)
+    return QuantizedBlock(spec.bits, codes, scales.to(dtype), stored)
+
+
+def _search_rows(group: torch.Tensor, spec: BlockSpec, search: Search) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored scale and zero [n, 1] of one group of every row [n, g]; some rows at a time."""
+    rows = max(1, CHUNK_WEIGHTS // group.shape[1])
+    found = [search(part.contiguous(), spec) for part in group.split(rows)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _to(block: QuantizedBlock, device: torch.device) -> QuantizedBlock:
+    zeros = None if block.zeros is None else block.zeros.to(device)
+    return QuantizedBlock(block.bits, block.codes.to(device), block.scales.to(device), zeros)
