@@ -22,7 +22,7 @@ from mpq_kernels.evaluate import perplexity
 from mpq_kernels.reference import dequantize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-COMMANDS = ("plan", "pack", "inspect", "verify", "generate", "ppl", "doctor")
+COMMANDS = ("plan", "pack", "inspect", "verify", "generate", "ppl", "bench", "doctor")
 HEAD = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 192}
 FUSED = {
     "version": 1,
@@ -244,6 +244,27 @@ def test_pack_is_the_library_call(run, tmp_path):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert "model.layers.0.self_attn.qkv_proj" in text
     assert "plan: 16 bits" in text
+
+
+def test_pack_with_calibration(run, tmp_path):
+    words = ["--bits", 2, "--group-size", 32, "--quantizer", "gptq"]
+    sizes = run("pack", "dense", tmp_path / "o", *words, "--act-order", "--dry-run", "--json").json()
+    given = ["--calibration", "text.txt", "--calibration-tokens", 600, "--act-order"]
+    data = run("pack", "dense", tmp_path / "o", *words, *given, "--json").json()
+    assert data["packed"]["total_bytes"] == sizes["packed"]["total"]
+    assert PackedCheckpoint.open(tmp_path / "o").modules["model.layers.0.mlp.up_proj"].layout.permuted
+    text = mpq.Calibration.from_file("text.txt", max_tokens=600, act_order=True)
+    mpq.pack("dense", tmp_path / "again", mpq.Plan.uniform("dense", 2, 32), "gptq", text)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for wrong, word in (
+        (words, "needs --calibration"),
+        ([*words[:4], *given[:2]], "uses no calibration"),
+        ([*words[:4], "--act-order"], "hqq is not"),
+        ([*words[:4], "--calibration-tokens", 3], "goes with --calibration"),
+    ):
+        err = run("pack", "dense", tmp_path / "p", *wrong, code=2).err
+        assert word in " ".join(err.replace("│", " ").split())  # the message stands in a box
 
 
 @pytest.mark.parametrize(

@@ -19,22 +19,24 @@ DtypeOption = Annotated[
 
 
 def open_model(directory: Path, device: str, dtype: str, backend: str | None) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a packed or a dense directory.
+    """(model in eval mode, tokenizer) of a packed or a dense directory. Raises as `load_model`."""
+    return load_model(directory, device, dtype, backend), _load_tokenizer(directory)
+
+
+def load_model(directory: Path, device: str, dtype: str, backend: str | None) -> Any:
+    """The model of a packed or a dense directory, in eval mode.
 
     Raises CheckpointError for a directory that is neither, UnsupportedError for a device, dtype or backend that does
     not serve.
     """
-    import torch
     from transformers.utils import logging
 
     from ..files import contained_file, read_json_object
     from ..schema import QUANT_METHOD
 
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    _check_device(device)
+    wanted = named_dtype(dtype)
+    check_device(device)
     logging.disable_progress_bar()
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a directory")
     config = read_json_object(contained_file(directory, "config.json"))
@@ -47,10 +49,20 @@ def open_model(directory: Path, device: str, dtype: str, backend: str | None) ->
         raise UnsupportedError(f"{directory}: is a dense model, which needs no backend; leave --backend out")
     else:
         model = _load_dense(directory, device, wanted)
-    return model.eval(), _load_tokenizer(directory)
+    return model.eval()
 
 
-def _check_device(device: str) -> None:
+def named_dtype(dtype: str) -> Any:
+    """The torch.dtype that a --dtype option names, None for auto. Raises UnsupportedError."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def check_device(device: str) -> None:
+    """Raise UnsupportedError for a device that torch does not know or does not find."""
     import torch
 
     try:
