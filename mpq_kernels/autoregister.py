@@ -35,6 +35,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """The normal spec of TARGET with a loader that registers; None for every other module."""
         if fullname != TARGET:
             return None
         sys.meta_path.remove(self)
