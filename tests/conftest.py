@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cli_cases import run, space  # noqa: F401  (fixtures of the command-line tests)
 
 import mpq_kernels.ops  # noqa: F401  (registers the operators)
 

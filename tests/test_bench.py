@@ -10,17 +10,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_cases import Runner
 from models import tiny_model
 
 import mpq_kernels as mpq
 from mpq_kernels import benchmark
 from mpq_kernels.benchmark import Measurement, ModelFacts, measure, synthetic_tokens, time_calls
 from mpq_kernels.checkpoint import PackedCheckpoint
-from mpq_kernels.cli import main
 from mpq_kernels.errors import MPQError
 
 GEMM = Path(__file__).parents[1] / "benchmarks" / "gemm.py"
@@ -45,16 +44,7 @@ def run(space, capsys, monkeypatch):
     """Run a command in the fixture's directory; gives stdout and stderr."""
     monkeypatch.chdir(space)
     threads = torch.get_num_threads()
-    capsys.readouterr()
-
-    def call(*words, code=0):
-        got = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert got == code, err
-        assert "Traceback" not in err
-        return SimpleNamespace(out=out, err=err, json=lambda: json.loads(out))
-
-    yield call
+    yield Runner(capsys)
     torch.set_num_threads(threads)
 
 

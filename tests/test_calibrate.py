@@ -173,7 +173,8 @@ def test_activation_order(tmp_path):
 def test_nothing_to_pack_reads_no_text(tmp_path):
     tiny_model("llama", tmp_path / "m")
     plan = mpq.Plan.from_dict({"version": 1, "default": None})
-    pack(tmp_path / "m", tmp_path / "out", plan, "gptq", Calibration(text="no tokenizer is there"))
+    report = pack(tmp_path / "m", tmp_path / "out", plan, "gptq", Calibration(text="no tokenizer is there"))
+    assert not report.modules and (tmp_path / "out" / "config.json").exists()
 
 
 def test_real_model_is_better_than_hqq(tmp_path):

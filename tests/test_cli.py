@@ -2,86 +2,25 @@
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_cases import HEAD, broken_copy
 from models import tiny_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import mpq_kernels as mpq
 from mpq_kernels.checkpoint import PackedCheckpoint
-from mpq_kernels.cli import main, output
+from mpq_kernels.cli import output
 from mpq_kernels.evaluate import perplexity
 from mpq_kernels.reference import dequantize
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = ("plan", "pack", "inspect", "verify", "generate", "ppl", "bench", "doctor")
-HEAD = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 192}
-FUSED = {
-    "version": 1,
-    "default": {"bits": 3},
-    "modules": {
-        "lm_head": {"bits": 16},
-        "re:.*v_proj": {"bits": 5, "symmetric": True},
-        "re:.*down_proj": {
-            "bits": 4,
-            "segments": [{"cols": [0, 64], "bits": 8}, {"cols": [64, None], "bits": 2, "group_size": 32}],
-        },
-    },
-    "fuse": [{"name": "qkv_proj", "members": ["q_proj", "k_proj", "v_proj"]}],
-}
-
-
-@pytest.fixture(scope="module")
-def space(tmp_path_factory):
-    """A tiny dense model with a real tokenizer, packed in 4 bits and under a plan with segments and a fused group."""
-    root = tmp_path_factory.mktemp("cli")
-    tiny_model("llama", root / "dense", tied=False, dtype=torch.bfloat16, sizes=HEAD)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLES / "gutenberg-6m" / name, root / "dense")
-    (root / "plan.json").write_text(json.dumps(FUSED))
-    (root / "text.txt").write_text(
-        (EXAMPLES / "gutenberg_val.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8"
-    )
-    pack = ["--quantizer", "rtn", "--quiet"]
-    assert main(["pack", str(root / "dense"), str(root / "packed"), "--bits", "4", *pack]) == 0
-    assert main(["pack", str(root / "dense"), str(root / "mixed"), "--plan", str(root / "plan.json"), *pack]) == 0
-    return root
-
-
-@pytest.fixture
-def run(space, capsys, monkeypatch):
-    """Run a command with paths relative to the fixture's directory; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(space)
-    capsys.readouterr()
-
-    def call(*words, code=0):
-        got = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert got == code, err
-        assert "Traceback" not in err
-        assert "\x1b[" not in out  # not a terminal: no colours
-        return SimpleNamespace(out=out, err=err, json=lambda: json.loads(out))
-
-    return call
-
-
-def broken_copy(space, tmp_path, source, change):
-    """A copy of a directory with the tensors that `change` returns in place of its own."""
-    copy = tmp_path / source
-    shutil.copytree(space / source, copy)
-    file = copy / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
-    return copy
 
 
 # The program
@@ -131,7 +70,7 @@ def test_interrupt_is_130(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mpq_kernels.cli.doctor.examine", interrupt)
-    run("doctor", code=130)
+    assert run("doctor", code=130).out == ""
 
 
 def test_a_full_disk_is_one_message(run, monkeypatch):
@@ -222,105 +161,6 @@ def test_plans_that_do_not_fit_are_refused(run, tmp_path, plan, words):
         assert words in refused.err
         assert refused.out == ""
     assert not Path("o").exists()
-
-
-# pack
-
-
-def test_pack_reports_what_it_wrote(run, tmp_path):
-    data = run("pack", "dense", tmp_path / "o", "--bits", 2, "--group-size", 32, "--quantizer", "rtn", "--json").json()
-    checkpoint = PackedCheckpoint.open(tmp_path / "o")
-    size = checkpoint.size()
-    assert data["packed"]["total_bytes"] == size.packed.total_bytes
-    assert data["file_bytes"] == (tmp_path / "o" / "model.safetensors").stat().st_size
-    assert {module["name"] for module in data["modules"]} == set(checkpoint.modules)
-    assert {s.bits for m in checkpoint.modules.values() for s in m.layout.segments} == {2}
-
-
-def test_pack_is_the_library_call(run, tmp_path):
-    text = run("pack", "dense", tmp_path / "o", "--plan", "plan.json", "--quantizer", "rtn").out
-    mpq.pack("dense", tmp_path / "again", mpq.Plan.from_file("plan.json"), quantizer="rtn")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert "model.layers.0.self_attn.qkv_proj" in text
-    assert "plan: 16 bits" in text
-
-
-def test_pack_with_calibration(run, tmp_path):
-    words = ["--bits", 2, "--group-size", 32, "--quantizer", "gptq"]
-    sizes = run("pack", "dense", tmp_path / "o", *words, "--act-order", "--dry-run", "--json").json()
-    given = ["--calibration", "text.txt", "--calibration-tokens", 600, "--act-order"]
-    data = run("pack", "dense", tmp_path / "o", *words, *given, "--json").json()
-    assert data["packed"]["total_bytes"] == sizes["packed"]["total"]
-    assert PackedCheckpoint.open(tmp_path / "o").modules["model.layers.0.mlp.up_proj"].layout.permuted
-    text = mpq.Calibration.from_file("text.txt", max_tokens=600, act_order=True)
-    mpq.pack("dense", tmp_path / "again", mpq.Plan.uniform("dense", 2, 32), "gptq", text)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    for wrong, word in (
-        (words, "needs --calibration"),
-        ([*words[:4], *given[:2]], "uses no calibration"),
-        ([*words[:4], "--act-order"], "hqq is not"),
-        ([*words[:4], "--calibration-tokens", 3], "goes with --calibration"),
-    ):
-        err = run("pack", "dense", tmp_path / "p", *wrong, code=2).err
-        assert word in " ".join(err.replace("│", " ").split())  # the message stands in a box
-
-
-@pytest.mark.parametrize(
-    ("words", "tied"),
-    [
-        (["--plan", "plan.json"], False),
-        (["--bits", "5", "--lm-head", "4"], False),
-        (["--bits", "5", "--lm-head", "4"], True),
-        (["--bits", "3", "--zero", "float", "--scale-dtype", "float32"], True),
-    ],
-)
-def test_dry_run_is_exact(run, tmp_path, space, words, tied):
-    dense = tmp_path / "dense"
-    tiny_model("qwen2" if tied else "llama", dense, tied=tied, sizes=HEAD)
-    before = sorted(tmp_path.rglob("*"))
-    data = run("pack", dense, tmp_path / "o", *words, "--dry-run", "--json").json()
-    text = run("pack", dense, tmp_path / "o", *words, "--dry-run").out
-    assert sorted(tmp_path.rglob("*")) == before
-    run("pack", dense, tmp_path / "o", *words, "--quantizer", "rtn")
-    checkpoint = PackedCheckpoint.open(tmp_path / "o")
-    stored = {name: (str(t.dtype), list(t.shape), t.entry.nbytes) for name, t in checkpoint.tensors.items()}
-    assert {t["name"]: (f"torch.{t['dtype']}", t["shape"], t["bytes"]) for t in data["tensors"]} == stored
-    assert data["files"] == {file.name: file.stat().st_size for file in checkpoint.files.files}
-    assert data["packed"]["total"] == checkpoint.size().packed.total_bytes
-    assert f"all tensors {data['total_bytes']:,} bytes" in text
-
-
-def test_pack_leaves_existing_output_alone(run, tmp_path):
-    out = tmp_path / "o"
-    run("pack", "dense", out, "--bits", 4, "--quantizer", "rtn")
-    before = (out / "model.safetensors").read_bytes()
-    assert "not empty" in run("pack", "dense", out, "--bits", 2, code=1).err
-    assert (out / "model.safetensors").read_bytes() == before
-    run("pack", "dense", out, "--bits", 2, "--quantizer", "rtn", "--overwrite")
-    assert (out / "model.safetensors").stat().st_size < len(before)
-
-
-def test_bad_models_are_refused(run, tmp_path, space):
-    def poison(tensors):
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-
-    nan = broken_copy(space, tmp_path, "dense", poison)
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    shutil.copy(space / "dense" / "config.json", pickled)
-    (pickled / "pytorch_model.bin").write_bytes(b"x")
-    cut = tmp_path / "cut"
-    shutil.copytree(space / "dense", cut)
-    (cut / "model.safetensors").write_bytes((space / "dense" / "model.safetensors").read_bytes()[:-10])
-    for model, word in ((nan, "up_proj"), (pickled, "pickle"), (cut, "model.safetensors"), (tmp_path / "none", "none")):
-        refused = run("pack", model, tmp_path / "o", "--bits", 4, "--quantizer", "rtn", code=1)
-        assert refused.err.startswith("mpq: ")
-        assert word in refused.err
-        assert not (tmp_path / "o").exists()
-    assert "already quantized" in run("pack", "packed", tmp_path / "o", "--bits", 4, code=1).err
-    assert "gptqqq" in run("pack", "dense", tmp_path / "o", "--bits", 4, "--quantizer", "gptqqq", code=1).err
 
 
 # inspect, verify

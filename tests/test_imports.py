@@ -95,7 +95,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_use_touches_no_device_and_needs_no_triton():
-    run("""
+    out = run("""
 import sys
 sys.modules["triton"] = None  # any import of it fails
 import torch
@@ -104,7 +104,9 @@ for name in ("init", "_lazy_init", "is_available", "device_count", "get_device_c
     setattr(torch.cuda, name, refuse)
 import mpq_kernels
 assert mpq_kernels.MixedLinear and mpq_kernels.load and mpq_kernels.pack and mpq_kernels.Plan
+print("used")
 """)
+    assert out.strip() == "used"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ import importlib.util
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
+from cli_cases import Runner
 from models import tiny_model
 
 import mpq_kernels as mpq
-from mpq_kernels.cli import main
 from mpq_kernels.cli.picture import COLOURS, Picture
 from mpq_kernels.resolve import resolve
 from mpq_kernels.source import LinearSpec, SourceCheckpoint
@@ -51,16 +50,7 @@ def space(tmp_path_factory):
 def run(space, capsys, monkeypatch):
     """Run a plan command in the fixture's directory; gives stdout and stderr."""
     monkeypatch.chdir(space)
-    capsys.readouterr()
-
-    def call(*words, code=0):
-        got = main(["plan", *(str(word) for word in words)])
-        out, err = capsys.readouterr()
-        assert got == code, err
-        assert "Traceback" not in err and "\x1b[" not in out
-        return SimpleNamespace(out=out, err=err, json=lambda: json.loads(out))
-
-    return call
+    return Runner(capsys, "plan")
 
 
 @pytest.mark.parametrize("model", ["dense", "bare/config.json"])
