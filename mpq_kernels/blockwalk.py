@@ -100,6 +100,7 @@ class BlockWalk:
         """What stands for the forward method of a block."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """Passes over blocks that are done, feeds the present one its hidden states, and stops behind it."""
             if self.input is None:
                 self.output = args[0] if args else kwargs["hidden_states"]
                 raise Stop

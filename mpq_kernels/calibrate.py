@@ -193,6 +193,7 @@ class Calibrator:
         weights: torch.Tensor | None = None
 
         def add(x: torch.Tensor) -> None:
+            """Take one input in; the last that a batch can bring ends its forward pass."""
             nonlocal mass, left
             x = x.reshape(-1, size).float()
             if not bool(torch.isfinite(x).all()):

@@ -1,5 +1,7 @@
 """`mpq::linear` and `mpq::dequantize` as operators: exactness, bounds, refusals, opcheck, compile, export."""
 
+import itertools
+
 import pytest
 import torch
 from cases import BITS, SIZES, TOKENS, X_DTYPES, mixed_weight, random_weight, support_matrix
@@ -175,11 +177,12 @@ def test_bad_values_stay_in_their_row(isa, bad):
 
 
 def test_same_bits_for_any_number_of_threads(isa):
-    packed = packing.pack(mixed_weight())
+    # Of these, 1024 x 1024 is shared among threads even for one token.
+    weights = [packing.pack(mixed_weight()), packing.pack(random_weight(1024, 1024, 3, 64))]
     before = torch.get_num_threads()
     try:
-        for tokens in (1, 3, 40):
-            x = torch.randn(tokens, 320)
+        for packed, tokens in itertools.product(weights, (1, 3, 40)):
+            x = torch.randn(tokens, packed.layout.in_features)
             torch.set_num_threads(1)
             one = linear(x, packed)
             torch.set_num_threads(3)

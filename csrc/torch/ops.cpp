@@ -37,9 +37,9 @@ cpu::Isa current_isa() {
   return static_cast<cpu::Isa>(isa);
 }
 
-// Below this many multiplications a second thread costs more than it saves: waking one takes about 5 us, in which one
-// thread does about this much (benchmarks/test_linear_benchmark.py, 256 x 256 against 4096 x 4096 at M = 1).
-constexpr int64_t kSerialWork = 1 << 17;
+// Below this many multiplications waking a second thread costs more than it saves. One against two threads, 4 bits, M =
+// 1, 2-core AMD EPYC: 768 x 768 18.6 and 22.5 us, 1024 x 1024 27.6 and 18.1 us; this is between the two.
+constexpr int64_t kSerialWork = 3 << 18;
 
 // Torch's own thread pool, so that the threads of the model and of these kernels never compete.
 cpu::Parallel torch_pool(int64_t work) {
