@@ -299,7 +299,7 @@ int mpq_grouped_linear(const mpq_grouped_args* args, const mpq_device* device, v
   LinearPlan plan;
   GroupedParams params;
   if (int status = plan_grouped(*args, *device, plan, params)) return status;
-  const dev::Launch how = launch_of(args->linear, plan, params.linear, stream);
+  const mpq::dev::Launch how = launch_of(args->linear, plan, params.linear, stream);
   if (int status = place(args->linear, plan, how, args->num_experts, params.linear)) return status;
   params.expert_groups = reinterpret_cast<const int32_t*>(params.linear.segments + params.linear.num_segments);
   return launched(launch_grouped(args->linear.x_dtype == MPQ_BF16, plan.shape.token_tiles, how, params));

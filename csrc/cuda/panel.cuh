@@ -72,6 +72,16 @@ MPQ_DEVICE void store_columns(const SharedMap& map, uint32_t base, uint4 v, int 
     dev::st_shared(base + map.chunk_sums + uint32_t(column / 16) * row + 4 * token, chunk);
 }
 
+// Columns of the sums that have no token, so that whole fragments can be read. Whole block.
+template <int kTokenTiles>
+MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
+  const int absent = 8 * kTokenTiles - tokens;
+  for (int i = int(dev::thread_index()); i < rows * absent; i += int(dev::thread_count())) {
+    const int row = i / absent, token = tokens + i - row * absent;
+    dev::st_shared(sums + uint32_t(row * 8 * kTokenTiles + token) * 4, 0.0f);
+  }
+}
+
 // Loads `tiles` tiles of columns from tile `first_tile` on, for `tokens` rows of x from `first_token` on. Whole block.
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
@@ -79,6 +89,10 @@ MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base,
   constexpr int kBatch = 4;  // loads in flight for each lane
   const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32, lane = int(dev::thread_index()) % 32;
   const int strips = (tiles + 3) / 4;  // of 256 columns
+  if (tokens < 8 * kTokenTiles) {
+    clear_sums<kTokenTiles>(base + map.tile_sums, tiles, tokens);
+    if (in.chunk_sums) clear_sums<kTokenTiles>(base + map.chunk_sums, 4 * tiles, tokens);
+  }
   for (int begin = warp; begin < tokens * strips; begin += warps * kBatch) {
     uint4 x[kBatch];
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {

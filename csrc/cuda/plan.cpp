@@ -238,9 +238,10 @@ int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPla
   params.scale_dtype = w.scale_dtype;
   params.k_tiles = int32_t(ceil_div(w.in_features, kTileK));
   int num_bands = 0;
+  uint32_t row_tiles = 0;
   for (int i = 0; i < w.num_segments; ++i) {
     const mpq_segment& s = w.segments[i];
-    num_bands += i == 0 || !same_band(w, i - 1, i);
+    if (i == 0 || !same_band(w, i - 1, i)) ++num_bands, row_tiles += uint32_t(ceil_div(s.n1 - s.n0, kTileN));
     plan.generic |= !tensor_core_group(s);
     params.in.chunk_sums |= s.group_size % kTileK != 0 && !single_group(s);
   }
@@ -260,7 +261,10 @@ int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPla
   plan.max_unit = max_unit;
   plan.grid_y = uint32_t(ceil_div(args.tokens, 8 * shape.token_tiles));
   bool split = false;
-  if (!plan.generic) {
+  if (plan.generic) {
+    plan.grid_x = row_tiles;
+    plan.grid_y = uint32_t(args.tokens);
+  } else {
     const uint32_t blocks = uint32_t(device.multiprocessors) / std::max(plan.grid_y, 1u);
     plan.grid_x = cut_work(args, shape, max_unit, std::clamp(blocks, 1u, uint32_t{kMaxBlocks}), params, split);
   }
