@@ -51,6 +51,7 @@ class LinearArgs(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("y_row_stride", ctypes.c_int64),
+        ("counters", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_size_t),
         ("x_dtype", ctypes.c_int32),
@@ -160,11 +161,14 @@ def check(lib, status):
 
 
 def workspace_for(lib, size_function, args, device):
-    """Counters of zero and poison behind them."""
+    """Poisoned memory of the size that the library asks for, or None."""
     size = ctypes.c_size_t()
     check(lib, size_function(ctypes.byref(args), ctypes.byref(device), ctypes.byref(size)))
+    args = getattr(args, "linear", args)
     workspace = aligned(torch.full((size.value,), 0xFF, dtype=torch.uint8))
-    workspace[:COUNTER_BYTES] = 0
+    if size.value:
+        args.workspace, args.workspace_bytes = address(workspace), size.value
+        allow(lib, workspace, WRITABLE | UNDEFINED, "workspace")
     return workspace
 
 
@@ -175,12 +179,12 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
     place = packed if isinstance(packed, Packed) else Packed(packed)
     tokens, (rows, _) = x.shape[0], place.shape
     out = aligned(torch.full((tokens, row_stride or rows), float("nan"), dtype=x.dtype))
+    counters = torch.zeros(COUNTER_BYTES, dtype=torch.uint8)
     args = LinearArgs(
         place.weight, address(x), address(gate), x.stride(0), tokens, address(bias), address(out), out.stride(0),
-        None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
+        address(counters), None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
     )  # fmt: skip
     workspace = workspace_for(lib, lib.mpq_workspace_size, args, device)
-    args.workspace, args.workspace_bytes = address(workspace), workspace.nbytes
     place.allow(lib)
     for name, tensor in (("x", x), ("gate", gate)):
         if tensor is not None and tensor.numel():
@@ -192,13 +196,11 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
         allow(lib, bias, 0, "bias")
     if tokens:
         allow(lib, out, WRITABLE, "y")
-    allow(lib, workspace[:COUNTER_BYTES], WRITABLE, "counters")
-    if workspace.nbytes > COUNTER_BYTES:
-        allow(lib, workspace[COUNTER_BYTES:], WRITABLE | UNDEFINED, "partials")
+    allow(lib, counters, WRITABLE, "counters")
     lib.mpq_sim_order(*order)
     lib.mpq_sim_interleave(interleave)
     check(lib, lib.mpq_linear(ctypes.byref(args), ctypes.byref(device), None))
-    assert not workspace[:COUNTER_BYTES].any(), "counters are not zero after the call"
+    assert not counters.any(), "counters are not zero after the call"
     return out[:, :rows]
 
 
@@ -224,17 +226,14 @@ def grouped(packed, x, offsets, num_experts, bias=None, device=SMALL, order=(0, 
     out = aligned(torch.full((x.shape[0], rows), float("nan"), dtype=x.dtype))
     args = LinearArgs(
         place.weight, address(x), None, x.stride(0), x.shape[0], address(bias), address(out), out.stride(0),
-        None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
+        None, None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
     )  # fmt: skip
     both = GroupedArgs(args, address(offsets), num_experts)
     workspace = workspace_for(lib, lib.mpq_grouped_workspace_size, both, device)
-    both.linear.workspace, both.linear.workspace_bytes = address(workspace), workspace.nbytes
     place.allow(lib)
     for name, tensor, flags in (("x", x, INPUT), ("offsets", offsets, INPUT), ("bias", bias, 0), ("y", out, WRITABLE)):
         if tensor is not None and tensor.numel():
             allow(lib, tensor, flags, name)
-    allow(lib, workspace[:COUNTER_BYTES], WRITABLE, "counters")
-    allow(lib, workspace[COUNTER_BYTES:], WRITABLE | UNDEFINED, "table")
     lib.mpq_sim_order(*order)
     check(lib, lib.mpq_grouped_linear(ctypes.byref(both), ctypes.byref(device), None))
     return out

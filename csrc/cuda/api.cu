@@ -76,15 +76,15 @@ int write_table(const mpq_weight& w, const LinearPlan& plan, const dev::Launch& 
 int place(const mpq_linear_args& a, const LinearPlan& plan, const dev::Launch& how, int num_experts, LinearParams& params) {
   char* workspace = static_cast<char*>(a.workspace);
   if (plan.workspace_bytes > a.workspace_bytes) return MPQ_ERROR_WORKSPACE;
-  if (!workspace) return MPQ_ERROR_NULL;
-  if (reinterpret_cast<uintptr_t>(workspace) % 16) return MPQ_ERROR_ALIGNMENT;
-  params.counters = reinterpret_cast<uint32_t*>(workspace);
+  if ((plan.workspace_bytes && !workspace) || (!num_experts && !a.counters)) return MPQ_ERROR_NULL;
+  if (reinterpret_cast<uintptr_t>(workspace) % 16 || reinterpret_cast<uintptr_t>(a.counters) % 4) return MPQ_ERROR_ALIGNMENT;
+  params.counters = static_cast<uint32_t*>(a.counters);
   params.partials = reinterpret_cast<float*>(workspace + plan.partials_offset);
-  if (!plan.table_offset) return MPQ_OK;
+  if (!plan.table) return MPQ_OK;
   dev::Launch one = how;
   one.grid_x = one.grid_y = 1;
   one.shared_bytes = 0;
-  return write_table(a.weight, plan, one, workspace + plan.table_offset, num_experts, params);
+  return write_table(a.weight, plan, one, workspace, num_experts, params);
 }
 
 dev::Launch launch_of(const mpq_linear_args& a, const LinearPlan& plan, const LinearParams& params, void* stream) {
@@ -94,7 +94,7 @@ dev::Launch launch_of(const mpq_linear_args& a, const LinearPlan& plan, const Li
   how.threads = plan.shape.warps * 32;
   how.shared_bytes = plan.generic ? 0 : params.shared.total;
   how.stream = static_cast<dev::Stream>(stream);
-  how.overlap = (a.flags & MPQ_OVERLAP) != 0 && !plan.table_offset;
+  how.overlap = (a.flags & MPQ_OVERLAP) != 0 && !plan.table;
   return how;
 }
 
@@ -123,8 +123,8 @@ mpq_linear_args part_of(const mpq_linear_args& a, int64_t begin) {
 }
 
 int check_grouped(const mpq_grouped_args& a) {
-  if (int status = check_linear(a.linear)) return status;
   const mpq_weight& w = a.linear.weight;
+  if (int status = check_linear(a.linear, a.num_experts > 0 ? w.out_features / a.num_experts : 0)) return status;
   if (a.num_experts < 1 || a.num_experts > 4096 || w.out_features % a.num_experts) return MPQ_ERROR_GROUPED;
   if (!a.offsets) return MPQ_ERROR_NULL;
   const int64_t rows = w.out_features / a.num_experts;
@@ -150,9 +150,9 @@ int plan_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearPlan
   params.items_before = params.linear.shared.total;
   params.linear.shared.total += uint32_t(a.num_experts + 1) * 4;
   if (int64_t{params.linear.shared.total} > device.shared_bytes) return MPQ_ERROR_DEVICE;
-  plan.table_offset = MPQ_COUNTER_BYTES;
-  plan.workspace_bytes = MPQ_COUNTER_BYTES + params.linear.num_bands * sizeof(Band) +
-                         params.linear.num_segments * sizeof(Segment) + size_t(a.num_experts + 1) * 4 + 16;
+  plan.table = true;
+  plan.workspace_bytes = params.linear.num_bands * sizeof(Band) +
+                         params.linear.num_segments * sizeof(Segment) + size_t(a.num_experts + 1) * 4;
   plan.partials_offset = 0;
   plan.grid_x = uint32_t(device.multiprocessors);
   plan.grid_y = 1;
@@ -261,7 +261,7 @@ int mpq_warmup(const mpq_device* device) {
 
 int mpq_workspace_size(const mpq_linear_args* args, const mpq_device* device, size_t* bytes) {
   if (!args || !device || !bytes) return MPQ_ERROR_NULL;
-  if (int status = check_linear(*args)) return status;
+  if (int status = check_linear(*args, args->weight.out_features)) return status;
   if (int status = check_device(*device)) return status;
   LinearPlan plan;
   LinearParams params;
@@ -272,7 +272,7 @@ int mpq_workspace_size(const mpq_linear_args* args, const mpq_device* device, si
 
 int mpq_linear(const mpq_linear_args* args, const mpq_device* device, void* stream) {
   if (!args || !device) return MPQ_ERROR_NULL;
-  if (int status = check_linear(*args)) return status;
+  if (int status = check_linear(*args, args->weight.out_features)) return status;
   if (int status = check_device(*device)) return status;
   for (int64_t begin = 0; begin < args->tokens; begin += kMaxGridY) {
     if (int status = run_linear(part_of(*args, begin), *device, stream)) return status;

@@ -46,7 +46,7 @@ int check_weight(const mpq_weight& w) {
   return last.n1 == w.out_features && last.k1 == w.in_features ? MPQ_OK : MPQ_ERROR_COVER;
 }
 
-int check_linear(const mpq_linear_args& a) {
+int check_linear(const mpq_linear_args& a, int64_t columns_of_y) {
   if (int status = check_weight(a.weight)) return status;
   if (a.tokens < 0) return MPQ_ERROR_SHAPE;
   if (a.tokens > INT_MAX - 64) return MPQ_ERROR_SIZE;
@@ -56,7 +56,7 @@ int check_linear(const mpq_linear_args& a) {
   if (!aligned(a.x, 2) || !aligned(a.x_gate, 2) || !aligned(a.y, 2) || !aligned(a.bias, a.bias_dtype == MPQ_F32 ? 4 : 2))
     return MPQ_ERROR_ALIGNMENT;
   // Rows may repeat (stride 0) in x, never in y.
-  if (a.x_row_stride < 0 || (a.tokens > 1 && a.y_row_stride < a.weight.out_features)) return MPQ_ERROR_STRIDE;
+  if (a.x_row_stride < 0 || (a.tokens > 1 && a.y_row_stride < columns_of_y)) return MPQ_ERROR_STRIDE;
   return MPQ_OK;
 }
 

@@ -268,12 +268,12 @@ int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPla
     const uint32_t blocks = uint32_t(device.multiprocessors) / std::max(plan.grid_y, 1u);
     plan.grid_x = cut_work(args, shape, max_unit, std::clamp(blocks, 1u, uint32_t{kMaxBlocks}), params, split);
   }
-  size_t bytes = MPQ_COUNTER_BYTES;
+  size_t bytes = 0;
   params.bands = nullptr;
   params.segments = nullptr;
   if (num_bands > kInlineBands || w.num_segments > kInlineSegments) {
-    plan.table_offset = bytes;
-    bytes += (num_bands * sizeof(Band) + w.num_segments * sizeof(Segment) + 15) / 16 * 16;
+    plan.table = true;
+    bytes = (num_bands * sizeof(Band) + w.num_segments * sizeof(Segment) + 15) / 16 * 16;
   } else {
     TableReader reader(w, max_unit, shape.log2_group_rows);
     Band band{};

@@ -22,12 +22,13 @@ struct LinearPlan {
   Shape shape;
   int max_unit;  // tiles that a warp may copy at a time
   uint32_t grid_x, grid_y;
-  size_t table_offset, partials_offset, workspace_bytes;  // table_offset 0: no table
+  bool table;  // bands and segments lie at the beginning of the workspace: too many for the parameters
+  size_t partials_offset, workspace_bytes;
 };
 
 // MPQ_OK or why these arguments are refused. Pointers are compared with null and aligned, never read.
 int check_weight(const mpq_weight& weight);
-int check_linear(const mpq_linear_args& args);
+int check_linear(const mpq_linear_args& args, int64_t columns_of_y);
 int check_device(const mpq_device& device);
 
 // Bands and segments in order, as kernels see them.

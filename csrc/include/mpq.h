@@ -89,9 +89,9 @@ typedef struct mpq_linear_args {
   const void* bias;     /* [N] of bias_dtype, or null */
   void* y;              /* [M, N] of x_dtype, columns contiguous */
   int64_t y_row_stride; /* elements */
-  void* workspace;      /* mpq_workspace_size() bytes, 16-byte aligned. Its first MPQ_COUNTER_BYTES are zero at the first
-                           use and left zero by every call. One call at a time: calls that may run at the same time, on
-                           different streams or in different graphs, need one workspace each. */
+  void* counters;       /* MPQ_COUNTER_BYTES, zero at the first use and left zero by every call. One call at a time: calls that
+                           may run at the same time, on different streams or in different graphs, need their own. */
+  void* workspace;      /* mpq_workspace_size() bytes, 16-byte aligned, of any content; free again after the call's kernels */
   size_t workspace_bytes;
   int32_t x_dtype;    /* MPQ_F16 or MPQ_BF16; bf16 values must be below 2^48 in magnitude */
   int32_t bias_dtype; /* mpq_dtype */
@@ -100,11 +100,11 @@ typedef struct mpq_linear_args {
 
 #define MPQ_COUNTER_BYTES 1024
 
-/* Experts: the weight holds num_experts weights of N rows each, stacked along its rows (out_features = num_experts * N), with no row band
- * across two experts. Rows offsets[e] .. offsets[e + 1] of x belong to expert e. */
+/* Experts: the weight holds num_experts weights of N rows each, stacked along its rows (out_features = num_experts * N),
+ * with no row band across two experts. Rows offsets[e] .. offsets[e + 1] of x belong to expert e. Counters are not used. */
 typedef struct mpq_grouped_args {
-  mpq_linear_args linear;   /* tokens: rows of x and of y in all; y is [tokens, N]; bias [num_experts * N] or null */
-  const int32_t* offsets;   /* [num_experts + 1] on the device: offsets[0] = 0, not decreasing, the last one = tokens */
+  mpq_linear_args linear; /* tokens: rows of x and of y in all; y is [tokens, N]; bias [num_experts * N] or null */
+  const int32_t* offsets; /* [num_experts + 1] on the device: offsets[0] = 0, not decreasing, the last one = tokens */
   int32_t num_experts;
 } mpq_grouped_args;
 
