@@ -1,15 +1,23 @@
-"""Builds the two compiled parts with ninja. Everything else about the package stands in pyproject.toml.
+"""Builds the compiled parts with ninja. Everything else about the package stands in pyproject.toml.
 
     mpq_kernels/_ops.so     torch operators over the CPU kernels. Only the LibTorch stable ABI, so one binary serves
                             torch 2.11 and later; no Python in it; torch.ops.load_library loads it.
+    mpq_kernels/_cuda.so    CUDA kernels with the C interface of csrc/include/mpq.h, and their torch operators. Built
+                            where nvcc is found (12.4 or later); a GPU is not needed to build it.
     mpq_kernels/_host.*.so  pybind11 module: packing, unpacking, layout identity.
 
-Both include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py.
+All include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py. Environment:
+
+    MPQ_CUDA_ARCHS   architectures, ";" between them, "+PTX" for code that later ones compile when they load it;
+                     "80;90a;100+PTX" unless told. "none" builds no CUDA part.
+    CUDA_HOME, CXX   toolkit and host compiler, where they are not on the PATH.
 """
 
 import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPS, HOST = "mpq_kernels._ops", "mpq_kernels._host"
+OPS, CUDA, HOST = "mpq_kernels._ops", "mpq_kernels._cuda", "mpq_kernels._host"
 
 # No path of the build machine may reach an error message or a binary.
 PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
@@ -29,6 +37,11 @@ ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
     "csrc/cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
 }
+# Code for 8.0 runs on 8.6 and 8.9 as it is; 9.0a is Hopper alone, with its own instructions.
+CUDA_ARCHS = "80;90a;100+PTX"
+CUDA_OLDEST = (12, 4)
+# Symbols of torch are found when the library is loaded; the CUDA runtime is part of it, so that any driver will do.
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -102,6 +115,47 @@ def torch_flags() -> tuple[str, str]:
     return f"{defines} {includes}", f"{links} -ltorch -ltorch_cpu"
 
 
+def find_nvcc() -> Path | None:
+    """The compiler of CUDA_HOME or of the PATH; None, with a line of text, where it is absent, too old or not wanted."""
+    if os.environ.get("MPQ_CUDA_ARCHS") == "none":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+    if found is None:
+        print(f"mpq_kernels: no nvcc {'in CUDA_HOME=' + home if home else 'on the PATH'}: CUDA kernels are not built")
+        return None
+    text = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+    if version < CUDA_OLDEST:
+        print(f"mpq_kernels: nvcc {version[0]}.{version[1]} is older than 12.4: CUDA kernels are not built")
+        return None
+    return Path(found)
+
+
+def cuda_root(nvcc: Path) -> Path:
+    """The toolkit that nvcc belongs to; it may be a script that calls the real one."""
+    text = subprocess.run([str(nvcc), "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"TOP=(.*)", text).group(1).strip()).resolve()
+
+
+def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
+    """(flags of nvcc, compile, link) for the CUDA library."""
+    codes = []
+    for arch in os.environ.get("MPQ_CUDA_ARCHS", CUDA_ARCHS).split(";"):
+        number = arch.removesuffix("+PTX")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            raise SystemExit(f'MPQ_CUDA_ARCHS: {arch!r} is not an architecture such as "80", "90a" or "100+PTX"')
+        codes.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch != number:
+            codes.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    root = cuda_root(nvcc)
+    includes = next(p for p in (root / "targets/x86_64-linux/include", root / "include") if p.is_dir())
+    library = next(p for p in (root / "targets/x86_64-linux/lib", root / "lib64") if p.is_dir())
+    torch_compile, torch_link = torch_flags()
+    link = f"{torch_link} -L{library} -lcudart_static -lpthread -ldl -lrt"
+    return " ".join(codes), f"{torch_compile} -isystem {includes}", link
+
+
 def host_flags() -> tuple[str, str]:
     """(compile, link) flags for the pybind11 module."""
     import sysconfig
@@ -119,12 +173,17 @@ class NinjaBuild(build_ext):
         super().run()
 
     def get_ext_filename(self, fullname):
-        # The operator library has no Python in it, hence no interpreter tag.
+        # The operator libraries have no Python in them, hence no interpreter tag.
         name = super().get_ext_filename(fullname)
-        return str(Path(name).with_name("_ops.so")) if fullname.endswith("_ops") else name
+        short = fullname.rpartition(".")[2]
+        return str(Path(name).with_name(f"{short}.so")) if short in ("_ops", "_cuda") else name
 
     def build_extension(self, ext):
-        compile_flags, link_flags = torch_flags() if ext.name == OPS else host_flags()
+        nvcc, nvcc_flags = NVCC, ""
+        if ext.name == CUDA:
+            nvcc_flags, compile_flags, link_flags = cuda_flags(nvcc)
+        else:
+            compile_flags, link_flags = torch_flags() if ext.name == OPS else host_flags()
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -133,6 +192,12 @@ class NinjaBuild(build_ext):
             f"cxx = {os.environ.get('CXX', 'g++')}",
             "rule cc",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  description = compile $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"nvcc = {nvcc}",
+            "rule cu",
+            "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
             "  description = compile $in",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -145,7 +210,12 @@ class NinjaBuild(build_ext):
         for source in ext.sources:
             objects.append(str(build / (Path(source).stem + ".o")))
             flags = f"{CXX_FLAGS} {PREFIX_MAP} {compile_flags} -I{ROOT / 'csrc'} {ISA_FLAGS.get(source, '')}"
-            lines += [f"build {objects[-1]}: cc {ROOT / source}", f"  flags = {flags}"]
+            rule = "cc"
+            if source.endswith(".cu"):
+                rule = "cu"
+                host = f"-ccbin {os.environ['CXX']}" if "CXX" in os.environ else ""
+                flags = f"{NVCC_FLAGS} -Xcompiler {PREFIX_MAP} {host} {nvcc_flags} -I{ROOT / 'csrc'}"
+            lines += [f"build {objects[-1]}: {rule} {ROOT / source}", f"  flags = {flags}"]
         lines += [f"build {target}: link {' '.join(objects)}", ""]
         write_if_changed(build / "build.ninja", "\n".join(lines))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
@@ -154,9 +224,14 @@ class NinjaBuild(build_ext):
 cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
 if not X86:
     cpu_sources = [s for s in cpu_sources if not ISA_FLAGS.get(s)]
+CUDA_OPS = "csrc/torch/cuda_ops.cpp"
 ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
+ops_sources.remove(CUDA_OPS)
+cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+NVCC = find_nvcc()
+cuda_extension = [Extension(CUDA, [*cuda_sources, CUDA_OPS])] if NVCC else []
 
 setup(
-    ext_modules=[Extension(OPS, ops_sources + cpu_sources), Extension(HOST, ["csrc/host/host.cpp"])],
+    ext_modules=[Extension(OPS, ops_sources + cpu_sources), *cuda_extension, Extension(HOST, ["csrc/host/host.cpp"])],
     cmdclass={"build_ext": NinjaBuild},
 )
