@@ -149,6 +149,7 @@ void block_sync() {
     block.warp[w].runnable = ~block.warp[w].exited;
   }
   order_block(block);
+  switch_to(choose(block));
   maybe_switch_block();
 }
 

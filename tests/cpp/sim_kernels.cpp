@@ -8,7 +8,7 @@ using namespace mpq::dev;
 
 namespace {
 
-uint32_t word(const uint16_t* low, const uint16_t* high) {
+MPQ_DEVICE uint32_t word(const uint16_t* low, const uint16_t* high) {
   return ld_constant(low) | static_cast<uint32_t>(ld_constant(high)) << 16;
 }
 
