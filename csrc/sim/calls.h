@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#pragma GCC visibility push(hidden)  // several libraries of simulated kernels may share a process
+
 namespace mpq::sim {
 
 constexpr int kCheckFailed = 9001;  // no error code of CUDA
@@ -61,3 +63,5 @@ uint32_t atomic_add(uint32_t* address, uint32_t v);
 void thread_fence();
 
 }  // namespace mpq::sim
+
+#pragma GCC visibility pop

@@ -3,6 +3,10 @@
 // A bulk copy lands as late as it may: when a thread waits for the phase that covers it. What a thread had done, or
 // knew to be done, when it arrived is known to whoever waits for the phase: vectors of one time for each thread of the
 // block, joined at arrivals and waits; the lanes of a warp share what they learnt at their next collective.
+
+// The joins are to be vectorised whatever the flags of the build.
+#pragma GCC optimize("O3")
+
 #include <algorithm>
 
 #include "state.h"
