@@ -260,6 +260,13 @@ struct Launch {
   bool overlap = false;  // may start before the kernel that is ahead of it in the stream has finished
 };
 
+// Onto the current device, where that would otherwise happen at the first launch.
+template <class Params>
+inline int load(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  return static_cast<int>(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+}
+
 template <class Params>
 inline int launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   if (how.shared_bytes > 48 * 1024) {

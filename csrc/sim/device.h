@@ -161,6 +161,11 @@ struct Launch {
 };
 
 template <class Params>
+inline int load(void (*)(Params)) {
+  return 0;
+}
+
+template <class Params>
 inline int launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   struct Call {
     void (*kernel)(Params);
