@@ -289,7 +289,7 @@ def test_clocks_restart(machine):
 
 def test_portable_fibers(tmp_path):
     """The same on swapcontext, in a second library of the same process."""
-    library = sim.build(tmp_path, KERNELS, "-DMPQ_SIM_UCONTEXT")
+    library = sim.build(tmp_path, KERNELS, "-DMPQ_SIM_UCONTEXT", "-O0")
     x, y = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
     sim.allow(library, x, 0, "x")
     sim.allow(library, y, sim.WRITABLE, "y")

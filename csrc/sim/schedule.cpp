@@ -149,8 +149,8 @@ void block_sync() {
     block.warp[w].runnable = ~block.warp[w].exited;
   }
   order_block(block);
-  switch_to(choose(block));
   maybe_switch_block();
+  switch_to(choose(block));
 }
 
 }  // namespace mpq::sim

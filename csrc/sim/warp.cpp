@@ -2,6 +2,7 @@
 //
 // mma: the 16 products of an element are exact, they and the accumulator are summed in double, and the sum is rounded
 // once to fp32. Tensor cores keep fewer bits while they sum: tests need the tolerance of such an fp32 sum.
+
 // Most of a simulation is compute_mma: its loops are to be vectorised whatever the flags of the build.
 #pragma GCC optimize("O3")
 
