@@ -1,4 +1,4 @@
-"""The simulator of csrc/sim by ctypes: builds a library of kernels, allows memory, launches, reads errors and counts."""
+"""The simulator of csrc/sim by ctypes: builds a library of kernels, allows memory, reads errors and counts."""
 
 import ctypes
 import os

@@ -5,8 +5,6 @@ are exact in any order of summation, and compared for equality.
 """
 
 import ctypes
-import os
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +14,12 @@ import torch
 
 BUGS = sim.ROOT / "tests/cpp/sim_bugs.cpp"
 KERNELS = [sim.ROOT / "tests/cpp/sim_kernels.cpp", BUGS]
-ORDERS = {"forward": (sim.FORWARD, 0), "reverse": (sim.REVERSE, 0), "random1": (sim.RANDOM, 1), "random2": (sim.RANDOM, 2)}
+ORDERS = {
+    "forward": (sim.FORWARD, 0),
+    "reverse": (sim.REVERSE, 0),
+    "random1": (sim.RANDOM, 1),
+    "random2": (sim.RANDOM, 2),
+}
 
 
 class Params(ctypes.Structure):
@@ -146,7 +149,7 @@ def test_numbers(machine):
         expected = torch.from_numpy(x).to(dtype).view(torch.int16)
         assert torch.equal(patterns[i][finite], expected[finite])
         assert (patterns[i][~finite] == 0x7FFF).all()
-        assert torch.equal(values[i].view(torch.int32).abs().gt(0x7F800000), everything.view(dtype).isnan())
+        assert torch.equal(values[i].isnan(), everything.view(dtype).isnan())
         assert torch.equal(values[i].nan_to_num(), everything.view(dtype).float().nan_to_num())
 
 
@@ -154,26 +157,38 @@ def test_numbers(machine):
 SIXTY_FOUR = {"threads": 64}
 TWO_BLOCKS = {"threads": 64, "grid": (2, 1)}
 FOUND = {
-    "shared_past_end": ({"shared": 1024}, "st_shared of 4 bytes at shared byte 1024: outside the 1024 bytes of the launch"),
+    "shared_past_end": (
+        {"shared": 1024},
+        "st_shared of 4 bytes at shared byte 1024: outside the 1024 bytes of the launch",
+    ),
     "shared_address_zero": ({}, "st_shared of 4 bytes at shared byte -1024: outside"),
     "shared_misaligned": ({}, "st_shared of 16 bytes at shared byte 4: not aligned to 16"),
     "shared_undefined": ({}, "ld_shared at shared byte 0: undefined"),
     "missing_warp_sync": ({}, "ld_shared at shared byte 4: undefined"),
     "ldmatrix_without_sync": ({}, "written by thread 1 (warp 0, lane 1) without a warp_sync in between"),
-    "overwritten_in_warp": ({}, "read by thread 0 (warp 0, lane 0) without a warp_sync in between"),
+    "overwritten_in_warp": (
+        {},
+        "st_shared at shared byte 0: read by thread 1 (warp 0, lane 1) without a warp_sync in between",
+    ),
     "missing_block_sync": (SIXTY_FOUR, "ld_shared at shared byte 128: undefined"),
     "overwritten_while_read": (SIXTY_FOUR, "without a block_sync in between"),
     "two_writers": ({}, "st_shared at shared byte 0: written by thread 0 (warp 0, lane 0) without a warp_sync"),
     "missing_wait": ({}, "ld_shared at shared byte 0: a copy by thread 0 (warp 0, lane 0) is under way"),
     "missing_commit": ({}, "is under way, its wait is missing"),
     "wait_for_too_few": ({}, "is under way, its wait is missing"),
-    "wait_without_block_sync": (SIXTY_FOUR, "ld_shared at shared byte 512: undefined"),
-    "copy_over_readers": (SIXTY_FOUR, "cp_async at shared byte 0: read by thread 63 (warp 1, lane 31) without a block_sync"),
+    "wait_without_block_sync": (SIXTY_FOUR, "written by thread 0 (warp 0, lane 0) without a block_sync in between"),
+    "copy_over_readers": (
+        SIXTY_FOUR,
+        "cp_async at shared byte 128: read by thread 0 (warp 0, lane 0) without a block_sync",
+    ),
     "store_over_copy": ({}, "st_shared at shared byte 0: a copy by thread 0 (warp 0, lane 0) is under way"),
     "diverged": ({}, "lanes of a warp diverge: this one is at warp_sync, lanes 0x00000001 at shfl_xor"),
     "diverged_block_sync": ({}, "diverge: this one is at block_sync, lanes 0x00000001 at warp_sync"),
     "lane_exits": ({}, "thread 7 (warp 0, lane 7) exits while lanes 0x0000007f of its warp wait at shfl_xor"),
-    "half_a_warp": ({"threads": 16}, "warp_sync needs all lanes of the warp: lanes 0xffff0000 have exited or do not exist"),
+    "half_a_warp": (
+        {"threads": 16},
+        "warp_sync needs all lanes of the warp: lanes 0xffff0000 have exited or do not exist",
+    ),
     "shuffle_masks": ({}, "shfl_xor with mask 1 in lane 1 and 0 in lane 0"),
     "half_block_sync": (SIXTY_FOUR, "thread 32 (warp 1, lane 0) exits while 32 of 64 threads wait at block_sync"),
     "barrier_never_ends": ({}, "no thread can continue: thread 0 (warp 0, lane 0) waits at mbarrier_wait"),
@@ -183,7 +198,10 @@ FOUND = {
     "bulk_waited_by_one": (SIXTY_FOUR, "ld_shared at shared byte 128: written by thread 0 (warp 0, lane 0) without"),
     "bulk_bytes": ({}, "mbarrier at shared byte 1024: 528 bytes copied, 512 expected"),
     "bulk_size": ({}, "bulk_copy of 24 bytes: not a positive multiple of 16"),
-    "bulk_over_readers": (SIXTY_FOUR, "bulk_copy at shared byte "),
+    "bulk_over_readers": (
+        SIXTY_FOUR,
+        "bulk_copy at shared byte 0: read by thread 0 (warp 0, lane 0) without a block_sync",
+    ),
     "global_past_end": ({}, "ld_constant of 4 bytes at byte 16384 of 'in0': outside its 16384 bytes"),
     "global_misaligned": ({}, "ld_constant of 16 bytes at byte 4 of 'in0': the address is not a multiple of 16"),
     "copy_past_end": ({}, "cp_async of 16 bytes at byte 16384 of 'in0': outside"),
@@ -202,7 +220,7 @@ FOUND = {
 # The same kernels find other things in reverse order.
 FOUND_IN_REVERSE = {
     "missing_warp_sync": ({}, "ld_shared at shared byte 120: undefined"),
-    "wait_without_block_sync": (SIXTY_FOUR, "ld_shared at shared byte 496: written by thread 31"),
+    "wait_without_block_sync": (SIXTY_FOUR, "ld_shared at shared byte 496: undefined"),
     "barrier_without_sync": (SIXTY_FOUR, "mbarrier_arrive at shared byte 0: initialised by thread 32 (warp 1, lane 0)"),
     "lane_exits": ({}, "exits while lanes 0xffffff00 of its warp wait at shfl_xor"),
     "store_race": (TWO_BLOCKS, "st_global at byte 252 of 'out': written in this launch by block (1, 0), thread 63"),
@@ -224,7 +242,7 @@ def test_bug_is_found(machine, order, name, how, text):
 EXEMPT = {"unwaited_copy": "counted, no error", "barrier_without_sync": "in forward order not initialised at all"}
 
 
-@pytest.mark.parametrize("name", sorted(set(FOUND) - {"wait_without_block_sync"}))
+@pytest.mark.parametrize("name", sorted(FOUND))
 @pytest.mark.parametrize("seed", [3, 4])
 def test_bug_is_found_in_random_order(machine, name, seed):
     machine.library.mpq_sim_order(sim.RANDOM, seed)
@@ -263,19 +281,19 @@ def test_launch_that_no_machine_takes(machine, how, text):
     assert code == sim.CHECK_FAILED and text in error
 
 
+def test_clocks_restart(machine):
+    machine.in0[:1].view(np.uint32)[:] = 2**21
+    assert machine.launch("long_run", threads=64) == (0, "")
+    assert np.array_equal(machine.out[:64].view(np.uint32), np.arange(64)[::-1])
+
+
 def test_portable_fibers(tmp_path):
-    """The same on swapcontext, in a program of its own: two libraries in one process would share symbols."""
-    program = (
-        "import ctypes, sys, pathlib, numpy as np; sys.path.insert(0, sys.argv[1]); import simulator as sim\n"
-        "kernels = [sim.ROOT / 'tests/cpp' / f for f in ('sim_kernels.cpp', 'sim_bugs.cpp')]\n"
-        "library = sim.build(pathlib.Path(sys.argv[2]), kernels, '-DMPQ_SIM_UCONTEXT')\n"
-        "x, y = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)\n"
-        "sim.allow(library, x, 0, 'x'), sim.allow(library, y, sim.WRITABLE, 'y')\n"
-        "params = (ctypes.c_void_p * 4)(x.ctypes.data, 0, y.ctypes.data, 0)\n"
-        "assert library.sim_launch(b'shuffle', 1, 1, 256, 0, 0, params) == 0, library.mpq_sim_error()\n"
-        "assert np.array_equal(y, x[np.arange(256) ^ 5] + np.repeat(x.reshape(8, 32).sum(1), 32))\n"
-        "assert library.sim_launch(b'diverged', 1, 1, 32, 0, 0, params) == sim.CHECK_FAILED\n"
-    )
-    command = [os.sys.executable, "-c", program, str(sim.ROOT / "tests"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    """The same on swapcontext, in a second library of the same process."""
+    library = sim.build(tmp_path, KERNELS, "-DMPQ_SIM_UCONTEXT", "-O0")
+    x, y = np.arange(256, dtype=np.float32), np.zeros(256, np.float32)
+    sim.allow(library, x, 0, "x")
+    sim.allow(library, y, sim.WRITABLE, "y")
+    params = ctypes.byref(Params(x.ctypes.data, None, y.ctypes.data, None))
+    assert library.sim_launch(b"shuffle", 1, 1, 256, 0, 0, params) == 0, library.mpq_sim_error()
+    assert np.array_equal(y, x[np.arange(256) ^ 5] + np.repeat(x.reshape(8, 32).sum(1), 32))
+    assert library.sim_launch(b"diverged", 1, 1, 32, 0, 0, params) == sim.CHECK_FAILED

@@ -108,6 +108,68 @@ MPQ_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- barriers in shared memory and bulk copies that report to them: sm_90 and later, elsewhere they trap ----
+//
+// A barrier is 8 aligned bytes. Its phases end when `arrivals` threads have arrived and all bytes that they announced
+// have been copied; phase i has parity i & 1.
+
+// By one thread, then fence_barrier_init() by the same thread, then block_sync() by all.
+MPQ_DEVICE void mbarrier_init(uint32_t bar, uint32_t arrivals) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+#else
+  __trap();
+#endif
+}
+// Makes mbarrier_init known to the copy engine.
+MPQ_DEVICE void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+// Arrives, and announces bytes of bulk copies of this phase.
+MPQ_DEVICE void mbarrier_expect(uint32_t bar, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+#else
+  __trap();
+#endif
+}
+MPQ_DEVICE void mbarrier_arrive(uint32_t bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+#else
+  __trap();
+#endif
+}
+// Waits for the end of the phase of this parity, which is the current one or the one before.
+MPQ_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(bar), "r"(parity)
+                 : "memory");
+  } while (!done);
+#else
+  __trap();
+#endif
+}
+// Addresses and bytes are multiples of 16.
+MPQ_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
 // ---- global memory ----
 
 template <class T>

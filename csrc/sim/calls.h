@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#pragma GCC visibility push(hidden)  // several libraries of simulated kernels may share a process
+
 namespace mpq::sim {
 
 constexpr int kCheckFailed = 9001;  // no error code of CUDA
@@ -36,7 +38,7 @@ void ldmatrix_x4(uint32_t* r, uint32_t address);
 uint32_t shfl_xor(uint32_t v, int mask);
 void warp_sync();
 
-// ---- shared memory and cp.async (shared.cpp, copies.cpp) ----
+// ---- shared memory and cp.async (shared.cpp) ----
 
 void load_shared(void* to, uint32_t address, uint32_t bytes);
 void store_shared(uint32_t address, const void* from, uint32_t bytes);
@@ -61,3 +63,5 @@ uint32_t atomic_add(uint32_t* address, uint32_t v);
 void thread_fence();
 
 }  // namespace mpq::sim
+
+#pragma GCC visibility pop

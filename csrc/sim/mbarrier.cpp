@@ -3,6 +3,10 @@
 // A bulk copy lands as late as it may: when a thread waits for the phase that covers it. What a thread had done, or
 // knew to be done, when it arrived is known to whoever waits for the phase: vectors of one time for each thread of the
 // block, joined at arrivals and waits; the lanes of a warp share what they learnt at their next collective.
+
+// The joins are to be vectorised whatever the flags of the build.
+#pragma GCC optimize("O3")
+
 #include <algorithm>
 
 #include "state.h"
@@ -47,9 +51,10 @@ void settle(const Thread& t, Barrier& barrier) {
   }
   if (barrier.queued < barrier.expected) return;
   for (const Copy& copy : barrier.copies) {
-    const uint32_t now = t.block->warp[copy.issuer / kLanes].time;
-    land(t, copy, copy.issuer << kTimeBits | now);
-    barrier.released[copy.issuer] = now + 1;
+    Warp& warp = t.block->warp[copy.issuer / kLanes];
+    land(t, copy, copy.issuer << kTimeBits | warp.time);
+    barrier.released[copy.issuer] = warp.time + 1;
+    tick(warp, t);  // what the issuer does from now on is not released
   }
   barrier.copies.clear();
   barrier.expected = barrier.queued = 0;
@@ -142,8 +147,9 @@ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
 void mbarrier_wait(uint32_t bar, uint32_t parity) {
   Thread& t = *current;
   Barrier& barrier = find(t, "mbarrier_wait", bar);
-  settle(t, barrier);
-  if ((barrier.phase & 1) == (parity & 1)) {
+  const auto under_way = [&] { return (barrier.phase & 1) == (parity & 1); };
+  if (under_way()) settle(t, barrier);
+  if (under_way()) {
     barrier.waiters[t.warp->index] |= t.bit;
     t.warp->runnable &= ~t.bit;
     wait_for_turn();

@@ -150,6 +150,7 @@ void block_sync() {
   }
   order_block(block);
   maybe_switch_block();
+  switch_to(choose(block));
 }
 
 }  // namespace mpq::sim

@@ -15,6 +15,8 @@
 #include "calls.h"
 #include "fiber.h"
 
+#pragma GCC visibility push(hidden)
+
 namespace mpq::sim {
 
 constexpr uint32_t kLanes = 32, kAllLanes = 0xffffffff;
@@ -166,3 +168,5 @@ void add_range(const void* address, size_t bytes, uint32_t flags, const char* na
 void forget_ranges();
 
 }  // namespace mpq::sim
+
+#pragma GCC visibility pop

@@ -2,6 +2,10 @@
 //
 // mma: the 16 products of an element are exact, they and the accumulator are summed in double, and the sum is rounded
 // once to fp32. Tensor cores keep fewer bits while they sum: tests need the tolerance of such an fp32 sum.
+
+// Most of a simulation is compute_mma: its loops are to be vectorised whatever the flags of the build.
+#pragma GCC optimize("O3")
+
 #include <cstring>
 
 #include "numbers.h"
@@ -15,29 +19,32 @@ constexpr uint32_t kM = 16, kN = 8, kK = 16;
 using Row = double __attribute__((vector_size(kN * sizeof(double))));
 
 template <bool kBf16>
-double decode(uint32_t word, int half) {
-  const auto bits = static_cast<uint16_t>(word >> (16 * half));
-  return static_cast<double>(kBf16 ? bf16_to_float(bits) : f16_to_float(bits));
-}
-
-template <bool kBf16>
 void compute_mma(const Operands* lanes) {
-  double a[kM][kK];
-  Row b[kK], d[kM];
+  uint16_t bits[kM * kK + kK * kN];  // a[16][16], then b[16][8]
+  Row d[kM];
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
     const Operands& o = lanes[lane];
     const auto* in = static_cast<const float*>(o.out);
     const uint32_t g = lane / 4, q = lane % 4;
-    for (uint32_t i = 0; i < 2; ++i) {
-      for (uint32_t j = 0; j < 4; ++j) a[g + 8 * (j % 2)][2 * q + 8 * (j / 2) + i] = decode<kBf16>(o.in[j], i);
-      b[2 * q + i][g] = decode<kBf16>(o.x, i);
-      b[2 * q + 8 + i][g] = decode<kBf16>(o.y, i);
-      d[g][2 * q + i] = in[i];
-      d[g + 8][2 * q + i] = in[2 + i];
-    }
+    for (uint32_t j = 0; j < 4; ++j) std::memcpy(&bits[(g + 8 * (j % 2)) * kK + 2 * q + 8 * (j / 2)], &o.in[j], 4);
+    uint16_t* b = bits + kM * kK + 2 * q * kN + g;
+    b[0] = static_cast<uint16_t>(o.x);
+    b[kN] = static_cast<uint16_t>(o.x >> 16);
+    b[8 * kN] = static_cast<uint16_t>(o.y);
+    b[9 * kN] = static_cast<uint16_t>(o.y >> 16);
+    for (uint32_t i = 0; i < 4; ++i) d[g + 8 * (i / 2)][2 * q + i % 2] = in[i];
+  }
+  double a[kM * kK];
+  Row b[kK];
+  for (uint32_t i = 0; i < kM * kK; ++i) a[i] = kBf16 ? bf16_to_float(bits[i]) : f16_to_float(bits[i]);
+  for (uint32_t i = 0; i < kK * kN; ++i) {
+    const uint16_t v = bits[kM * kK + i];
+    b[i / kN][i % kN] = kBf16 ? bf16_to_float(v) : f16_to_float(v);
   }
   for (uint32_t m = 0; m < kM; ++m) {
-    for (uint32_t k = 0; k < kK; ++k) d[m] += a[m][k] * b[k];
+    Row sum = d[m];
+    for (uint32_t k = 0; k < kK; ++k) sum += a[m * kK + k] * b[k];
+    d[m] = sum;
   }
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
     auto* out = static_cast<float*>(lanes[lane].out);
@@ -98,6 +105,7 @@ void meet(Op op, const Operands& operands) {
   warp.runnable = kAllLanes;
   compute(op, warp, &t.block->thread[warp.index * kLanes]);
   advance(*t.block, warp);
+  wait_for_turn();
 }
 
 }  // namespace

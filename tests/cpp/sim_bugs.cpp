@@ -5,15 +5,16 @@ using namespace mpq::dev;
 
 namespace {
 
-// A kernel without parameters of the template: `BUG(name) { body }` with p, t and base at hand.
+// `BUG(name) { body }` is a kernel with its parameters p, its thread t and the start of shared memory at hand.
 #define BUG(name)                                                                                           \
-  void name##_body(const Params& p, uint32_t t, uint32_t base);                                             \
+  MPQ_DEVICE void name##_body(const Params& p, uint32_t t, uint32_t base);                                  \
   MPQ_KERNEL(256) name(const MPQ_GRID_CONSTANT Params p) { name##_body(p, thread_index(), shared_base()); } \
-  void name##_body([[maybe_unused]] const Params& p, [[maybe_unused]] uint32_t t, [[maybe_unused]] uint32_t base)
+  MPQ_DEVICE void name##_body([[maybe_unused]] const Params& p, [[maybe_unused]] uint32_t t,                \
+                              [[maybe_unused]] uint32_t base)
 
-const uint4* quads(const Params& p) { return static_cast<const uint4*>(p.in0); }
-const float* floats(const Params& p) { return static_cast<const float*>(p.in0); }
-float* out(const Params& p) { return static_cast<float*>(p.out); }
+MPQ_DEVICE const uint4* quads(const Params& p) { return static_cast<const uint4*>(p.in0); }
+MPQ_DEVICE const float* floats(const Params& p) { return static_cast<const float*>(p.in0); }
+MPQ_DEVICE float* out(const Params& p) { return static_cast<float*>(p.out); }
 
 // ---- shared memory ----
 
@@ -44,8 +45,8 @@ BUG(overwritten_while_read) {
 BUG(overwritten_in_warp) {
   st_shared(base + 4 * t, 1.0f);
   warp_sync();
-  const float v = ld_shared<float>(base + 4 * (t ^ 1));
-  st_shared(base + 4 * t, v);
+  ld_shared<float>(base + 4 * (t ^ 1));
+  if (t == 31) st_shared(base, 2.0f);
 }
 BUG(two_writers) { st_shared(base + t / 64 * 4, t); }
 
@@ -71,13 +72,13 @@ BUG(wait_without_block_sync) {
   cp_async16(base + 16 * t, quads(p) + t);
   cp_async_commit();
   cp_async_wait<0>();
-  st_global(out(p) + t, ld_shared<float>(base + 16 * ((t + 32) % 64)));
+  if (t >= 32) st_global(out(p) + t, ld_shared<float>(base + 16 * (t - 32)));
 }
 BUG(copy_over_readers) {
   st_shared(base + 4 * t, 1.0f);
   block_sync();
-  st_global(out(p) + t, ld_shared<float>(base + 4 * (63 - t)));
-  if (t < 16) cp_async16(base + 16 * t, quads(p) + t);
+  st_global(out(p) + t, ld_shared<float>(base + 4 * ((t + 32) % 64)));
+  if (t == 63) cp_async16(base + 128, quads(p) + t);
 }
 BUG(store_over_copy) {
   cp_async16(base + 16 * t, quads(p) + t);
@@ -129,7 +130,7 @@ BUG(barrier_too_many) {
 
 // ---- bulk copies ----
 
-void start_bulk(const Params& p, uint32_t t, uint32_t base, uint32_t bytes) {
+MPQ_DEVICE void start_bulk(const Params& p, uint32_t t, uint32_t base, uint32_t bytes) {
   if (t == 0) mbarrier_init(base + 1024, 1);
   block_sync();
   if (t != 0) return;
@@ -157,7 +158,7 @@ BUG(bulk_over_readers) {
   start_bulk(p, t, base, 512);
   mbarrier_wait(base + 1024, 0);
   st_global(out(p) + t, ld_shared<float>(base + 4 * t));
-  if (t != 0) return;
+  if (t != 63) return;
   mbarrier_expect(base + 1024, 512);
   bulk_copy(base, p.in0, 512, base + 1024);
 }
@@ -183,7 +184,7 @@ BUG(stale_read) {
 }
 
 // The last block sums, with one step left out.
-void arrive(const Params& p, uint32_t t, uint32_t base, bool fence, bool sync) {
+MPQ_DEVICE void arrive(const Params& p, uint32_t t, uint32_t base, bool fence, bool sync) {
   float* partial = static_cast<float*>(p.workspace) + 4;
   st_global(partial + block_x() * 64 + t, 1.0f);
   if (fence) thread_fence();

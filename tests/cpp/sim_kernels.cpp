@@ -8,7 +8,7 @@ using namespace mpq::dev;
 
 namespace {
 
-uint32_t word(const uint16_t* low, const uint16_t* high) {
+MPQ_DEVICE uint32_t word(const uint16_t* low, const uint16_t* high) {
   return ld_constant(low) | static_cast<uint32_t>(ld_constant(high)) << 16;
 }
 
@@ -150,6 +150,18 @@ numbers(const MPQ_GRID_CONSTANT Params p) {
   st_global(values + 65536 + i, bf16_to_float(static_cast<uint16_t>(i)));
 }
 
+// in0 [1]: rounds. So many collectives that clocks restart; what was ordered before stays ordered.
+MPQ_KERNEL(64)
+long_run(const MPQ_GRID_CONSTANT Params p) {
+  const uint32_t rounds = ld_constant(static_cast<const uint32_t*>(p.in0)), t = thread_index();
+  st_shared(shared_base() + 4 * t, t);
+  for (uint32_t i = 0; i < rounds; ++i) warp_sync();
+  block_sync();
+  st_global(static_cast<uint32_t*>(p.out) + t, ld_shared<uint32_t>(shared_base() + 4 * (63 - t)));
+  block_sync();
+  st_shared(shared_base() + 4 * t, t);
+}
+
 // in0 [1]: rounds. Many mma in each of the warps of one block.
 MPQ_KERNEL(512)
 mma_speed(const MPQ_GRID_CONSTANT Params p) {
@@ -161,7 +173,8 @@ mma_speed(const MPQ_GRID_CONSTANT Params p) {
 
 const Entry kKernels[] = {{"mma_f16", &mma<false>}, {"mma_bf16", &mma<true>},  {"ldmatrix", &ldmatrix},
                           {"shuffle", &shuffle},    {"ring", &ring},           {"bulk_ring", &bulk_ring},
-                          {"numbers", &numbers},    {"mma_speed", &mma_speed}, {"last_arriver", &last_arriver}};
+                          {"numbers", &numbers},    {"mma_speed", &mma_speed}, {"last_arriver", &last_arriver},
+                          {"long_run", &long_run}};
 
 }  // namespace
 
