@@ -20,7 +20,7 @@ LAYERS = (
     ("plan", "resolve"),
     ("quantize",),
     ("checkpoint", "outdir", "report", "blockwalk", "calibrate"),
-    ("ops",),
+    ("ops", "cuda_ops"),
     ("backends",),
     ("linear", "fused"),
     ("pack_model", "pack_job", "replace"),
