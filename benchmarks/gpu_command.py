@@ -137,7 +137,7 @@ class Session:
 
     def _print_head(self) -> None:
         about = self.about
-        print(f"{', '.join(about['gpus'])}, driver {about['driver']}, commit {about['commit']}")
+        print(f"{', '.join(about['gpus'])}, driver {about.get('driver')}, commit {about['commit']}")
         print(
             f"copy {about['copy_gbytes_per_s']:.0f} GB/s, read {about['read_gbytes_per_s']:.0f} GB/s, "
             f"bf16 product {about['bf16_tflops']:.0f} TFLOP/s"

@@ -206,16 +206,10 @@ class Marlin(Peer):
         """GPTQ words (codes of consecutive k, lowest bits first), repacked by its operator."""
         bits, (rows, cols) = int(width), dense.shape
         codes, scale = symmetric_codes(dense, bits, self.group, self.dtype)
-        fields = 32 // bits
-        columns = codes.T.contiguous().view(cols // fields, fields, rows)
-        words = torch.zeros(cols // fields, rows, dtype=torch.int32, device=dense.device)
-        for index in range(fields):
-            words |= columns[:, index].int() << (bits * index)
         none = torch.empty(0, dtype=torch.int32, device=dense.device)
-        repack = {"b_q_weight": words, "perm": none, "size_k": cols, "size_n": rows, "num_bits": bits}
+        repack = {"b_q_weight": gptq_words(codes, bits), "perm": none, "size_k": cols, "size_n": rows, "num_bits": bits}
         packed = by_name(torch.ops._C.gptq_marlin_repack.default, repack)
-        # Its threads read scales of 8 x 8 neighbouring rows transposed.
-        scales = scale.T.contiguous().view(-1, 8, 8).transpose(1, 2).contiguous().view(cols // self.group, rows)
+        scales = marlin_scales(scale)
         processors = torch.cuda.get_device_properties(dense.device).multi_processor_count
         return Held((packed, scales), symmetric_values(codes, scale, bits, self.group), (bits, rows, cols, processors))
 
@@ -229,6 +223,23 @@ class Marlin(Peer):
         words |= {"is_k_full": True, "use_fp32_reduce": True}
         operator = torch.ops._C.marlin_gemm.default
         return lambda x: by_name(operator, words | {"a": x, "size_m": x.shape[0]})
+
+
+def gptq_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [K * bits / 32, N] of codes uint8 [N, K]: consecutive k of one row n in a word, lowest bits first."""
+    rows, cols = codes.shape
+    fields = 32 // bits
+    columns = codes.T.contiguous().view(cols // fields, fields, rows)
+    words = torch.zeros(cols // fields, rows, dtype=torch.int32, device=codes.device)
+    for index in range(fields):
+        words |= columns[:, index].int() << (bits * index)
+    return words
+
+
+def marlin_scales(scale: torch.Tensor) -> torch.Tensor:
+    """[K/g, N] of scales [N, K/g] as Marlin's threads read them: 8 x 8 neighbouring rows transposed."""
+    rows, groups = scale.shape
+    return scale.T.contiguous().view(-1, 8, 8).transpose(1, 2).contiguous().view(groups, rows)
 
 
 def vllm_unsigned(bits: int, bias: int) -> int:

@@ -50,7 +50,7 @@ class GraphRun:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.outputs = [thunk() for thunk in thunks]
         torch.cuda.synchronize()
 
