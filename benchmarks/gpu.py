@@ -207,7 +207,8 @@ class Bench:
             row.reason = first_line(error)
             return row
         row.error = checked_error(run, [exact[load.which[i]] for i in order])
-        if not row.error <= TOLERANCE[unit.dtype]:  # NaN is not
+        allowed = (self.peers[unit.peer].tolerance if unit.peer else None) or TOLERANCE[unit.dtype]
+        if not row.error <= allowed:  # NaN is not
             row.reason = f"wrong by {row.error:.2g} of the largest output: not timed"
             return row
         first, again = run.microseconds(self.seconds), run.microseconds(self.seconds)

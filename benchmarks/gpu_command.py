@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import LEAST_COPIES, Bench, Broken, Unit, plan, without_absent
-from benchmarks.installed_peers import all_peers
+from benchmarks.installed_peers import all_peers, look_into_site
 from benchmarks.peers import NO_DEVICE, Peer
 from benchmarks.plot import plot
 from benchmarks.rows import DENSE, GPU_HEADS, GpuRow, facts, gpu_line, read_json, set_ratios, write_json
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, words: list[str], started: float) -> int:
     """Measure within the budget. 1 when a packed layer was wrong or failed, or nothing was measured."""
+    look_into_site()
     peers = all_peers(args.group)
     chosen = list(peers) if args.peers is None else args.peers.split(",")
     unknown = [name for name in chosen if name not in peers]

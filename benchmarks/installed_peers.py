@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ import torch
 
 from benchmarks.peers import Dense, Held, Peer, Tinygemm, symmetric_codes, symmetric_values
 from benchmarks.timing import Call
+
+
+def look_into_site() -> None:
+    """Find packages in the directory PEERS_SITE too, after all others."""
+    site = os.environ.get("PEERS_SITE")
+    if site and site not in sys.path:
+        sys.path.append(site)
+        importlib.invalidate_caches()
 
 
 def missing(*modules: str) -> str | None:
@@ -154,6 +163,7 @@ class BitsandbytesInt8(BitsandbytesNF4):
     name = "bnb int8 (x in int8)"
     widths = ("8",)
     dtype = torch.float16
+    tolerance = 3e-2  # rounding x to 127 steps of its largest value; 0.7e-2 was seen on normal x, K=512
 
     def hold(self, dense: torch.Tensor, width: str, tokens: Sequence[int]) -> Held:
         """One scale for each row."""

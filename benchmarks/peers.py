@@ -45,6 +45,7 @@ class Peer:
     name: ClassVar[str]
     widths: ClassVar[tuple[str, ...]]
     dtype: torch.dtype = torch.bfloat16
+    tolerance: ClassVar[float | None] = None  # of the largest output, where the method itself loses more than rounding
     tokens: ClassVar[tuple[int, ...] | None] = None  # only these, where every other number costs minutes of tuning
     compiles: ClassVar[bool] = False  # at the first call, into a cache on disk that a second process finds
 

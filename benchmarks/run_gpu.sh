@@ -35,7 +35,7 @@ mkdir -p "$site"
 : >"$log"
 : >"$steps"
 rm -f "$out"/{summary,probe,gemm}.json "$out/gemm.png"
-export PYTHONPATH=$PWD:$site PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD PEERS_SITE=$site PYTHONUNBUFFERED=1
 export HUMMING_CACHE_DIR=$scratch/humming TRITON_CACHE_DIR=$scratch/triton
 
 finish() {
@@ -81,7 +81,9 @@ facts() {
   date -u +%Y-%m-%dT%H:%M:%SZ
 }
 
-install_wheels() { # one by one: a wheel that does not fit must not stop the rest
+# One by one: a wheel that does not fit must not stop the rest. Into a directory that only gemm.py looks into, and last:
+# transformers imports whatever quantization package it finds, and fails where that one misses something.
+install_wheels() {
   local wheel bad=0
   for wheel in "$wheels"/*.whl; do
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
