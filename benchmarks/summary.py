@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_TOKENS = (1, 16, 256)
-MOST_LINES = 60
+MOST_LINES = 45
 
 
 def steps_of(text: str) -> list[dict[str, Any]]:
