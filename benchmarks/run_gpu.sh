@@ -146,9 +146,9 @@ PY
 export python site wheels scratch out dry
 export -f facts install_wheels build compile_probe probe sanitize imports
 
-step facts 40 facts
+step facts 30 facts
 if compgen -G "$wheels/*.whl" >/dev/null; then
-  step wheels 60 install_wheels
+  step wheels 40 install_wheels
 else
   skip wheels "no $wheels/*.whl"
 fi
@@ -156,7 +156,7 @@ if [[ ${VLLM_LIB:-} == *.xz ]]; then
   step vllm_lib 60 '"$python" -c "import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], \"wb\"))" "$VLLM_LIB" "$scratch/vllm.so"'
   export VLLM_LIB=$scratch/vllm.so
 fi
-step build 240 build
+step build 200 build
 
 if ((dry)); then
   if command -v nvcc >/dev/null; then step probe_compiles 90 compile_probe; else skip probe_compiles "no nvcc"; fi
@@ -166,12 +166,12 @@ if ((dry)); then
   step gpu_tests_collect 120 '"$python" -m pytest tests -q -m gpu --collect-only -p no:cacheprovider'
   for name in probe warm gpu_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
 else
-  step probe 60 probe
+  step probe 40 probe
   # Kernels that a peer compiles at its first call are compiled while the device does little else.
   "$python" benchmarks/gemm.py --device cuda --warm --peers humming --budget-s 150 >"$scratch/warm.log" 2>&1 &
   warm=$!
-  step gpu_tests 100 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20'
-  if command -v compute-sanitizer >/dev/null; then step sanitize 100 'sanitize 100'; else skip sanitize "no compute-sanitizer"; fi
+  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20'
+  if command -v compute-sanitizer >/dev/null; then step sanitize 75 "sanitize 75"; else skip sanitize "no compute-sanitizer"; fi
   kill "$warm" 2>/dev/null
   wait "$warm" 2>/dev/null
   warm=
