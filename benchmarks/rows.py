@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -185,7 +186,11 @@ def write_json(path: Path | None, about: dict[str, Any], rows: Sequence[Row]) ->
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(about | {"results": [asdict(row) for row in rows]}, indent=1) + "\n")
+    results = [asdict(row) for row in rows]
+    for result in results:
+        if result["error"] is not None and not math.isfinite(result["error"]):
+            result["error"] = None  # JSON has no NaN; the reason says it
+    part.write_text(json.dumps(about | {"results": results}, indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 

@@ -1,6 +1,7 @@
 """The GPU side of benchmarks/, without a GPU: arithmetic, order, budget, failures, files, refusals, the dry run."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -115,6 +116,90 @@ def test_same_bytes_in_one_width():
     assert len(same.segments) == 1 and same.in_features == mixed.in_features
     row_block = 64 * same.size().total_bytes / same.out_features
     assert abs(same.size().total_bytes - mixed.size().total_bytes) <= row_block / 2
+
+
+class PretendedCuda:
+    """As much of torch.cuda as a graph's run uses, on the CPU: a graph notes the calls that it captures."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.now = [], 0.0
+        pretended = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = pretended.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, stop):
+                return stop.at - self.at
+
+        class Graph:
+            def replay(self):
+                pretended.now += 0.5  # ms
+                pretended.log.append("replay")
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def capture(graph, capture_error_mode):
+            self.log.append("begin")
+            yield
+            self.log.append("end")
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": capture,
+            "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda *words: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_graph_captures_every_call_once_after_warming_up(monkeypatch):
+    cuda = PretendedCuda(monkeypatch)
+    thunks = [lambda i=i: cuda.log.append(i) or torch.full((1,), float(i)) for i in range(4)]
+    run = timing.GraphRun(thunks, [0, 2])
+    assert cuda.log == [0, 2, 0, 2, "begin", 0, 1, 2, 3, "end"] and [float(y) for y in run.outputs] == [0, 1, 2, 3]
+    times = run.microseconds(0.0)
+    assert times == [500.0] * timing.LEAST_REPLAYS and cuda.log.count("replay") == 3 + len(times)
+
+
+def test_ceilings_are_bytes_and_operations_over_the_best_time(monkeypatch):
+    cuda = PretendedCuda(monkeypatch)
+    right = torch.Tensor.copy_
+    monkeypatch.setattr(timing, "read_bandwidth", lambda device, nbytes: 7.0)
+
+    def tick(call):
+        def timed(*words):
+            cuda.now += 2.0
+            return call(*words)
+
+        return timed
+
+    monkeypatch.setattr(torch.Tensor, "copy_", tick(right))
+    monkeypatch.setattr(torch, "matmul", tick(torch.matmul))
+    found = timing.cuda_ceilings(CPU, nbytes=4096, side=16)
+    assert found["copy_gbytes_per_s"] == pytest.approx(2 * 4096 / 2e-3 / 1e9) == found["copy_gbytes_per_s_median"]
+    assert found["bf16_tflops"] == pytest.approx(2 * 16**3 / 2e-3 / 1e12) and found["read_gbytes_per_s"] == 7.0
+
+
+def test_facts_name_every_package(monkeypatch):
+    found = rows.facts(torch.device("cuda"))
+    assert set(rows.PEER_PACKAGES) <= set(found["packages"]) and {"driver", "cuda", "nvcc", "commit"} <= set(found)
+    json.dumps(found)
+
+
+def test_nan_does_not_spoil_the_file(tmp_path):
+    bad = row("packed 4", None)
+    bad.error, bad.reason = float("nan"), "wrong by nan"
+    rows.write_json(tmp_path / "x.json", {"done": []}, [bad])
+    _, (back,) = rows.read_json(tmp_path / "x.json")
+    assert back.error is None and back.reason == "wrong by nan"
 
 
 # The plan
