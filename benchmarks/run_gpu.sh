@@ -114,7 +114,7 @@ probe() {
 }
 
 sanitize() { # SECONDS: the three tools at once, each over the same cases and over the probe's products
-  local tool bad=0
+  local tool bad=0 verdicts=
   for tool in memcheck racecheck synccheck; do
     {
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$scratch/probe" --quick || exit 1
@@ -126,8 +126,9 @@ sanitize() { # SECONDS: the three tools at once, each over the same cases and ov
     local pid=pid_$tool state=passed
     wait "${!pid}" || { state=failed; bad=1; }
     tail -n 200 "$scratch/$tool.log"
-    echo "$tool: $state, $(grep -o '[0-9]* of [0-9]* cases run, [0-9]* wrong' "$scratch/$tool.log" || echo 'cases not finished')"
+    verdicts+="$tool: $state, $(tail -n 2 "$scratch/$tool.log" | tr '\n' ' ')"$'\n'
   done
+  printf '%s' "$verdicts"
   return $bad
 }
 
