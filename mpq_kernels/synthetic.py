@@ -23,7 +23,8 @@ from .files import contained_file, read_json_object
 from .formats import FORMATS
 from .hf import install, packed_modules
 from .layout import Segment, WeightLayout
-from .modelmap import LinearSpec, build_meta_model
+from .linearspec import LinearSpec
+from .modelmap import build_meta_model
 from .plan import Plan
 from .replace import list_linears
 from .resolve import resolve
