@@ -172,12 +172,12 @@ class PackedExperts(nn.Module):
         offsets = torch.searchsorted(expert, bounds, out_int32=True)
         hidden = self.gate_up(hidden_states[order // k], offsets)
         if self._interleaved:
-            hidden = hidden.view(len(hidden), 2, -1).transpose(1, 2).reshape(len(hidden), -1)
+            hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
         hidden = self.family._apply_gate(hidden)  # type: ignore[operator]  # a method of the family
         y = self.down(hidden, offsets)
         placed = torch.empty_like(y)
         placed[order] = y
-        weighted = placed.view(tokens, k, -1).float() * top_k_weights.unsqueeze(-1).float()
+        weighted = placed.view(tokens, k, self.down.rows).float() * top_k_weights.unsqueeze(-1).float()
         return weighted.sum(1).to(hidden_states.dtype)
 
 

@@ -102,12 +102,10 @@ def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None)
     Raises CheckpointError when the model has no such linear, or one of another shape: a plan for another model.
     """
     modules = dict(model.named_modules())
-    blocks: dict[str, dict[str, PackedModule]] = {}
+    blocks = _blocks(packing)
     for module in packing.modules.values():
         if module.experts is None:
             _check_fits(module, modules)
-        else:
-            blocks.setdefault(module.experts.module, {})[module.name.rpartition(".")[2]] = module
     for name, parts in blocks.items():
         _check_experts_fit(name, parts, modules)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
@@ -127,6 +125,18 @@ def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None)
             if part.experts is not None
         }
         model.set_submodule(name, PackedExperts(layers[GATE_UP], layers[DOWN], modules[name]))
+
+
+def _blocks(packing: PackingConfig) -> dict[str, dict[str, PackedModule]]:
+    """Experts module of the model -> its packed weights by the last part of their names. Raises CheckpointError."""
+    blocks: dict[str, dict[str, PackedModule]] = {}
+    for module in packing.modules.values():
+        if module.experts is not None:
+            parts, leaf = blocks.setdefault(module.experts.module, {}), module.name.rpartition(".")[2]
+            if leaf in parts:
+                raise CheckpointError(f"{module.name}: {module.experts.module} has two packed weights named {leaf}")
+            parts[leaf] = module
+    return blocks
 
 
 def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[str, nn.Module]) -> None:

@@ -205,7 +205,7 @@ def check_name(name: Any, where: str) -> str:
 def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedModule:
     check_name(name, where)
     if not isinstance(item, Mapping) or set(item) - {"experts"} != {"layout", "bias", "members"}:
-        raise CheckpointError(f"{where}: expected the keys layout, bias, members, perhaps experts, found {short(item)}")
+        raise CheckpointError(f"{where}: expected the keys layout, bias and members, found {short(item)}")
     index = item["layout"]
     if type(index) is not int or not 0 <= index < len(layouts):
         raise CheckpointError(f"{where}: layout={short(index)} is not one of the {len(layouts)} layouts")
