@@ -24,12 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import validate_tensors
 from .errors import CheckpointError, UnsupportedError
-from .experts import GroupedLinear, PackedExperts, misfit
+from .experts import GroupedLinear, misfit
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .linearspec import DOWN, GATE_UP
 from .mixture import experts_modules
-from .replace import place, untie
+from .replace import place, place_experts, untie
 from .schema import QUANT_METHOD, PackedModule, PackingConfig
 
 
@@ -124,7 +124,7 @@ def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None)
             for leaf, part in parts.items()
             if part.experts is not None
         }
-        model.set_submodule(name, PackedExperts(layers[GATE_UP], layers[DOWN], modules[name]))
+        place_experts(model, name, layers)
 
 
 def _blocks(packing: PackingConfig) -> dict[str, dict[str, PackedModule]]:

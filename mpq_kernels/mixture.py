@@ -98,9 +98,19 @@ def expert_shapes(experts: Any) -> tuple[int, dict[str, tuple[int, int]]]:
     return count, shapes
 
 
-def merged_experts(module: str, experts: Any, block: str | None = None) -> Iterator[LinearSpec]:
-    """The linears of a packable experts module as cuts of its own parameters. block: its name in the files."""
-    block = block or module
+@dataclass(frozen=True)
+class FileNames:
+    """What the files of a model call its experts: the module of all, and the linears of one by part."""
+
+    block: str
+    linears: Mapping[str, str]
+
+
+OWN_NAMES = {part: f"{part}_proj" for parts in PARTS.values() for part in parts}
+
+
+def merged_experts(module: str, experts: Any, holder: str, names: FileNames) -> Iterator[LinearSpec]:
+    """The linears of a packable experts module as cuts of the 3-D tensors holder.gate_up_proj and holder.down_proj."""
     count, shapes = expert_shapes(experts)
     rows, cols = shapes[GATE_UP]
     half = rows // 2
@@ -109,13 +119,42 @@ def merged_experts(module: str, experts: Any, block: str | None = None) -> Itera
     cuts["down"] = (0, shapes[DOWN][0], 1)
     for index in range(count):
         for leaf, parts in PARTS.items():
-            parameter = f"{block}.{PARAMETERS[leaf]}"
+            tensor = f"{holder}.{PARAMETERS[leaf]}"
             for part in parts:
                 cut = Cut(index, bool(experts.is_transposed), *cuts[part])
-                place = ExpertPart(block, module, index, count, part, cut)
+                place = ExpertPart(names.block, module, index, count, part, cut)
                 n, k = (half, cols) if part != "down" else shapes[DOWN]
-                bias = f"{parameter}_bias" if experts.has_bias else None
-                yield LinearSpec(f"{block}.{index}.{part}_proj", n, k, parameter, bias, expert=place)
+                bias = f"{tensor}_bias" if experts.has_bias else None
+                yield LinearSpec(f"{names.block}.{index}.{names.linears[part]}", n, k, tensor, bias, expert=place)
+
+
+def model_experts(model: Any) -> Iterator[LinearSpec]:
+    """The linears of all packable experts of a model in memory, under the names that its files have for them."""
+    for name, experts in experts_modules(model).items():
+        if why_not_packable(experts) is None:
+            yield from merged_experts(name, experts, name, _file_names(model, name))
+
+
+def _file_names(model: Any, module: str) -> FileNames:
+    """Names under which transformers saves the experts one by one; the model's own where it saves them merged."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model, add_legacy=False) if hasattr(model, "base_model_prefix") else []
+    back = [t.reverse_transform() for t in reversed(transforms) if not isinstance(t, PrefixChange)]
+    renamings = [t for t in back if isinstance(t, WeightRenaming)]
+    converters = [t for t in back if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    block, linears = module, dict(OWN_NAMES)
+    for leaf, key in PARAMETERS.items():
+        saved, pattern = rename_source_key(f"{module}.{key}", renamings, converters, reverse=True)
+        apart = EXPERT_WEIGHT.fullmatch(saved.replace(".*.", ".0."))
+        if pattern is None or apart is None:
+            return FileNames(saved.removesuffix(f".{key}") if pattern is None else module, OWN_NAMES)
+        block = apart[1]
+        for part, target in zip(PARTS[leaf], by_pattern[pattern].target_patterns, strict=False):
+            linears[part] = target.split(".")[-2]
+    return FileNames(block, linears)
 
 
 def map_experts(
@@ -205,7 +244,7 @@ def _merged(
             if tensor is None:
                 raise CheckpointError(f"{stored[leaf]}: no file holds {block}.{each} beside it, which {name} needs")
             _check(tensor, tuple(getattr(experts, each).shape), f"{name}.{each}")
-    yield from merged_experts(name, experts, block)
+    yield from merged_experts(name, experts, block, FileNames(block, OWN_NAMES))
 
 
 def _separate(path: Path, name: str, experts: Any, found: Mapping[str, list[Source]]) -> Iterator[LinearSpec]:

@@ -20,8 +20,10 @@ from mpq_kernels import packing
 from mpq_kernels.checkpoint import PackedCheckpoint
 from mpq_kernels.experts import GroupedLinear, PackedExperts
 from mpq_kernels.mixture import experts_modules, why_not_packable
+from mpq_kernels.replace import list_linears, replace_linears
 from mpq_kernels.resolve import resolve
 from mpq_kernels.source import SourceCheckpoint
+from mpq_kernels.synthetic import config_linears, synthetic_model
 from mpq_kernels.weights import QuantizedWeight
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1"
@@ -437,3 +439,32 @@ def test_layers_that_do_not_fit_are_refused():
         GroupedLinear.from_stacked(packed.down.packed, 6)
     with pytest.raises(mpq.FormatError, match="offsets must say"):
         packed.gate_up(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_model_in_memory_and_its_files_list_the_same_linears(family, tmp_path):
+    model = tiny_model(family, tmp_path / "m")
+    stored = [(s.name, s.out_features, s.in_features) for s in SourceCheckpoint.open(tmp_path / "m").linears()]
+    assert stored == [(s.name, s.out_features, s.in_features) for s in list_linears(model)]
+    assert stored == [(s.name, s.out_features, s.in_features) for s in config_linears(tmp_path / "m")]
+
+
+def test_replacing_in_memory_gives_the_packed_model(packed_family):
+    _, source, out, _ = packed_family
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    report = replace_linears(model, expert_plan(source), "rtn")
+        n: r for n, r in report.left.items() if "not an nn.Linear" in r
+    }
+    assert not any("experts" in name and "shared" not in name for name in report.left)
+    loaded = mpq.load(out)
+    assert torch.equal(generate(model).sequences, generate(loaded).sequences)
+    for ours, theirs in zip(packed_experts(model), packed_experts(loaded), strict=True):
+        assert torch.equal(ours.gate_up.qweight, theirs.gate_up.qweight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_synthetic_mixtures_run(family, tmp_path):
+    tiny_model(family, tmp_path / "m")
+    plan = mpq.Plan.uniform(config_linears(tmp_path / "m"), bits=3, group_size=16)
+    model = synthetic_model(tmp_path / "m" / "config.json", plan)
+    assert len(packed_experts(model)) == 2 and torch.isfinite(generate(model, 3).scores[0]).all()
