@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from cases import random_weight
+from cli_cases import Runner
 from models import MIXTURES, SIZES, tiny_model
 from packed import check_kept, check_packed
 from safetensors.torch import load_file, save_file
@@ -453,8 +454,7 @@ def test_replacing_in_memory_gives_the_packed_model(packed_family):
     _, source, out, _ = packed_family
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     report = replace_linears(model, expert_plan(source), "rtn")
-        n: r for n, r in report.left.items() if "not an nn.Linear" in r
-    }
+    assert report.left["lm_head"] == "plan: 16 bits"
     assert not any("experts" in name and "shared" not in name for name in report.left)
     loaded = mpq.load(out)
     assert torch.equal(generate(model).sequences, generate(loaded).sequences)
@@ -468,3 +468,23 @@ def test_synthetic_mixtures_run(family, tmp_path):
     plan = mpq.Plan.uniform(config_linears(tmp_path / "m"), bits=3, group_size=16)
     model = synthetic_model(tmp_path / "m" / "config.json", plan)
     assert len(packed_experts(model)) == 2 and torch.isfinite(generate(model, 3).scores[0]).all()
+
+
+def test_commands_count_experts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mpq_kernels.report.LARGE", 10_000)
+    run = Runner(capsys)
+    source, out = tmp_path / "m", tmp_path / "out"
+    tiny_model("qwen2_moe", source)
+    printed = run("pack", source, out, "--bits", "4", "--group-size", "16", "--quantizer", "rtn", "--quiet").out
+    assert "large parameters that were not packed" in printed and "lm_head.weight" in printed
+    modules = {m["name"]: m for m in run("inspect", out, "--json").json()["modules"]}
+    down = modules["model.layers.1.mlp.experts.down"]
+    assert down["experts"] == {"module": "model.layers.1.mlp.experts", "count": 4}
+    assert [member[0] for member in down["members"]] == [f"{e}.down_proj" for e in range(4)]
+    layers = run("verify", out, "--against", source, "--json").json()["layers"]
+    errors = {layer["name"]: layer["relative_error"] for layer in layers if ".experts." in layer["name"]}
+    assert len(errors) == 2 * 4 * 3 and all(0 < error < 0.2 for error in errors.values())
+    (tmp_path / "plan.json").write_text(mpq.Plan.uniform(source, bits=4, group_size=16).to_json())
+    sizes = [run("plan", "size", tmp_path / "plan.json", m, "--json").json() for m in (source, source / "config.json")]
+    total = run("inspect", out, "--json").json()["total"]
+    assert sizes[0]["packed"] == sizes[1]["packed"] == {key: total[key] for key in sizes[0]["packed"]}
