@@ -12,6 +12,7 @@ BACKEND = Backend(
     summary="CUDA kernels on packed weights; a dense product for many tokens",
     devices=("cuda",),
     linear=torch.ops.mpq.linear.default,
+    grouped=torch.ops.mpq.grouped_linear.default,
     dequantize=torch.ops.mpq.dequantize.default,
     available=cuda_ops.why_not,
 )
