@@ -231,7 +231,9 @@ if not X86:
 CUDA_OPS = "csrc/torch/cuda_ops.cpp"
 ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
 ops_sources.remove(CUDA_OPS)
-cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+cuda_sources = sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp")
+)
 NVCC = find_nvcc()
 cuda_extension = [Extension(CUDA, [*cuda_sources, CUDA_OPS])] if NVCC else []
 

@@ -55,7 +55,9 @@ def _load() -> str | None:
         return f"{LIBRARY.name} does not load under torch {torch.__version__} ({error})"
     built = torch.ops.mpq.cuda_layout_id()
     if built != LAYOUT_ID:
-        return f"{LIBRARY.name} was built for layout {built}, this package has {LAYOUT_ID}: build again (`pip install .`)"
+        return (
+            f"{LIBRARY.name} was built for layout {built}, this package has {LAYOUT_ID}: build again (`pip install .`)"
+        )
     return None
 
 
@@ -74,9 +76,13 @@ def _why_not_device(index: int) -> str | None:
 def _is_exact(index: int, dtype: torch.dtype) -> bool:
     """Whether every code of every width comes back from a product with one-hot tokens."""
     for bits, rule in FORMATS.items():
-        codes = torch.arange(64 * 64, dtype=torch.int64).view(64, 64).mul(37).remainder(rule.max_code + 1).to(torch.uint8)
+        codes = (
+            torch.arange(64 * 64, dtype=torch.int64).view(64, 64).mul(37).remainder(rule.max_code + 1).to(torch.uint8)
+        )
         zeros = torch.zeros(64, 1, dtype=torch.uint8)
-        packed = pack(QuantizedWeight.uniform(QuantizedBlock(bits, codes, torch.ones(64, 1, dtype=torch.float16), zeros)))
+        packed = pack(
+            QuantizedWeight.uniform(QuantizedBlock(bits, codes, torch.ones(64, 1, dtype=torch.float16), zeros))
+        )
         moved = packed.to(f"cuda:{index}")
         x = torch.eye(64, dtype=dtype, device=f"cuda:{index}")
         for tokens in (8, 16, 64):

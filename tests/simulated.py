@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WRITABLE, UNDEFINED, INPUT = 1, 2, 4
 COUNTER_BYTES = 1024
-FLAGS = "-std=c++20 -O2 -ffp-contract=off -fPIC -fvisibility=hidden -DMPQ_SIM".split()
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DMPQ_SIM"]
 
 
 class Segment(ctypes.Structure):
@@ -189,9 +189,7 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
     for name, tensor in (("x", x), ("gate", gate)):
         if tensor is not None and tensor.numel():
             span = (tensor.shape[0] - 1) * tensor.stride(0) + tensor.shape[1]
-            lib.mpq_sim_allow(
-                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(span * 2), INPUT, name.encode()
-            )
+            lib.mpq_sim_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(span * 2), INPUT, name.encode())
     if bias is not None:
         allow(lib, bias, 0, "bias")
     if tokens:

@@ -53,9 +53,7 @@ int64_t tile_cost(const mpq_segment& s, int scale_dtype) {
   return 512 * s.bits + kTileN * kTileK * (kScaleBytes[scale_dtype] + zero) / s.group_size;
 }
 
-bool same_band(const mpq_weight& w, int a, int b) {
-  return b < w.num_segments && w.segments[a].n0 == w.segments[b].n0;
-}
+bool same_band(const mpq_weight& w, int a, int b) { return b < w.num_segments && w.segments[a].n0 == w.segments[b].n0; }
 
 // Walks the row groups in order and says where a share of all bytes ends.
 class Cutter {
@@ -112,8 +110,8 @@ class Cutter {
   int64_t row_cost_ = 0, row_tiles_ = 0, begin_ = 0, first_group_ = 0, total_ = 0;
 };
 
-// Fills params.cuts for at most `blocks` blocks of equal bytes; returns how many have work, and whether any row group is
-// shared.
+// Fills params.cuts for at most `blocks` blocks of equal bytes; returns how many have work, and whether any row group
+// is shared.
 uint32_t cut_work(const mpq_linear_args& args, const Shape& shape, int max_unit, uint32_t blocks, LinearParams& params,
                   bool& split) {
   Cutter cutter(args, max_unit, shape.log2_group_rows);
@@ -253,9 +251,12 @@ int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPla
   int max_unit = kMaxUnit;
   // Where shared memory is short: shorter units first, fewer warps then.
   while (!plan.generic && !map_shared(args, device, shape, max_unit, params)) {
-    if (max_unit > 1) max_unit /= 2;
-    else if (shape.warps > (1u << shape.log2_group_rows)) shape.warps /= 2, max_unit = kMaxUnit;
-    else return MPQ_ERROR_DEVICE;
+    if (max_unit > 1)
+      max_unit /= 2;
+    else if (shape.warps > (1u << shape.log2_group_rows))
+      shape.warps /= 2, max_unit = kMaxUnit;
+    else
+      return MPQ_ERROR_DEVICE;
   }
   plan.shape = shape;
   plan.max_unit = max_unit;

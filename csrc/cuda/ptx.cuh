@@ -1,5 +1,6 @@
 // The machine as PTX. Shared memory is addressed by 32-bit offsets, as the instructions take them, so that the host
-// implementation can check every access. Instructions: PTX ISA 8.x, https://docs.nvidia.com/cuda/parallel-thread-execution
+// implementation can check every access. Instructions: PTX ISA 8.x,
+// https://docs.nvidia.com/cuda/parallel-thread-execution
 #pragma once
 
 #include <cuda_bf16.h>
@@ -270,8 +271,9 @@ inline int load(void (*kernel)(Params)) {
 template <class Params>
 inline int launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   if (how.shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(how.shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   cudaLaunchConfig_t config{};

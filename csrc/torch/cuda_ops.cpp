@@ -28,9 +28,9 @@ using torch::stable::Tensor;
 
 constexpr size_t kSegmentInts = 7;  // n0, n1, k0, k1, bits, group_size, zero kind: mpq_kernels/layout.py segment_ints
 
-// Above so many tokens W is made dense for torch's own product. From the counts of instructions and bytes, not measured:
-// at 256 tokens and 8192 x 8192 the packed product is bound by mma.sync (57 us at 600 TFLOP/s), and so are decoding to
-// memory and a dense product (39 + 43 us).
+// Above so many tokens W is made dense for torch's own product. From the counts of instructions and bytes, not
+// measured: at 256 tokens and 8192 x 8192 the packed product is bound by mma.sync (57 us at 600 TFLOP/s), and so are
+// decoding to memory and a dense product (39 + 43 us).
 struct Crossover {
   int capability;
   int64_t tokens;
@@ -41,10 +41,14 @@ void check_status(int status) { STD_TORCH_CHECK(status == MPQ_OK, "mpq_kernels: 
 
 int32_t to_dtype(ScalarType type, const char* name) {
   switch (type) {
-    case ScalarType::Float: return MPQ_F32;
-    case ScalarType::Half: return MPQ_F16;
-    case ScalarType::BFloat16: return MPQ_BF16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return MPQ_F32;
+    case ScalarType::Half:
+      return MPQ_F16;
+    case ScalarType::BFloat16:
+      return MPQ_BF16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 
@@ -116,8 +120,15 @@ struct PackedView {
     const int32_t device = qweight.get_device_index();
     check(qweight, "qweight", ScalarType::Int, device);
     check(scales, "scales", scales.scalar_type(), device);
-    weight = {N, K, qweight.data_ptr(), scales.data_ptr(), nullptr, nullptr, segments.data(),
-              static_cast<int32_t>(segments.size()), to_dtype(scales.scalar_type(), "scales")};
+    weight = {N,
+              K,
+              qweight.data_ptr(),
+              scales.data_ptr(),
+              nullptr,
+              nullptr,
+              segments.data(),
+              static_cast<int32_t>(segments.size()),
+              to_dtype(scales.scalar_type(), "scales")};
     if (zeros) {
       check(*zeros, "zeros", zeros->scalar_type(), device);
       weight.zeros = zeros->data_ptr();
@@ -189,7 +200,8 @@ struct Call {
     if (!bias) return;
     STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == device_index && bias->is_contiguous() &&
                         bias->numel() == view.weight.out_features,
-                    "bias must be contiguous, on the device of x, with out_features=", view.weight.out_features, " elements");
+                    "bias must be contiguous, on the device of x, with out_features=", view.weight.out_features,
+                    " elements");
     args.bias = bias->data_ptr();
     args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
   }
@@ -227,7 +239,8 @@ int64_t most_packed_tokens(const mpq_device& device) {
 Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
               std::optional<Tensor> bias, std::vector<int64_t> segments, int64_t out_features, int64_t in_features) {
   STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
-  Call call(x, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias, out_features, in_features);
+  Call call(x, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias, out_features,
+            in_features);
   if (call.args.tokens == 0) return call.y;
   const torch::stable::accelerator::DeviceGuard guard(call.device_index);
   const mpq_device& device = device_info(call.device_index);
