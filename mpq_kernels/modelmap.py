@@ -72,7 +72,8 @@ class ModelMap:
             if type(module) is torch.nn.Linear
         )
         experts, left = map_experts(path, model, tensors)
-        kinds = {source: _owner(model, name) for name, source in stored.items() if source is not None}
+        # In reverse, so that a tied pair is what it is first: the embedding.
+        kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
         if embedding is None:
             return cls(linears + experts, None, None, kinds, left)
         return cls(linears + experts, stored[embedding], own_name or embedding, kinds, left)

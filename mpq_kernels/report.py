@@ -106,5 +106,5 @@ def large_parameters(
 
 def _why_not_linear(kind: str | None) -> str:
     if kind is None:
-        return "no parameter of the model has this name"
+        return "has another name in the model, where it is not the weight of an nn.Linear"
     return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not an nn.Linear"
