@@ -75,14 +75,10 @@ def _why_not_device(index: int) -> str | None:
 
 def _is_exact(index: int, dtype: torch.dtype) -> bool:
     """Whether every code of every width comes back from a product with one-hot tokens."""
+    scales, zeros = torch.ones(64, 1, dtype=torch.float16), torch.zeros(64, 1, dtype=torch.uint8)
     for bits, rule in FORMATS.items():
-        codes = (
-            torch.arange(64 * 64, dtype=torch.int64).view(64, 64).mul(37).remainder(rule.max_code + 1).to(torch.uint8)
-        )
-        zeros = torch.zeros(64, 1, dtype=torch.uint8)
-        packed = pack(
-            QuantizedWeight.uniform(QuantizedBlock(bits, codes, torch.ones(64, 1, dtype=torch.float16), zeros))
-        )
+        codes = (torch.arange(64 * 64).view(64, 64) * 37 % (rule.max_code + 1)).to(torch.uint8)
+        packed = pack(QuantizedWeight.uniform(QuantizedBlock(bits, codes, scales, zeros)))
         moved = packed.to(f"cuda:{index}")
         x = torch.eye(64, dtype=dtype, device=f"cuda:{index}")
         for tokens in (8, 16, 64):

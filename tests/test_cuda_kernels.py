@@ -1,5 +1,8 @@
-"""The CUDA kernels' own sources, run by the host simulator: every width, group, zero, scale, shape and cut of the work,
-against the reference; one-hot inputs bit for bit; outputs NaN before the call, shared memory and workspace undefined."""
+"""The CUDA kernels' own sources, run by the host simulator, against the reference.
+
+Every width, group, zero, scale, shape and cut of the work; one-hot inputs bit for bit; outputs NaN before the call,
+shared memory and workspace undefined.
+"""
 
 import ctypes
 import itertools
@@ -12,7 +15,7 @@ from simulated import H200, NARROW, SMALL, SimulatorError
 
 from mpq_kernels import packing, reference
 from mpq_kernels.formats import LAYOUT_ID
-from mpq_kernels.weights import QuantizedWeight
+from mpq_kernels.weights import QuantizedBlock, QuantizedWeight
 
 X_DTYPES = (torch.float16, torch.bfloat16)
 SIZES = (1, 63, 65, 172, 640)
@@ -149,23 +152,20 @@ def test_rows_of_y_may_lie_apart():
 def test_silu_and_product_are_applied_to_x(dtype, permuted):
     x, gate = tokens(5, 320, dtype), tokens(5, 320, dtype, seed=3)
     hidden = torch.nn.functional.silu(gate) * x
-    for weight in (random_weight(100, 320, 4, 64, permuted=permuted), random_weight(20, 320, 4, 5, permuted=permuted)):
+    for rows, group_size in ((100, 64), (20, 5)):
+        weight = random_weight(rows, 320, 4, group_size, permuted=permuted)
         y = simulated.linear(packing.pack(weight), x, gate=gate)
-        # exp of the machine may be off by an ulp of fp32, so silu(gate) and the product by one rounding of x's dtype each.
+        # exp may be off by an ulp of fp32, so silu(gate) and the product by one rounding of x's dtype each.
         moved = reference.linear(hidden.abs(), dequantized_magnitude(weight)) * 2 * torch.finfo(dtype).eps
         error = (y.double() - reference.linear(hidden, weight)).abs()
         assert (error <= reference.error_bound(hidden, weight) + moved).all()
 
 
 def dequantized_magnitude(weight):
-    """|W| as one 8-bit-free weight: codes 1, scales |W|."""
+    """|W| as a packed weight of one bit: codes 1, scales |W|."""
     dense = reference.dequantize(weight).abs()
-    from mpq_kernels.weights import QuantizedBlock
-
-    block = QuantizedBlock(
-        1, torch.ones_like(dense, dtype=torch.uint8), dense, torch.zeros_like(dense, dtype=torch.uint8)
-    )
-    return QuantizedWeight.uniform(block)
+    ones = torch.ones_like(dense, dtype=torch.uint8)
+    return QuantizedWeight.uniform(QuantizedBlock(1, ones, dense, torch.zeros_like(ones)))
 
 
 def test_inputs_near_the_ends_of_their_range():
