@@ -118,7 +118,7 @@ def torch_flags() -> tuple[str, str]:
 
 
 def find_nvcc() -> Path | None:
-    """The compiler of CUDA_HOME or of the PATH; None, with a line of text, where it is absent, too old or not wanted."""
+    """nvcc of CUDA_HOME or of the PATH; None, with a line of text, where it is absent, too old or not wanted."""
     if os.environ.get("MPQ_CUDA_ARCHS") == "none":
         return None
     home = os.environ.get("CUDA_HOME")

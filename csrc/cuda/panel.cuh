@@ -93,7 +93,7 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
                            int first_tile, int tiles) {
-  constexpr int kBatch = 4;  // loads in flight for each lane
+  constexpr int kBatch = kTokenTiles == 4 ? 4 : 8;  // loads in flight for each lane
   const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32,
             lane = int(dev::thread_index()) % 32;
   const int strips = (tiles + 3) / 4;  // of 256 columns

@@ -15,7 +15,7 @@ namespace mpq::cuda {
 constexpr int kInlineBands = 12;
 constexpr int kInlineSegments = 20;
 constexpr int kMaxBlocks = 192;
-constexpr int kStages = 4;  // of the ring of weights of each warp
+constexpr int kStages = 3;  // of the ring of weights of each warp
 constexpr int kMaxUnit = 4;
 
 // Tile: 64 x 64 weights. Unit: `1 << log2_unit` tiles along K, what a warp copies and multiplies at a time. A unit

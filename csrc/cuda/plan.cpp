@@ -145,8 +145,9 @@ Shape choose_shape(const mpq_linear_args& args, const mpq_device& device) {
     Shape shape;
   };
   // Group rows: x is read once for each row group, partial sums are written once for each; for few tokens the second
-  // weighs more. Computed, not measured.
-  static constexpr Row kShapes[] = {{4, {1, 0, 8}}, {8, {1, 1, 8}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
+  // weighs more. Warps: as many as their registers allow, because at 2 bits two thirds of all issue slots are in use.
+  // Computed, not measured.
+  static constexpr Row kShapes[] = {{4, {1, 0, 12}}, {8, {1, 1, 12}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
   const Row* row = kShapes;
   while (args.tokens > row->max_tokens) ++row;
   Shape shape = row->shape;

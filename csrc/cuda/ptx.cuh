@@ -224,6 +224,8 @@ MPQ_DEVICE uint16_t float_to_f16(float v) { return __half_as_ushort(__float2half
 MPQ_DEVICE uint16_t float_to_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
+// Four of the bytes of b : a, chosen by the nibbles of `selector`, lowest first; 0 is the lowest byte of a.
+MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // One rounding.
 MPQ_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // A product or a sum that the compiler does not fuse with its neighbours.

@@ -77,7 +77,7 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
     scales += 256;
     offset = 8388608.0f;
     MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] =
-        dev::bits_to_float(0x4b000000u | (((i < 4 ? bytes.x : bytes.y) >> (8 * (i & 3))) & 255u));
+        dev::bits_to_float(dev::byte_permute(i < 4 ? bytes.x : bytes.y, 0x4b000000u, 0x7650u | uint32_t(i & 3)));
   } else if (zero_kind == kZeroFloat) {
     load_row_values(zero, scales, scale_dtype);
     scales += row_values_bytes(scale_dtype);
