@@ -14,7 +14,7 @@ from mpq_kernels.weights import PackedWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-WRITABLE, UNDEFINED, INPUT = 1, 2, 4
+WRITABLE, UNDEFINED, INPUT, UNTRACKED = 1, 2, 4, 8
 COUNTER_BYTES = 1024
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DMPQ_SIM"]
 
@@ -81,35 +81,79 @@ class SimulatorError(Exception):
         self.status = status
 
 
+def _digest(paths, *more):
+    digest = hashlib.sha256(" ".join(more).encode())
+    for path in [*paths, ROOT / "csrc/generated/layout.h"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _kernels():
+    """Object files of the kernels and the simulator, compiled once for each state of the sources."""
+    sources = sorted([*(ROOT / "csrc/cuda").iterdir(), *(ROOT / "csrc/sim").iterdir(), ROOT / "csrc/include/mpq.h"])
+    build = ROOT / "build" / "simulator" / _digest(sources, *FLAGS)
+    compiled = [p for p in sources if p.suffix in (".cu", ".cpp")]
+    if not (build / "complete").exists():
+        shutil.rmtree(build.parent, ignore_errors=True)
+        build.mkdir(parents=True)
+        _compile(compiled, build, [])
+        (build / "complete").touch()
+    return [str(build / f"{p.name}.o") for p in compiled]
+
+
+def _link(name, objects, links):
+    target = Path(objects[0]).parent / name
+    if not target.exists():
+        command = [os.environ.get("CXX", "g++"), "-shared", "-o", f"{target}.tmp", *objects, *links, "-lpthread"]
+        subprocess.run(command, check=True)
+        os.replace(f"{target}.tmp", target)
+    return str(target)
+
+
+@cache
+def operators():
+    """Registers mpq_simulated::linear and the others: csrc/torch/cuda_ops.cpp on tensors of the CPU."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += [flag for path in include_paths() for flag in ("-isystem", path)]
+    links = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu"]
+    sources = [ROOT / "csrc/torch" / name for name in ("cuda_ops.cpp", "machine.h")]
+    objects = _kernels()
+    build = Path(objects[0]).parent
+    name = f"operators_{_digest(sources, *flags)}"
+    if not (build / f"{name}.so").exists():
+        _compile(sources[:1], build, flags)
+    target = _link(f"{name}.so", [*objects, str(build / "cuda_ops.cpp.o")], links)
+    torch.ops.load_library(target)
+    lib = ctypes.CDLL(target)
+    lib.mpq_sim_error.restype = ctypes.c_char_p
+    lib.mpq_sim_reset()
+    # Torch's allocator gives the kernels their memory: all of it is theirs.
+    lib.mpq_sim_allow(ctypes.c_void_p(4096), ctypes.c_size_t(1 << 47), WRITABLE | UNTRACKED, b"memory")
+    return torch.ops.mpq_simulated
+
+
 @cache
 def library():
-    """The compiled library, built once for each state of the sources."""
-    sources = sorted([*(ROOT / "csrc/cuda").iterdir(), *(ROOT / "csrc/sim").iterdir(), ROOT / "csrc/include/mpq.h"])
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, ROOT / "csrc/generated/layout.h"])).hexdigest()
-    build = ROOT / "build" / "simulator"
-    target = build / f"{digest[:16]}.so"
-    if not target.exists():
-        shutil.rmtree(build, ignore_errors=True)
-        build.mkdir(parents=True)
-        _compile([p for p in sources if p.suffix in (".cu", ".cpp")], build, target)
-    lib = ctypes.CDLL(str(target))
+    """The kernels behind their C interface, in the simulator."""
+    lib = ctypes.CDLL(_link("kernels.so", _kernels(), []))
     lib.mpq_sim_error.restype = lib.mpq_error_text.restype = lib.mpq_layout_id.restype = ctypes.c_char_p
     lib.mpq_sim_count.restype = ctypes.c_uint64
     return lib
 
 
-def _compile(sources, build, target):
+def _compile(sources, build, flags):
     compiler = os.environ.get("CXX", "g++")
-    pending, objects = [], []
+    pending = []
     for source in sources:
-        objects.append(str(build / f"{source.name}.o"))
-        command = [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", str(source), "-o", objects[-1]]
+        to = str(build / f"{source.name}.o")
+        command = [compiler, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", str(source), "-o", to]
         pending.append(subprocess.Popen(command))
         if len(pending) == 2:
-            assert pending.pop(0).wait() == 0, f"{source} does not compile"
-    assert all(p.wait() == 0 for p in pending), "the simulator does not compile"
-    subprocess.run([compiler, "-shared", "-o", f"{target}.tmp", *objects, "-lpthread"], check=True)
-    os.replace(f"{target}.tmp", target)
+            assert pending.pop(0).wait() == 0, "the simulator does not compile"
+    assert all([p.wait() == 0 for p in pending]), "the simulator does not compile"
 
 
 def aligned(tensor):

@@ -16,6 +16,7 @@ enum MpqSimFlags : uint32_t {
   kMpqSimWritable = 1,
   kMpqSimUndefined = 2,  // bytes may be read only after a launch has written them
   kMpqSimInput = 4,      // written by an earlier kernel: no access before wait_for_earlier_kernels()
+  kMpqSimUntracked = 8,  // with kMpqSimWritable: stores are not remembered, so that any size costs nothing
 };
 
 // Forgets errors, ranges and settings.

@@ -143,7 +143,7 @@ void add_range(const void* address, size_t bytes, uint32_t flags, const char* na
   range.flags = flags;
   range.name = name;
   if (flags & kMpqSimUndefined) range.defined.resize(bytes);
-  if (flags & kMpqSimWritable) range.written.resize(bytes);
+  if (flags & kMpqSimWritable && !(flags & kMpqSimUntracked)) range.written.resize(bytes);
   ranges.push_back(std::move(range));
 }
 
@@ -174,6 +174,7 @@ void check_store(void* address, uint32_t bytes, uint32_t alignment) {
   const Thread& t = *current;
   Range& range = find(t, "st_global", address, bytes, alignment);
   const size_t offset = check_written(t, "st_global", range, address);
+  if (range.flags & kMpqSimUntracked) return;
   const uint64_t mine = store_stamp(t);
   for (size_t i = offset; i < offset + bytes; ++i) {
     const uint64_t stamp = range.written[i];

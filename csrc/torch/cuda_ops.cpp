@@ -1,9 +1,6 @@
 // The operators on CUDA devices: a thin layer of the LibTorch stable ABI over the C interface of include/mpq.h. Checks
 // tensors, owns scratch and counters, chooses between packed and dense products.
 
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,11 +17,13 @@
 
 #include "generated/layout.h"
 #include "include/mpq.h"
+#include "torch/machine.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+namespace machine = mpq::machine;
 
 constexpr size_t kSegmentInts = 7;  // n0, n1, k0, k1, bits, group_size, zero kind: mpq_kernels/layout.py segment_ints
 
@@ -66,40 +65,23 @@ const mpq_device& device_info(int32_t index) {
   return found->second;
 }
 
-// Torch's current stream. The symbol is in the CUDA part of torch, which a build without CUDA does not have.
-cudaStream_t current_stream(int32_t device) {
-  using Get = int32_t (*)(int32_t, void**);
-  static const auto get = reinterpret_cast<Get>([] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  }());
-  STD_TORCH_CHECK(get, "this torch was built without CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "torch has no current stream on device ", device);
-  return static_cast<cudaStream_t>(stream);
-}
-
 // Counters for calls that may not run at the same time: one set for each stream and, because a graph may be replayed on
 // any stream, one for each capture, cleared at the beginning of the graph.
-Tensor counters_for(const Tensor& like, int32_t device, cudaStream_t stream) {
+Tensor counters_for(const Tensor& like, int32_t device, machine::Stream stream) {
   struct Entry {
     std::optional<Tensor> eager, captured;
     unsigned long long capture = 0;
   };
   static std::mutex mutex;
   // Never destroyed: at exit the allocator may be gone first.
-  static auto* entries = new std::map<std::pair<int32_t, cudaStream_t>, Entry>;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0;
-  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &capture);
-  STD_TORCH_CHECK(error == cudaSuccess, "cudaStreamGetCaptureInfo: ", cudaGetErrorString(error));
+  static auto* entries = new std::map<std::pair<int32_t, machine::Stream>, Entry>;
+  const unsigned long long capture = machine::capture_id(stream);
   const std::lock_guard<std::mutex> lock(mutex);
   Entry& entry = (*entries)[{device, stream}];
-  const bool capturing = status == cudaStreamCaptureStatusActive;
-  std::optional<Tensor>& counters = capturing ? entry.captured : entry.eager;
-  if (!counters || (capturing && entry.capture != capture)) {
+  std::optional<Tensor>& counters = capture ? entry.captured : entry.eager;
+  if (!counters || (capture && entry.capture != capture)) {
     counters = torch::stable::new_zeros(like, std::vector<int64_t>{MPQ_COUNTER_BYTES}, ScalarType::Byte);
-    if (capturing) entry.capture = capture;
+    if (capture) entry.capture = capture;
   }
   return *counters;
 }
@@ -117,7 +99,7 @@ struct PackedView {
       const int64_t* s = table.data() + i;
       segments.push_back({s[0], s[1], s[2], s[3], s[5], static_cast<int32_t>(s[4]), static_cast<int32_t>(s[6])});
     }
-    const int32_t device = qweight.get_device_index();
+    const int32_t device = machine::device_index(qweight);
     check(qweight, "qweight", ScalarType::Int, device);
     check(scales, "scales", scales.scalar_type(), device);
     weight = {N,
@@ -143,7 +125,8 @@ struct PackedView {
 
  private:
   static void check(const Tensor& tensor, const char* name, ScalarType type, int32_t device) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on CUDA device ", device);
+    STD_TORCH_CHECK(machine::on_device(tensor) && machine::device_index(tensor) == device, name,
+                    " must be on CUDA device ", device);
     STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
     STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name, " must be one-dimensional and contiguous");
   }
@@ -177,8 +160,8 @@ struct Call {
   mpq_linear_args args{};
 
   Call(const Tensor& input, PackedView packed, const std::optional<Tensor>& bias, int64_t columns, int64_t in_features)
-      : view(std::move(packed)), x(input), y(input), device_index(input.get_device_index()) {
-    STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+      : view(std::move(packed)), x(input), y(input), device_index(machine::device_index(input)) {
+    STD_TORCH_CHECK(machine::on_device(x), "x must be on a CUDA device");
     const ScalarType type = x.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                     "x must be float16 or bfloat16 on CUDA devices: convert it, or run the model in one of them");
@@ -198,8 +181,8 @@ struct Call {
     args.y = y.data_ptr();
     args.y_row_stride = columns;
     if (!bias) return;
-    STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == device_index && bias->is_contiguous() &&
-                        bias->numel() == view.weight.out_features,
+    STD_TORCH_CHECK(machine::on_device(*bias) && machine::device_index(*bias) == device_index &&
+                        bias->is_contiguous() && bias->numel() == view.weight.out_features,
                     "bias must be contiguous, on the device of x, with out_features=", view.weight.out_features,
                     " elements");
     args.bias = bias->data_ptr();
@@ -214,7 +197,7 @@ struct Call {
   }
 };
 
-Tensor dense_linear(Call& call, const std::optional<Tensor>& bias, cudaStream_t stream) {
+Tensor dense_linear(Call& call, const std::optional<Tensor>& bias, machine::Stream stream) {
   const mpq_weight& w = call.view.weight;
   Tensor dense = torch::stable::new_empty(call.x, std::vector<int64_t>{w.out_features, w.in_features});
   const mpq_dequantize_args args{w, dense.data_ptr(), call.args.x_dtype};
@@ -237,9 +220,9 @@ int64_t most_packed_tokens(const mpq_device& device) {
 
 Tensor run_linear(Call& call, const std::optional<Tensor>& bias) {
   if (call.args.tokens == 0) return call.y;
-  const torch::stable::accelerator::DeviceGuard guard(call.device_index);
+  const machine::DeviceGuard guard(call.device_index);
   const mpq_device& device = device_info(call.device_index);
-  const cudaStream_t stream = current_stream(call.device_index);
+  const machine::Stream stream = machine::current_stream(call.device_index);
   if (!call.args.x_gate && call.args.tokens > most_packed_tokens(device)) return dense_linear(call, bias, stream);
   size_t bytes = 0;
   check_status(mpq_workspace_size(&call.args, &device, &bytes));
@@ -263,8 +246,8 @@ Tensor silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, st
                        std::optional<Tensor> perm, std::optional<Tensor> bias, std::vector<int64_t> segments,
                        int64_t out_features, int64_t in_features) {
   STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
-  STD_TORCH_CHECK(gate.sizes().equals(up.sizes()) && gate.scalar_type() == up.scalar_type() && gate.is_cuda() &&
-                      gate.get_device_index() == up.get_device_index(),
+  STD_TORCH_CHECK(gate.sizes().equals(up.sizes()) && gate.scalar_type() == up.scalar_type() &&
+                      machine::on_device(gate) && machine::device_index(gate) == machine::device_index(up),
                   "gate and up must have one shape, dtype and device");
   up = torch::stable::contiguous(up);
   gate = torch::stable::contiguous(gate);
@@ -279,7 +262,7 @@ Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Ten
                       std::optional<Tensor> bias, Tensor offsets, std::vector<int64_t> segments, int64_t out_features,
                       int64_t in_features) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be (tokens, in_features)");
-  STD_TORCH_CHECK(offsets.is_cuda() && offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 &&
+  STD_TORCH_CHECK(machine::on_device(offsets) && offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 &&
                       offsets.is_contiguous() && offsets.numel() >= 2,
                   "offsets must be a contiguous int32 tensor of experts + 1 elements on the device of x");
   const int64_t experts = offsets.numel() - 1;
@@ -287,16 +270,16 @@ Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Ten
                   " is not a multiple of the ", experts, " experts");
   Call call(x, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias,
             out_features / experts, in_features);
-  STD_TORCH_CHECK(offsets.get_device_index() == call.device_index, "offsets must be on the device of x");
+  STD_TORCH_CHECK(machine::device_index(offsets) == call.device_index, "offsets must be on the device of x");
   if (call.args.tokens == 0) return call.y;
-  const torch::stable::accelerator::DeviceGuard guard(call.device_index);
+  const machine::DeviceGuard guard(call.device_index);
   const mpq_device& device = device_info(call.device_index);
   mpq_grouped_args args{call.args, static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int32_t>(experts)};
   size_t bytes = 0;
   check_status(mpq_grouped_workspace_size(&args, &device, &bytes));
   const Tensor scratch = call.scratch(bytes);
   args.linear = call.args;
-  check_status(mpq_grouped_linear(&args, &device, current_stream(call.device_index)));
+  check_status(mpq_grouped_linear(&args, &device, machine::current_stream(call.device_index)));
   return call.y;
 }
 
@@ -305,17 +288,17 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
                   std::vector<int64_t> segments, int64_t out_features, int64_t in_features, ScalarType dtype) {
   STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
   const PackedView view(qweight, scales, zeros, perm, segments, out_features, in_features);
-  const int32_t index = qweight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(index);
+  const int32_t index = machine::device_index(qweight);
+  const machine::DeviceGuard guard(index);
   Tensor out = torch::stable::new_empty(qweight, std::vector<int64_t>{out_features, in_features}, dtype);
   const mpq_dequantize_args args{view.weight, out.data_ptr(), to_dtype(dtype, "dtype")};
-  check_status(mpq_dequantize(&args, &device_info(index), current_stream(index)));
+  check_status(mpq_dequantize(&args, &device_info(index), machine::current_stream(index)));
   return out;
 }
 
 // Loads every kernel onto a device; returns its compute capability.
 int64_t cuda_warmup(int64_t index) {
-  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(index));
+  const machine::DeviceGuard guard(static_cast<int32_t>(index));
   const mpq_device& device = device_info(static_cast<int32_t>(index));
   check_status(mpq_warmup(&device));
   return device.capability;
@@ -325,7 +308,21 @@ std::string cuda_layout_id() { return mpq_layout_id(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
+#if defined(MPQ_SIM)
+STABLE_TORCH_LIBRARY(mpq_simulated, m) {
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int[] segments, "
+      "int out_features, int in_features) -> Tensor");
+  m.def(
+      "grouped_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "Tensor offsets, int[] segments, int out_features, int in_features) -> Tensor");
+  m.def(
+      "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int[] segments, int out_features, "
+      "int in_features, ScalarType dtype) -> Tensor");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(MPQ_NAMESPACE, m) {
   m.def("cuda_warmup(int device) -> int");
   m.def(
       "silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? "
@@ -334,14 +331,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
   m.def("cuda_layout_id() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mpq, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, MPQ_KEY, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("silu_mul_linear", TORCH_BOX(&silu_mul_linear));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_warmup", TORCH_BOX(&cuda_warmup));
   m.impl("cuda_layout_id", TORCH_BOX(&cuda_layout_id));
 }
