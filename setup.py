@@ -9,7 +9,7 @@
 All include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py. Environment:
 
     MPQ_CUDA_ARCHS   architectures, ";" between them, "+PTX" for code that later ones compile when they load it;
-                     "80;90a;100+PTX" unless told. "none" builds no CUDA part.
+                     "80;89;90;100+PTX" unless told. "none" builds no CUDA part.
     CUDA_HOME, CXX   toolkit and host compiler, where they are not on the PATH.
 """
 
@@ -37,11 +37,13 @@ ISA_FLAGS = {
     "csrc/cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
     "csrc/cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
 }
-# Code for 8.0 runs on 8.6 and 8.9 as it is; 9.0a is Hopper alone, with its own instructions.
-CUDA_ARCHS = "80;90a;100+PTX"
+CUDA_ARCHS = "80;89;90;100+PTX"
+# The instructions that kernels are written in: those of the newest of these that an architecture has. Each is compiled
+# once, whatever the number of architectures that machine code is made for.
+CUDA_VIRTUAL = (80, 90)
 CUDA_OLDEST = (12, 4)
 # Symbols of torch are found when the library is loaded; the CUDA runtime is part of it, so that any driver will do.
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -116,7 +118,7 @@ def torch_flags() -> tuple[str, str]:
 
 
 def find_nvcc() -> Path | None:
-    """The compiler of CUDA_HOME or of the PATH; None, with a line of text, where it is absent, too old or not wanted."""
+    """nvcc of CUDA_HOME or of the PATH; None, with a line of text, where it is absent, too old or not wanted."""
     if os.environ.get("MPQ_CUDA_ARCHS") == "none":
         return None
     home = os.environ.get("CUDA_HOME")
@@ -140,20 +142,22 @@ def cuda_root(nvcc: Path) -> Path:
 
 def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
     """(flags of nvcc, compile, link) for the CUDA library."""
-    codes = []
+    codes: dict[str, list[str]] = {}
     for arch in os.environ.get("MPQ_CUDA_ARCHS", CUDA_ARCHS).split(";"):
         number = arch.removesuffix("+PTX")
-        if not re.fullmatch(r"\d{2,3}[af]?", number):
+        if not re.fullmatch(r"\d{2,3}[af]?", number) or int(number.rstrip("af")) < CUDA_VIRTUAL[0]:
             raise SystemExit(f'MPQ_CUDA_ARCHS: {arch!r} is not an architecture such as "80", "90a" or "100+PTX"')
-        codes.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        virtual = number if number[-1] in "af" else str(max(v for v in CUDA_VIRTUAL if v <= int(number)))
+        codes.setdefault(virtual, []).append(f"sm_{number}")
         if arch != number:
-            codes.append(f"-gencode arch=compute_{number},code=compute_{number}")
+            codes[virtual].append(f"compute_{virtual}")
+    gencode = " ".join(f"-gencode 'arch=compute_{v},code=[{','.join(c)}]'" for v, c in codes.items())
     root = cuda_root(nvcc)
     includes = next(p for p in (root / "targets/x86_64-linux/include", root / "include") if p.is_dir())
     library = next(p for p in (root / "targets/x86_64-linux/lib", root / "lib64") if p.is_dir())
     torch_compile, torch_link = torch_flags()
     link = f"{torch_link} -L{library} -lcudart_static -lpthread -ldl -lrt"
-    return " ".join(codes), f"{torch_compile} -isystem {includes}", link
+    return gencode, f"{torch_compile} -isystem {includes}", link
 
 
 def host_flags() -> tuple[str, str]:
@@ -227,7 +231,9 @@ if not X86:
 CUDA_OPS = "csrc/torch/cuda_ops.cpp"
 ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
 ops_sources.remove(CUDA_OPS)
-cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+cuda_sources = sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp")
+)
 NVCC = find_nvcc()
 cuda_extension = [Extension(CUDA, [*cuda_sources, CUDA_OPS])] if NVCC else []
 

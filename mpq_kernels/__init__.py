@@ -17,6 +17,7 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
+    from .cuda_ops import warmup
     from .linear import MixedLinear
     from .model import load
     from .pack_model import pack
@@ -30,6 +31,7 @@ _LAZY = {
     "load": "model",
     "pack": "pack_model",
     "replace_linears": "replace",
+    "warmup": "cuda_ops",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "load",
     "pack",
     "replace_linears",
+    "warmup",
 ]
 
 

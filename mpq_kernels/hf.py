@@ -24,9 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import validate_tensors
 from .errors import CheckpointError, UnsupportedError
+from .experts import GroupedLinear, misfit
 from .fused import FusedLinear
 from .linear import MixedLinear
-from .replace import place, untie
+from .linearspec import DOWN, GATE_UP
+from .mixture import experts_modules
+from .replace import place, place_experts, untie
 from .schema import QUANT_METHOD, PackedModule, PackingConfig
 
 
@@ -94,21 +97,61 @@ class MPQQuantizer(HfQuantizer):
 
 
 def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
-    """Put empty packed modules, on the meta device, where the model's linears stand.
+    """Put empty packed modules, on the meta device, where the model's linears and experts stand.
 
     Raises CheckpointError when the model has no such linear, or one of another shape: a plan for another model.
     """
     modules = dict(model.named_modules())
+    blocks = _blocks(packing)
     for module in packing.modules.values():
-        _check_fits(module, modules)
+        if module.experts is None:
+            _check_fits(module, modules)
+    for name, parts in blocks.items():
+        _check_experts_fit(name, parts, modules)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
     for name, module in packing.modules.items():
-        compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
         layer: MixedLinear
+        if module.experts is not None:
+            continue
         if module.members is None:
             layer = MixedLinear(module.layout, module.bias, compute, "meta")
         else:
             layer = FusedLinear(module.layout, module.members, module.bias, compute, "meta")
         untie(model, place(model, name, layer))
+    for name, parts in blocks.items():
+        layers = {
+            leaf: GroupedLinear(part.layout, part.experts.count, part.bias, compute, "meta")
+            for leaf, part in parts.items()
+            if part.experts is not None
+        }
+        place_experts(model, name, layers)
+
+
+def _blocks(packing: PackingConfig) -> dict[str, dict[str, PackedModule]]:
+    """Experts module of the model -> its packed weights by the last part of their names. Raises CheckpointError."""
+    blocks: dict[str, dict[str, PackedModule]] = {}
+    for module in packing.modules.values():
+        if module.experts is not None:
+            parts, leaf = blocks.setdefault(module.experts.module, {}), module.name.rpartition(".")[2]
+            if leaf in parts:
+                raise CheckpointError(f"{module.name}: {module.experts.module} has two packed weights named {leaf}")
+            parts[leaf] = module
+    return blocks
+
+
+def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[str, nn.Module]) -> None:
+    """Raise CheckpointError unless the model has experts of these shapes there and both their weights are packed."""
+    where = ", ".join(part.name for part in parts.values())
+    experts = modules.get(name)
+    if experts is None or name not in experts_modules(modules[""]):
+        found = "has no such module" if experts is None else f"has a {type(experts).__name__} there"
+        raise CheckpointError(f"{where}: packed for the experts {name}, but the model {found}: is config.json its own?")
+    if set(parts) != {GATE_UP, DOWN}:
+        raise CheckpointError(f"{where}: the experts {name} take a packed {GATE_UP} and a packed {DOWN}")
+    for leaf, part in parts.items():
+        reason = misfit(experts, leaf, part.experts.count if part.experts else 0, part.layout, part.bias)
+        if reason is not None:
+            raise CheckpointError(f"{part.name}: {reason}: is config.json its own?")
 
 
 def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:

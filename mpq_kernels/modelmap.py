@@ -4,14 +4,14 @@
     stored as                the same, or without "model." (saved from the base model), or with it added
     tied head                lm_head.weight and embed_tokens.weight are one parameter, stored under either name or both
 
-That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused.
+That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused. Experts of
+mixtures, which it does merge, are mapped by mixture.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,25 @@ import torch
 
 from .errors import CheckpointError
 from .files import short
+from .linearspec import LinearSpec
+from .mixture import WEIGHT_DTYPES, LeftExperts, map_experts, routers
 from .shards import StoredTensor
-
-EXPERT_WEIGHT = re.compile(r".*\.experts\.\d+\.[A-Za-z0-9_]+\.weight")
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """One torch.nn.Linear of the model. `tensor` feeds its weight, `bias_tensor` its bias; names as stored.
-
-    is_head: the output head. tied: its weight is also the input embedding, so packing it leaves the embedding dense.
-    expert: a linear of one expert of a mixture, which transformers merges with the others into a 3-D parameter; its
-    name is that of the stored tensor.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    tensor: str
-    bias_tensor: str | None = None
-    is_head: bool = False
-    tied: bool = False
-    expert: bool = False
 
 
 @dataclass(frozen=True)
 class ModelMap:
     """The linears, and how a tied pair is stored.
 
-    tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
+    kinds: stored tensor -> type of the module that it is a parameter of. left: parameters whose experts cannot be
+    packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
     tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
     """
 
     linears: tuple[LinearSpec, ...]
     tied_source: str | None
     tied_target: str | None
+    kinds: dict[str, str] = field(default_factory=dict)
+    left: dict[str, LeftExperts] = field(default_factory=dict)
 
     @classmethod
     def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
@@ -73,6 +56,7 @@ class ModelMap:
             if type(module) is torch.nn.Linear:
                 _check_linear(path, name, module, stored, tensors)
         _check_complete(path, parameters, stored, tensors)
+        scoring = routers(model)
         linears = tuple(
             LinearSpec(
                 name,
@@ -82,23 +66,22 @@ class ModelMap:
                 stored[f"{name}.bias"] if module.bias is not None else None,
                 is_head=name == head,
                 tied=name == head and embedding is not None,
+                router=name in scoring,
             )
             for name, module in model.named_modules()
             if type(module) is torch.nn.Linear
         )
-        linears += _experts(tensors, set(stored.values()))
+        experts, left = map_experts(path, model, tensors)
+        # In reverse, so that a tied pair is what it is first: the embedding.
+        kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
         if embedding is None:
-            return cls(linears, None, None)
-        return cls(linears, stored[embedding], own_name or embedding)
+            return cls(linears + experts, None, None, kinds, left)
+        return cls(linears + experts, stored[embedding], own_name or embedding, kinds, left)
 
 
-def _experts(tensors: Mapping[str, StoredTensor], used: set[str | None]) -> tuple[LinearSpec, ...]:
-    """Linears of single experts, which checkpoints store one by one and the model holds merged; in stored order."""
-    out = []
-    for name, tensor in tensors.items():
-        if name not in used and EXPERT_WEIGHT.fullmatch(name) and len(tensor.shape) == 2:
-            out.append(LinearSpec(name.removesuffix(".weight"), *tensor.shape, name, expert=True))
-    return tuple(out)
+def _owner(model: torch.nn.Module, parameter: str) -> str:
+    """Type of the module that has a parameter."""
+    return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
 
 
 def build_meta_model(path: Path) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Loads the operators `mpq::linear` and `mpq::dequantize` and says what they return without running them.
+"""Loads the operators `mpq::linear`, `grouped_linear` and `dequantize`, and says what they return without running them.
 
 Schemas and CPU kernels are registered by csrc/torch/ops.cpp; the fakes, which torch.compile and torch.export trace
 with, stand here once for every device.
@@ -53,6 +53,24 @@ def _linear_fake(
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension")
     torch._check(x.shape[-1] == in_features, lambda: f"x must be (..., in_features={in_features})")
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("mpq::grouped_linear")
+def _grouped_linear_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    segments: list[int],
+    out_features: int,
+    in_features: int,
+) -> torch.Tensor:
+    torch._check(x.dim() == 2 and x.shape[1] == in_features, lambda: f"x must be (T, in_features={in_features})")
+    torch._check(offsets.dim() == 1 and offsets.shape[0] >= 2, lambda: "offsets must be (experts + 1,)")
+    return x.new_empty(x.shape[0], out_features // (offsets.shape[0] - 1))
 
 
 @torch.library.register_fake("mpq::dequantize")

@@ -4,13 +4,14 @@
     Shard    the units of one output file
     PackJob  one checkpoint under one resolved plan
 
-Only the unit that is being written is in memory.
+A packed module is written member by member: one dense matrix is in memory, and the scales and zeros of the module,
+which are stored behind all of its codes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from . import packing
 from .calibrate import Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
+from .linearspec import LinearSpec
 from .quantize import quantize_weight
 from .quantize.gptq import activation_order
 from .reference import dequantize
-from .report import ModuleReport, PackReport
+from .report import ModuleReport, PackReport, large_parameters
 from .resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
-from .safetensors_io import Spec, nbytes, storage_order
+from .safetensors_io import Pieces, Spec, nbytes, storage_order
 from .schema import PackedModule, PackingConfig
 from .shards import SINGLE_FILE
 from .source import SourceCheckpoint
@@ -41,7 +43,7 @@ class Unit:
     """Tensors that are made together: a packed module, or one kept tensor."""
 
     specs: dict[str, Spec]
-    make: Callable[[], dict[str, torch.Tensor]]
+    make: Callable[[], Mapping[str, torch.Tensor | Pieces]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Shard:
         """Tensors of the file, unit by unit."""
         return {name: spec for unit in self.units for name, spec in unit.specs.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) in storage order; a unit is made when its first tensor is due.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Pieces]]:
+        """(name, tensor or its pieces) in storage order; a unit is made when its first tensor is due.
 
         The large tensors of a unit are stored side by side, so only its bias and permutation may have to wait.
         """
         owners = {name: unit for unit in self.units for name in unit.specs}
-        made: dict[str, torch.Tensor] = {}
+        made: dict[str, torch.Tensor | Pieces] = {}
         for name in storage_order(self.specs):
             if name not in made:
                 made.update(owners[name].make())
@@ -96,8 +98,8 @@ class PackJob:
         self.kept = _kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
-        read = [*self.kept.values(), *(member.spec.tensor for member in members)]
-        self.total = sum(source.tensors[name].entry.nbytes for name in read)
+        self.total = sum(source.tensors[name].entry.nbytes for name in self.kept.values())
+        self.total += sum(self._weight_bytes(member.spec) for member in members)
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
@@ -136,35 +138,49 @@ class PackJob:
     def _kept_unit(self, name: str, stored: str) -> Unit:
         def make() -> dict[str, torch.Tensor]:
             tensor = self.source.read(stored)
-            self._advance(stored, name)
+            self._advance(self.source.tensors[stored].entry.nbytes, name)
             return {name: tensor}
 
         tensor = self.source.tensors[stored]
         return Unit({name: (tensor.dtype, tensor.shape)}, make)
 
-    def _pack_weight(self, weight: ResolvedWeight) -> dict[str, torch.Tensor]:
-        """Every tensor of one packed module, by full name."""
-        quantized = QuantizedWeight.stack([self._quantize(member) for member in weight.members])
-        if quantized.layout != weight.layout:
-            raise QuantizeError(
-                f"{weight.name}: quantizer {self.quantizer!r} made another layout than the plan asks for"
-            )
-        tensors = {f"{weight.name}.{key}": value for key, value in packing.pack(quantized).tensors().items()}
+    def _pack_weight(self, weight: ResolvedWeight) -> dict[str, torch.Tensor | Pieces]:
+        """Every tensor of one packed module, by full name; codes are made as they are taken, the others after them."""
+        rest: dict[str, list[torch.Tensor]] = {key: [] for key in weight.layout.tensor_specs()}
+
+        def words() -> Pieces:
+            for member in weight.members:
+                packed = packing.pack(self._quantize(member)).tensors()
+                yield packed.pop("qweight")
+                perm = packed.pop("perm", None)
+                if perm is not None and not rest["perm"]:
+                    rest["perm"].append(perm)
+                elif perm is not None and not torch.equal(perm, rest["perm"][0]):
+                    raise QuantizeError(f"{weight.name}: {member.spec.name} got a permutation of its own")
+                for key, tensor in packed.items():
+                    rest[key].append(tensor)
+
+        def later(key: str) -> Pieces:
+            while rest[key]:
+                yield rest[key].pop(0)
+
+        tensors: dict[str, torch.Tensor | Pieces] = {f"{weight.name}.{key}": later(key) for key in rest}
+        tensors[f"{weight.name}.qweight"] = words()
         dtype = self._bias_dtype(weight)
         if dtype is not None:
-            parts = [
-                torch.zeros(member.spec.out_features, dtype=dtype)  # a member without a bias adds nothing
-                if member.spec.bias_tensor is None
-                else self.source.read(member.spec.bias_tensor)
-                for member in weight.members
-            ]
-            tensors[f"{weight.name}.bias"] = torch.cat(parts)
+            tensors[f"{weight.name}.bias"] = self._biases(weight, dtype)
         return tensors
+
+    def _biases(self, weight: ResolvedWeight, dtype: torch.dtype) -> Pieces:
+        for member in weight.members:
+            bias = self.source.bias(member.spec)
+            # A member without a bias adds nothing.
+            yield torch.zeros(member.spec.out_features, dtype=dtype) if bias is None else bias
 
     def _quantize(self, member: ResolvedMember) -> QuantizedWeight:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-        weight = self.source.read(spec.tensor)
+        weight = self.source.weight(spec)
         hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
         if hessian is not None and perm is None and member.layout.permuted:
             perm = activation_order(hessian)
@@ -172,15 +188,20 @@ class PackJob:
             quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
         except QuantizeError as error:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
+        if quantized.layout != member.layout:
+            raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
         restored = dequantize(quantized)
         self.errors[spec.name] = relative_error(weight, restored)
         if self.calibrator is not None:
             self.calibrator.set_weight(spec.name, restored)
-        self._advance(spec.tensor, spec.name)
+        self._advance(self._weight_bytes(spec), spec.name)
         return quantized
 
-    def _advance(self, stored: str, name: str) -> None:
-        self.done += self.source.tensors[stored].entry.nbytes
+    def _weight_bytes(self, spec: LinearSpec) -> int:
+        return spec.out_features * spec.in_features * self.source.tensors[spec.tensor].dtype.itemsize
+
+    def _advance(self, count: int, name: str) -> None:
+        self.done += count
         if self.progress is not None:
             self.progress(self.done, self.total, name)
 
@@ -197,7 +218,7 @@ class PackJob:
         for weight in self.resolved.weights:
             members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
-                weight.name, weight.layout, self._bias_dtype(weight) is not None, members
+                weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
             )
         packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
         # auto_map names code files; none is carried along.
@@ -224,6 +245,7 @@ class PackJob:
             files=tuple(file.name for file in written.files.files),
             copied=tuple(path.name for path in companions),
             left=self.source.left_files(),
+            large=large_parameters(self.source, self.resolved, self.kept),
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:

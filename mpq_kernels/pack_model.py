@@ -16,12 +16,13 @@ from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
+from .formats import KEPT_BITS
 from .outdir import check_output, check_space, json_bytes, new_directory
 from .pack_job import PackJob, Progress, in_free_order, index_of
-from .plan import Plan
+from .plan import EXPERTS, Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
-from .resolve import check_packable, resolve
+from .resolve import ResolvedPlan, resolve
 from .safetensors_io import file_bytes, write_safetensors
 from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
@@ -55,7 +56,7 @@ def pack(
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
-    check_packable(resolved)
+    check_calibratable(resolved, quantizer)
     if calibrated is not None and calibrated.act_order:
         resolved = in_free_order(resolved)
     out = check_output(out_dir, source.path, overwrite)
@@ -79,6 +80,17 @@ def pack(
         written = PackedCheckpoint.open(partial)
         report = job.report(out, written, companions)
     return report
+
+
+def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
+    """Raise QuantizeError when a plan gives widths to experts and the quantizer is one that is calibrated."""
+    experts = [member.spec.name for weight in resolved.weights for member in weight.members if member.spec.expert]
+    if experts and quantizer_row(quantizer).needs_calibration:
+        raise QuantizeError(
+            f"quantizer={quantizer!r} reads the inputs of nn.Linear modules, and the plan gives widths to "
+            f"{len(experts)} linears of experts ({experts[0]}, ...), which are none: choose 'hqq' or 'rtn', or keep "
+            f'the experts with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
+        )
 
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:

@@ -49,7 +49,7 @@ from .formats import KEPT_BITS, TILE_K
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 
-    from .source import LinearSpec
+    from .linearspec import LinearSpec
 else:
     ModelMetaclass = type(BaseModel)  # its only public name
 
@@ -225,7 +225,7 @@ class Plan(_Rules):
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
     ) -> Plan:
-        """One rule for every linear, and the output head in `lm_head` bits (16: kept). Experts are kept.
+        """One rule for every linear, experts too, and the output head in `lm_head` bits (16: kept). Routers are kept.
 
         model: a Hugging Face directory, or its linears. Raises PlanError for a bad rule, CheckpointError for a bad
         directory. Whether group_size divides every K is checked by `resolve`.
@@ -239,8 +239,7 @@ class Plan(_Rules):
             raise PlanError("the model has no linear layers, so there is nothing to quantize")
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
         rules = {spec.name: head for spec in model if spec.is_head}
-        if any(spec.expert for spec in model):
-            rules[EXPERTS] = WeightPlan(bits=KEPT_BITS)
+        rules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in model if spec.router}
         return cls(default=rule, modules=rules)
 
     @classmethod

@@ -1,21 +1,23 @@
-"""Put packed layers where a model's nn.Linear modules stand: from a plan, or as empty layers for a loader to fill."""
+"""Put packed layers where a model's nn.Linear modules and experts stand: from a plan, or empty for a loader to fill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .errors import FormatError
+from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear
+from .linearspec import DOWN, GATE_UP, PARTS, LinearSpec
+from .mixture import experts_modules, model_experts, routers, why_not_packable
 from .packing import pack
 from .plan import Plan
 from .quantize import quantize_weight, require_no_calibration
 from .resolve import ResolvedWeight, resolve
-from .source import LinearSpec
 from .weights import QuantizedWeight
 
 
@@ -34,7 +36,7 @@ def replace_linears(
     backend: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ReplaceReport:
-    """Quantize, pack and replace the linear layers of a model in memory, in place, as the plan says.
+    """Quantize, pack and replace the linear layers and experts of a model in memory, in place, as the plan says.
 
     progress: called with (done, total, name) after each packed weight. Raises PlanError when the plan does not fit the
     model, QuantizeError for weights with NaN or Inf and for a quantizer that needs calibration; the model is unchanged
@@ -44,29 +46,41 @@ def replace_linears(
     linears = list_linears(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))
+    blocks: dict[str, dict[str, GroupedLinear]] = {}
     for done, weight in enumerate(resolved.weights, start=1):
         layer = quantize_modules(model, weight, quantizer, backend)
-        names = place(model, weight.name, layer)
-        untie(model, names)
+        if isinstance(layer, GroupedLinear) and weight.experts is not None:
+            names = [member.spec.name for member in weight.members]
+            parts = blocks.setdefault(weight.experts.module, {})
+            parts[weight.name.rpartition(".")[2]] = layer
+            if len(parts) == len(PARTS):  # the dense experts are needed until both are quantized
+                place_experts(model, weight.experts.module, parts)
+        else:
+            names = place(model, weight.name, layer)
+            untie(model, names)
         report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
     known = {spec.name for spec in linears}
+    known |= {spec.expert.module for spec in linears if spec.expert is not None}
+    experts = experts_modules(model)
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if name not in known and parameter is not None and parameter.dim() > 1:
                 place_name = name if key == "weight" else f"{name}.{key}"
-                report.left[place_name] = f"{type(module).__name__} is not an nn.Linear"
+                reason = why_not_packable(module) if name in experts else None
+                report.left[place_name] = reason or f"{type(module).__name__} is not an nn.Linear"
     return report
 
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:
-    """Every nn.Linear of a model, in module order."""
+    """Every nn.Linear of a model, in module order, then the linears of all experts, as its files name them."""
     head = None
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return [
+    scoring = routers(model)
+    linears = [
         LinearSpec(
             name=name,
             out_features=module.out_features,
@@ -75,16 +89,20 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
             bias_tensor=None if module.bias is None else f"{name}.bias",
             is_head=module is head,
             tied=f"{name}.weight" in tied,
+            router=name in scoring,
         )
         for name, module in model.named_modules()
         if type(module) is nn.Linear  # a subclass may compute something else
     ]
+    return [*linears, *model_experts(model)]
 
 
 def quantize_modules(
     model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
 ) -> MixedLinear:
-    """Packed layer over the nn.Linear modules that one resolved weight names."""
+    """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
+    if weight.experts is not None:
+        return _quantize_experts(model, weight, quantizer, backend)
     linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
@@ -97,6 +115,29 @@ def quantize_modules(
     if not weight.fused:
         return MixedLinear.from_packed(packed, bias, dtype, backend)
     return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend)
+
+
+def _quantize_experts(
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
+) -> GroupedLinear:
+    """Packed layer over one linear of all experts of a module."""
+    quantized, biases = [], []
+    held = model.get_parameter(weight.members[0].spec.tensor).detach()
+    for member in weight.members:
+        spec = member.spec
+        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+        quantized.append(quantize_weight(spec.weight_of(held), member.layout, perm, quantizer, name=spec.name))
+        if spec.bias_tensor is not None:
+            biases.append(spec.bias_of(model.get_parameter(spec.bias_tensor).detach()))
+    packed = pack(QuantizedWeight.stack(quantized)).to(held.device)
+    bias = torch.cat(biases) if biases else None
+    count = weight.experts.count if weight.experts is not None else 0
+    return GroupedLinear.from_stacked(packed, count, bias, held.dtype, backend)
+
+
+def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:
+    """Put packed experts where the model's module of experts stands, whose parameters are dropped."""
+    model.set_submodule(name, PackedExperts(layers[GATE_UP], layers[DOWN], model.get_submodule(name)))
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

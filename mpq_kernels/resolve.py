@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from .errors import FormatError, PlanError
 from .formats import KEPT_BITS, TILE_K, TILE_N
 from .layout import Segment, SizeBreakdown, WeightLayout
+from .linearspec import PARTS
 from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan, close_names
-from .schema import Member
+from .schema import Experts, Member
 
 if TYPE_CHECKING:
-    from .source import LinearSpec
+    from .linearspec import LinearSpec
 
 NO_RULE = "no rule"
 PLANNED = f"plan: {KEPT_BITS} bits"
@@ -36,12 +37,18 @@ class ResolvedMember:
 
 @dataclass(frozen=True)
 class ResolvedWeight:
-    """One packed weight: a linear, or the linears of a fuse group above each other along N."""
+    """One packed weight: a linear, or the linears of a fuse group above each other along N, or those of all experts."""
 
     name: str
     members: tuple[ResolvedMember, ...]
     layout: WeightLayout
     fused: bool = False
+
+    @property
+    def experts(self) -> Experts | None:
+        """The mixture that this weight is the experts of, None for any other weight."""
+        part = self.members[0].spec.expert
+        return None if part is None else Experts(part.module, part.count)
 
     def member_rows(self) -> tuple[Member, ...]:
         """Names of the members beside the fused weight, and their rows in it."""
@@ -80,7 +87,7 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
             kept[name] = NO_RULE if rule is None else PLANNED
         else:
             members[name] = resolve_member(spec, rule)
-    groups = _fuse_groups(plan.fuse, specs, members, kept)
+    groups = _fuse_groups(plan.fuse, specs, members, kept) | _expert_groups(specs, members, kept)
     weights: dict[str, ResolvedWeight] = {}
     for name, member in members.items():
         if name not in groups:
@@ -91,16 +98,6 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
             parts = tuple(members[other] for other in names)
             weights[fused] = ResolvedWeight(fused, parts, stack_layouts([p.layout for p in parts]), fused=True)
     return ResolvedPlan(tuple(weights.values()), kept)
-
-
-def check_packable(resolved: ResolvedPlan) -> None:
-    """Raise PlanError when a plan gives widths to experts, which this version can describe but not pack."""
-    experts = [m.spec.name for weight in resolved.weights for m in weight.members if m.spec.expert]
-    if experts:
-        raise PlanError(
-            f"the plan gives widths to {len(experts)} linears of experts ({experts[0]}, ...), and this version packs "
-            f'none: keep them, with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
-        )
 
 
 def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:
@@ -256,6 +253,7 @@ def _fuse_groups(
         quantized = [names for names in families if not all(name in kept for name in names)]
         if not quantized:
             why = "all of them are kept" if families else f"no module has all of {list(rule.members)}"
+            why += "; experts are stacked without a rule" if any(spec.expert for spec in specs.values()) else ""
             raise PlanError(f"fuse {rule.name!r} applies nowhere: {why}")
         for names in quantized:
             parent = names[0].removesuffix(rule.members[0])  # with its dot, or empty
@@ -275,12 +273,37 @@ def _fuse_groups(
 
 def _families(rule: FusePlan, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, ...]]:
     """Names of the members in every module that has all of them."""
-    for name in specs:
+    for name, spec in specs.items():
         parent, _, child = name.rpartition(".")
-        if child == rule.members[0]:
+        if child == rule.members[0] and spec.expert is None:
             names = tuple(f"{parent}.{member}" if parent else member for member in rule.members)
             if all(other in specs for other in names):
                 yield names
+
+
+def _expert_groups(
+    specs: Mapping[str, LinearSpec], members: Mapping[str, ResolvedMember], kept: Mapping[str, str]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Linear of an expert -> (packed name, the linears of all experts that are stacked with it). Raises PlanError."""
+    blocks: dict[str, list[LinearSpec]] = {}
+    for spec in specs.values():
+        if spec.expert is not None:
+            blocks.setdefault(spec.expert.block, []).append(spec)
+    groups: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for block, experts in blocks.items():
+        packed = [spec.name for spec in experts if spec.name in members]
+        left = [spec.name for spec in experts if spec.name in kept]
+        if packed and left:
+            raise PlanError(
+                f"{block}: {packed[0]} is packed and {left[0]} is kept ({kept[left[0]]}), {len(packed)} and "
+                f"{len(left)} of this module in all; its experts are packed together: give each 1..8 bits, or keep "
+                f'all, as the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} does'
+            )
+        for leaf, parts in PARTS.items() if packed else ():
+            names = tuple(spec.name for spec in experts if spec.expert and spec.expert.part in parts)
+            _check_fusable(f"the experts {block}", [members[name] for name in names])
+            groups.update(dict.fromkeys(names, (f"{block}.{leaf}", names)))
+    return groups
 
 
 def _check_fusable(where: str, parts: Sequence[ResolvedMember]) -> None:

@@ -48,6 +48,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[torch.dtype, tuple[int, ...]]
+Pieces = Iterator[torch.Tensor]  # a one-dimensional tensor, part after part
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +204,13 @@ def file_bytes(specs: Mapping[str, Spec]) -> int:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor]]
+    path: str | os.PathLike[str], specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor | Pieces]]
 ) -> None:
     """Write a file, replacing one of the same name only when all of it is on disk.
 
     specs: name -> (dtype, shape) of every tensor. tensors: (name, tensor) in `storage_order(specs)`; they are pulled
-    one by one, so that a generator needs to hold only one. Raises CheckpointError when a tensor does not match its
+    one by one, so that a generator needs to hold only one. A one-dimensional tensor may also come as an iterator of
+    pieces that follow each other. Raises CheckpointError when a tensor does not match its
     spec or the disk refuses; the file of that name, if any, is then untouched.
     """
     path = Path(path)
@@ -229,21 +231,27 @@ def write_safetensors(
 
 
 def _matching(
-    path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor]]
+    path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor | Pieces]]
 ) -> Iterator[torch.Tensor]:
-    """The tensors, each checked against its place and spec."""
+    """The tensors, or their pieces, each checked against its place and spec."""
     expected = iter(storage_order(specs))
-    for name, tensor in tensors:
+    for name, given in tensors:
         wanted = next(expected, None)
         if name != wanted:
             raise CheckpointError(f"{path}: tensor {short(name)} came where {short(wanted)} is due")
         dtype, shape = specs[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{path}: tensor {short(name)} is {tensor.dtype} {list(tensor.shape)}, "
-                f"announced as {dtype} {list(shape)}"
-            )
-        yield tensor
+        length = 0
+        for tensor in (given,) if isinstance(given, torch.Tensor) else given:
+            length += tensor.numel()
+            piece = given is not tensor and tensor.dim() == len(shape) == 1
+            if tensor.dtype != dtype or not (piece or tuple(tensor.shape) == shape):
+                raise CheckpointError(
+                    f"{path}: tensor {short(name)} is {tensor.dtype} {list(tensor.shape)}, "
+                    f"announced as {dtype} {list(shape)}"
+                )
+            yield tensor
+        if length != math.prod(shape):
+            raise CheckpointError(f"{path}: tensor {short(name)} came with {length} elements of {list(shape)}")
     missing = next(expected, None)
     if missing is not None:
         raise CheckpointError(f"{path}: tensor {short(missing)} never came")

@@ -5,10 +5,14 @@
      "layouts": [layout, ...],                                     each once, in the order of first use
      "modules": {"model.layers.0.mlp.down_proj": {"layout": 0, "bias": false, "members": null},
                  "model.layers.0.self_attn.qkv_proj": {"layout": 1, "bias": true,
-                     "members": [["q_proj", 0, 64], ["k_proj", 64, 96], ["v_proj", 96, 128]]}},
+                     "members": [["q_proj", 0, 64], ["k_proj", 64, 96], ["v_proj", 96, 128]]},
+                 "model.layers.1.mlp.experts.down": {"layout": 2, "bias": false,
+                     "members": [["0.down_proj", 0, 64], ["1.down_proj", 64, 128]],
+                     "experts": {"module": "model.layers.1.mlp.experts", "count": 2}}},
      "kept": {"lm_head": "plan: 16 bits"}}
 
-Members are the modules that a fused one replaces: name beside it, first row, end row. Source: docs/format.md.
+Members are the modules that a fused one replaces: name beside it, first row, end row. `experts` stands only where they
+are the experts of a mixture: name of their module in the model, and how many there are. Source: docs/format.md.
 """
 
 from __future__ import annotations
@@ -40,14 +44,23 @@ class Member:
     n1: int
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A packed weight holds `count` experts above each other; `module` is the one of the model that it belongs to."""
+
+    module: str
+    count: int
+
+
 @dataclass(frozen=True)
 class PackedModule:
-    """A packed linear: its layout, whether it has a bias [N], and its members when it is fused."""
+    """A packed linear: its layout, whether it has a bias [N], its members when it is fused, its experts if any."""
 
     name: str
     layout: WeightLayout
     bias: bool = False
     members: tuple[Member, ...] | None = None
+    experts: Experts | None = None
 
     @property
     def parent(self) -> str:
@@ -80,11 +93,13 @@ class PackingConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the same value always gives the same text."""
         layouts: dict[WeightLayout, int] = {}
-        modules = {}
+        modules: dict[str, dict[str, Any]] = {}
         for name, module in self.modules.items():
             index = layouts.setdefault(module.layout, len(layouts))
             members = None if module.members is None else [[m.name, m.n0, m.n1] for m in module.members]
             modules[name] = {"layout": index, "bias": module.bias, "members": members}
+            if module.experts is not None:
+                modules[name]["experts"] = {"module": module.experts.module, "count": module.experts.count}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -189,7 +204,7 @@ def check_name(name: Any, where: str) -> str:
 
 def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedModule:
     check_name(name, where)
-    if not isinstance(item, Mapping) or set(item) != {"layout", "bias", "members"}:
+    if not isinstance(item, Mapping) or set(item) - {"experts"} != {"layout", "bias", "members"}:
         raise CheckpointError(f"{where}: expected the keys layout, bias and members, found {short(item)}")
     index = item["layout"]
     if type(index) is not int or not 0 <= index < len(layouts):
@@ -198,7 +213,30 @@ def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedM
         raise CheckpointError(f"{where}: bias={short(item['bias'])} is not true or false")
     rows = item["members"]
     members = None if rows is None else _members(rows, layouts[index], where)
-    return PackedModule(name, layouts[index].layout, item["bias"], members)
+    experts = _experts(item["experts"], layouts[index].layout, members, where) if "experts" in item else None
+    return PackedModule(name, layouts[index].layout, item["bias"], members, experts)
+
+
+def check_experts(layout: WeightLayout, experts: int) -> None:
+    """Raise FormatError unless the rows are shared out equally among the experts and no band belongs to two."""
+    if experts < 1 or layout.out_features % experts:
+        raise FormatError(f"{layout.out_features} rows do not share out among {experts} experts")
+    rows = layout.out_features // experts
+    for s in layout.segments:
+        if s.n0 // rows != (s.n1 - 1) // rows:
+            raise FormatError(f"rows {s.n0}..{s.n1} lie in two experts of {rows} rows each; cut them between experts")
+
+
+def _experts(item: Any, layout: WeightLayout, members: tuple[Member, ...] | None, where: str) -> Experts:
+    if not isinstance(item, Mapping) or set(item) != {"module", "count"} or type(item["count"]) is not int:
+        raise CheckpointError(f"{where}: experts={short(item)} is not a module and a count")
+    if members is None or len(members) % max(item["count"], 1):
+        raise CheckpointError(f"{where}: {item['count']} experts must have equally many members each")
+    try:
+        check_experts(layout, item["count"])
+    except FormatError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return Experts(check_name(item["module"], f"{where}: experts"), item["count"])
 
 
 def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:

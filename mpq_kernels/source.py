@@ -17,7 +17,8 @@ import torch
 
 from .errors import CheckpointError
 from .files import contained_file, read_json_object, short
-from .modelmap import LinearSpec, ModelMap
+from .linearspec import LinearSpec
+from .modelmap import ModelMap
 from .shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 
 CONFIG_FILE = "config.json"
@@ -66,11 +67,20 @@ class SourceCheckpoint:
         """A tensor, mapped from its file without a copy. Raises CheckpointError."""
         return self.files.read(name)
 
-    def linears(self) -> list[LinearSpec]:
-        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert.
+    def weight(self, spec: LinearSpec) -> torch.Tensor:
+        """W [N, K] of a linear: mapped, or for an expert that is stored with others, that expert. CheckpointError."""
+        return spec.weight_of(self.read(spec.tensor))
 
-        Experts are listed where the files hold each on its own, under the names that they have there. Raises
-        CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not fit the model.
+    def bias(self, spec: LinearSpec) -> torch.Tensor | None:
+        """Bias [N] of a linear, None when it has none. Raises CheckpointError."""
+        return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
+
+    def linears(self) -> list[LinearSpec]:
+        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert's.
+
+        Experts have the names of their tensors in the files; those that are stored together, the names of
+        docs/plans.md. Raises CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not
+        fit the model.
         """
         return list(self.model_map.linears)
 

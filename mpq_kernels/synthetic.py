@@ -23,7 +23,8 @@ from .files import contained_file, read_json_object
 from .formats import FORMATS
 from .hf import install, packed_modules
 from .layout import Segment, WeightLayout
-from .modelmap import LinearSpec, build_meta_model
+from .linearspec import LinearSpec
+from .modelmap import build_meta_model
 from .plan import Plan
 from .replace import list_linears
 from .resolve import resolve
@@ -49,7 +50,10 @@ def config_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def config_linears(path: str | os.PathLike[str]) -> list[LinearSpec]:
-    """Every nn.Linear of the model that a config.json describes, in module order; no weights are needed."""
+    """Every nn.Linear of the model that a config.json describes, in module order, then every expert's; without weights.
+
+    Experts have the names under which transformers saves them.
+    """
     directory = config_directory(path)
     check_dense(directory / CONFIG_FILE, read_json_object(directory / CONFIG_FILE))
     return list_linears(build_meta_model(directory))
@@ -145,7 +149,7 @@ def _packing(where: Path, config: dict[str, Any], model: nn.Module, plan: Plan |
     for weight in resolved.weights:
         bias = any(member.spec.bias_tensor is not None for member in weight.members)
         members = weight.member_rows() if weight.fused else None
-        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members)
+        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts)
     return PackingConfig(modules, dict(resolved.kept))
 
 

@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -54,6 +60,24 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], Mapping[str, Any]]] = {
     "phi": (PhiConfig, {"num_key_value_heads": 4}),  # biases everywhere, a head with a bias
     "phi3": (Phi3Config, {"hidden_size": 128}),  # qkv and gate/up are stored fused
 }
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+CHOSEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# Mixture models, whose experts transformers holds as 3-D parameters.
+MIXTURES: dict[str, tuple[type[PreTrainedConfig], Mapping[str, Any]]] = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 3, "intermediate_size": 96}),  # stored one by one: w1, w3, w2
+    "qwen3_moe": (Qwen3MoeConfig, CHOSEN | {"decoder_sparse_step": 1, "head_dim": 16}),
+    "qwen2_moe": (Qwen2MoeConfig, CHOSEN | {"shared_expert_intermediate_size": 64}),
+    "gpt_oss": (  # stored merged, transposed, gate and up interleaved, with biases
+        GptOssConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 32},
+    ),
+    "deepseek_v2": (DeepseekV2Config, LATENT),
+    "deepseek_v3": (DeepseekV3Config, LATENT),
+}
 
 
 def tiny_model(
@@ -71,7 +95,7 @@ def tiny_model(
     tied: whether the head is the input embedding (None: what the family does). max_shard_size: bytes, or text such as
     "20KB". sizes: overrides for the config, such as {"intermediate_size": 172}. Weights depend only on the arguments.
     """
-    config_class, extra = FAMILIES[family]
+    config_class, extra = (FAMILIES | MIXTURES)[family]
     values = SIZES | extra | (sizes or {})
     if tied is not None:
         values = values | {"tie_word_embeddings": tied}
@@ -81,8 +105,8 @@ def tiny_model(
     try:
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config)
         with torch.no_grad():  # fresh models have norms of one and biases of zero, which would hide mistakes
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("_bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     finally:
         torch.set_rng_state(state)

@@ -71,12 +71,12 @@ def check_packed(source_dir, out, plan, quantizer="rtn"):
         rows, held = 0, dequantize(packed.weight(weight.name))
         for member in weight.members:
             perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-            wanted = quantize_weight(source.read(member.spec.tensor), member.layout, perm, quantizer)
+            wanted = quantize_weight(source.weight(member.spec), member.layout, perm, quantizer)
             assert torch.equal(held[rows : rows + member.spec.out_features], dequantize(wanted)), member.spec.name
-            bias = member.spec.bias_tensor
+            bias = source.bias(member.spec)
             if bias is not None:
                 part = packed.bias(weight.name)[rows : rows + member.spec.out_features]
-                assert torch.equal(part, source.read(bias))
+                assert torch.equal(part, bias)
             rows += member.spec.out_features
         assert rows == len(held)
     config = json.loads((out / "config.json").read_text())

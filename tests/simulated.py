@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WRITABLE, UNDEFINED, INPUT = 1, 2, 4
 COUNTER_BYTES = 1024
-FLAGS = "-std=c++20 -O2 -ffp-contract=off -fPIC -fvisibility=hidden -DMPQ_SIM".split()
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DMPQ_SIM"]
 
 
 class Segment(ctypes.Structure):
@@ -184,14 +184,12 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
         place.weight, address(x), address(gate), x.stride(0), tokens, address(bias), address(out), out.stride(0),
         address(counters), None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
     )  # fmt: skip
-    workspace = workspace_for(lib, lib.mpq_workspace_size, args, device)
+    space = workspace_for(lib, lib.mpq_workspace_size, args, device)
     place.allow(lib)
     for name, tensor in (("x", x), ("gate", gate)):
         if tensor is not None and tensor.numel():
             span = (tensor.shape[0] - 1) * tensor.stride(0) + tensor.shape[1]
-            lib.mpq_sim_allow(
-                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(span * 2), INPUT, name.encode()
-            )
+            lib.mpq_sim_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(span * 2), INPUT, name.encode())
     if bias is not None:
         allow(lib, bias, 0, "bias")
     if tokens:
@@ -200,6 +198,7 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
     lib.mpq_sim_order(*order)
     lib.mpq_sim_interleave(interleave)
     check(lib, lib.mpq_linear(ctypes.byref(args), ctypes.byref(device), None))
+    del space  # until here the library had its address
     assert not counters.any(), "counters are not zero after the call"
     return out[:, :rows]
 
@@ -229,11 +228,12 @@ def grouped(packed, x, offsets, num_experts, bias=None, device=SMALL, order=(0, 
         None, None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
     )  # fmt: skip
     both = GroupedArgs(args, address(offsets), num_experts)
-    workspace = workspace_for(lib, lib.mpq_grouped_workspace_size, both, device)
+    space = workspace_for(lib, lib.mpq_grouped_workspace_size, both, device)
     place.allow(lib)
     for name, tensor, flags in (("x", x, INPUT), ("offsets", offsets, INPUT), ("bias", bias, 0), ("y", out, WRITABLE)):
         if tensor is not None and tensor.numel():
             allow(lib, tensor, flags, name)
     lib.mpq_sim_order(*order)
     check(lib, lib.mpq_grouped_linear(ctypes.byref(both), ctypes.byref(device), None))
+    del space  # until here the library had its address
     return out

@@ -1,65 +1,111 @@
-"""Mixture models: experts are seen, named and kept; nothing about them is silent."""
+"""PackedExperts: what transformers' eager code computes with the dequantized weights of every expert."""
+
+import copy
+import pickle
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from cases import random_weight
+from mixtures import fill_experts
+from models import MIXTURES, SIZES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mpq_kernels as mpq
-from mpq_kernels.resolve import resolve
-from mpq_kernels.source import SourceCheckpoint
+from mpq_kernels import packing
+from mpq_kernels.experts import GroupedLinear, PackedExperts
+from mpq_kernels.mixture import experts_modules
+from mpq_kernels.weights import QuantizedWeight
 
-EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1"
 
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    """A tiny Mixtral on disk: two layers of three experts."""
-    path = tmp_path_factory.mktemp("mixture")
-    config = MixtralConfig(
-        vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=3, max_position_embeddings=128,
-    )  # fmt: skip
+def layer_of(family):
+    """(PackedExperts with random weights, the family's own module with the dequantized ones, run eagerly)."""
+    config_class, extra = MIXTURES[family]
+    config = config_class(**(SIZES | extra), experts_implementation="eager")
     torch.manual_seed(0)
-    model = MixtralForCausalLM(config).eval()
-    model.save_pretrained(path)
-    return path, model
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config)
+    dense = next(iter(experts_modules(model).values()))
+    count, half = dense.num_experts, dense.down_proj.numel() // dense.num_experts // 64
+    gates = [random_weight(half, 64, 1 + i % 8, 16, seed=i) for i in range(2 * count)]
+    downs = [random_weight(64, half, 1 + i % 8, 16, seed=i) for i in range(count)]
+    biases = [None, None]
+    if dense.has_bias:
+        biases = [torch.randn(count, 2 * half) * 4, torch.randn(count, 64)]
+        dense.gate_up_proj_bias.data[:, 0::2] = biases[0][:, :half]
+        dense.gate_up_proj_bias.data[:, 1::2] = biases[0][:, half:]
+        dense.down_proj_bias.data = biases[1]
+        biases = [bias.reshape(-1) for bias in biases]
+    layers = [
+        GroupedLinear.from_stacked(packing.pack(QuantizedWeight.stack(part)), count, bias, torch.float32)
+        for part, bias in zip((gates, downs), biases, strict=True)
+    ]
+    packed = PackedExperts(*layers, copy.deepcopy(dense))
+    fill_experts(dense, packed)
+    return packed, dense
 
 
-def test_every_expert_is_listed_as_stored(mixture):
-    experts = [spec for spec in SourceCheckpoint.open(mixture[0]).linears() if spec.expert]
-    assert len(experts) == 2 * 3 * 3
-    by_name = {spec.name: spec for spec in experts}
-    assert (by_name[EXPERT].out_features, by_name[EXPERT].in_features) == (96, 64)
-    assert by_name[EXPERT.replace("w1", "w2")].tensor == EXPERT.replace("w1", "w2") + ".weight"
-
-
-def test_plans_size_experts_of_different_widths(mixture):
-    plan = mpq.Plan.from_dict(
-        {"version": 1, "modules": {r"re:.*\.experts\.\d+\.w2": {"bits": 2, "group_size": 32}, EXPERT: {"bits": 5}}}
-    )
-    resolved = resolve(plan, SourceCheckpoint.open(mixture[0]).linears())
-    layouts = {weight.name: weight.layout for weight in resolved.weights}
-    assert len(layouts) == 7 and layouts[EXPERT].segments[0].bits == 5
-    assert layouts[EXPERT.replace("w1", "w2")].segments[0].bits == 2
-    assert EXPERT.replace("w1", "w3") in resolved.kept
-
-
-def test_uniform_keeps_and_reports_experts(mixture, tmp_path):
-    path, model = mixture
-    report = mpq.pack(path, tmp_path / "out", mpq.Plan.uniform(path, bits=8, group_size=32), quantizer="rtn")
-    assert report.kept[EXPERT] == "plan: 16 bits" and len(report.kept) == 18 + 1
-    loaded, ids = mpq.load(tmp_path / "out"), torch.arange(3, 20)[None]
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("spread", ["random", "one expert", "no tokens", "one token"])
+def test_the_module_equals_the_eager_code(family, spread):
+    packed, dense = layer_of(family)
+    tokens = {"random": 37, "one expert": 9, "no tokens": 0, "one token": 1}[spread]
+    x, weights = torch.randn(tokens, 64), torch.rand(tokens, 2)
+    chosen = torch.stack([torch.randperm(packed.num_experts)[:2] for _ in range(tokens)] or [torch.zeros(2)])[:tokens]
+    chosen = chosen.long()
+    if spread == "one expert":
+        chosen = torch.full((tokens, 1), 1)
+        weights = weights[:, :1]
     with torch.no_grad():
-        expected = model(ids).logits
-        assert (loaded(ids).logits - expected).norm() < 0.05 * expected.norm()
-    state = loaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if "experts" in name:
-            assert torch.equal(state[name], tensor), name
+        y, wanted = packed(x, chosen, weights), dense(x, chosen, weights)
+        again = packed(x, chosen, weights)
+    assert y.shape == wanted.shape == (tokens, 64) and torch.equal(y, again)
+    # Sums of 64 and of `half` products in fp32, in another order, and then of two experts.
+    assert (y - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_packing_experts_is_refused_in_words(mixture, tmp_path):
-    plan = mpq.Plan.from_dict({"version": 1, "default": {"bits": 4, "group_size": 32}})
-    with pytest.raises(mpq.PlanError, match=r"widths to 18 linears of experts .* keep them, with the rule"):
-        mpq.pack(mixture[0], tmp_path / "out", plan, quantizer="rtn")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gradients_reach_tokens_and_routing_weights(family):
+    packed, dense = layer_of(family)
+    grads = []
+    for module_ in (packed, dense):
+        torch.manual_seed(1)
+        x = (torch.randn(11, 64) * 0.02).requires_grad_()  # small, so that no gate is clamped or at its end
+        weights = torch.rand(11, 2, requires_grad=True)
+        chosen = torch.stack([torch.randperm(packed.num_experts)[:2] for _ in range(11)])
+        module_(x, chosen, weights).square().sum().backward()
+        grads.append((x.grad, weights.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_copies_pickles_and_casts_keep_the_packed_tensors():
+    packed, _ = layer_of("gpt_oss")
+    x, chosen, weights = torch.randn(5, 64), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    wanted = packed(x, chosen, weights)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other(x, chosen, weights), wanted)
+    cast = copy.deepcopy(packed).to(torch.bfloat16)
+    assert cast.gate_up.scales.dtype == torch.float16 and cast.gate_up.bias.dtype == torch.bfloat16
+    y = cast(x.bfloat16(), chosen, weights.bfloat16())
+    # bf16 of x, the biases, both projections and the weights: five roundings of 2**-9, and a margin of 4.
+    assert y.dtype == torch.bfloat16 and (y.float() - wanted).norm() <= 20 * 2.0**-9 * wanted.norm()
+    assert "experts=4" in repr(packed.gate_up)
+
+
+def test_compiled_experts_give_the_same_values():
+    packed, _ = layer_of("qwen3_moe")
+    x, chosen, weights = torch.randn(5, 64), torch.tensor([[3, 1]] * 5), torch.rand(5, 2)
+    with torch.no_grad():
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, chosen, weights), packed(x, chosen, weights))
+
+
+def test_layers_that_do_not_fit_are_refused():
+    packed, dense = layer_of("mixtral")
+    with pytest.raises(mpq.FormatError, match="the model wants 3, 576 x 64"):
+        PackedExperts(packed.down, packed.down, dense)
+    with pytest.raises(mpq.FormatError, match="192 rows do not share out among 5 experts"):
+        GroupedLinear.from_stacked(packed.down.packed, 5)
+    with pytest.raises(mpq.FormatError, match="lie in two experts"):
+        GroupedLinear.from_stacked(packed.down.packed, 6)
+    with pytest.raises(mpq.FormatError, match="offsets must say"):
+        packed.gate_up(torch.randn(2, 64))

@@ -111,7 +111,7 @@ from mpq_kernels.pack_model import pack
 from mpq_kernels.plan import Plan
 def stop(done, total, name):
     if done > total // 2:
-        print("half", flush=True)
+        print("half\\n", end="", flush=True)  # one write: two threads print
         time.sleep(60)
 def run(out):
     pack(sys.argv[1], out, Plan.from_file(sys.argv[2]), quantizer="rtn", overwrite=True, progress=stop)

@@ -19,7 +19,9 @@ int launched(int error) { return error ? MPQ_ERROR_CUDA + error : MPQ_OK; }
 // Sends words to device memory as parameters of kernels, in as few launches as they need.
 class TableWriter {
  public:
-  TableWriter(const dev::Launch& how, void* to) : how_(how) { chunk_.to = static_cast<uint32_t*>(to), chunk_.count = 0; }
+  TableWriter(const dev::Launch& how, void* to) : how_(how) {
+    chunk_.to = static_cast<uint32_t*>(to), chunk_.count = 0;
+  }
   template <class T>
   int add(const T& value) {
     static_assert(sizeof(T) % 4 == 0 && sizeof(T) <= sizeof(TableChunk::words));
@@ -73,11 +75,13 @@ int write_table(const mpq_weight& w, const LinearPlan& plan, const dev::Launch& 
 }
 
 // The part of the plan that needs addresses. how: grid and stream.
-int place(const mpq_linear_args& a, const LinearPlan& plan, const dev::Launch& how, int num_experts, LinearParams& params) {
+int place(const mpq_linear_args& a, const LinearPlan& plan, const dev::Launch& how, int num_experts,
+          LinearParams& params) {
   char* workspace = static_cast<char*>(a.workspace);
   if (plan.workspace_bytes > a.workspace_bytes) return MPQ_ERROR_WORKSPACE;
   if ((plan.workspace_bytes && !workspace) || (!num_experts && !a.counters)) return MPQ_ERROR_NULL;
-  if (reinterpret_cast<uintptr_t>(workspace) % 16 || reinterpret_cast<uintptr_t>(a.counters) % 4) return MPQ_ERROR_ALIGNMENT;
+  if (reinterpret_cast<uintptr_t>(workspace) % 16 || reinterpret_cast<uintptr_t>(a.counters) % 4)
+    return MPQ_ERROR_ALIGNMENT;
   params.counters = static_cast<uint32_t*>(a.counters);
   params.partials = reinterpret_cast<float*>(workspace + plan.partials_offset);
   if (!plan.table) return MPQ_OK;
@@ -151,8 +155,8 @@ int plan_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearPlan
   params.linear.shared.total += uint32_t(a.num_experts + 1) * 4;
   if (int64_t{params.linear.shared.total} > device.shared_bytes) return MPQ_ERROR_DEVICE;
   plan.table = true;
-  plan.workspace_bytes = params.linear.num_bands * sizeof(Band) +
-                         params.linear.num_segments * sizeof(Segment) + size_t(a.num_experts + 1) * 4;
+  plan.workspace_bytes = params.linear.num_bands * sizeof(Band) + params.linear.num_segments * sizeof(Segment) +
+                         size_t(a.num_experts + 1) * 4;
   plan.partials_offset = 0;
   plan.grid_x = uint32_t(device.multiprocessors);
   plan.grid_y = 1;
@@ -207,25 +211,37 @@ const char* mpq_layout_id(void) { return mpq::kLayoutId; }
 
 const char* mpq_error_text(int status) {
   switch (status) {
-    case MPQ_OK: return "no error";
-    case MPQ_ERROR_NULL: return "a pointer that is needed is null";
-    case MPQ_ERROR_SHAPE: return "out_features, in_features and num_segments must be positive, tokens not negative";
-    case MPQ_ERROR_DTYPE: return "x must be fp16 or bf16; scales and bias fp32, fp16 or bf16";
+    case MPQ_OK:
+      return "no error";
+    case MPQ_ERROR_NULL:
+      return "a pointer that is needed is null";
+    case MPQ_ERROR_SHAPE:
+      return "out_features, in_features and num_segments must be positive, tokens not negative";
+    case MPQ_ERROR_DTYPE:
+      return "x must be fp16 or bf16; scales and bias fp32, fp16 or bf16";
     case MPQ_ERROR_SEGMENT:
       return "a segment has bits outside 1..8, an unknown kind of zeros, rows or columns outside the weight, a first "
              "column that is not a multiple of 64, or a group_size that does not divide its columns";
-    case MPQ_ERROR_COVER: return "segments must tile the weight in row bands, sorted by n0, then k0";
+    case MPQ_ERROR_COVER:
+      return "segments must tile the weight in row bands, sorted by n0, then k0";
     case MPQ_ERROR_ALIGNMENT:
-      return "qweight, scales, zeros and workspace must begin at multiples of 16 bytes, everything else at multiples of "
+      return "qweight, scales, zeros and workspace must begin at multiples of 16 bytes, everything else at multiples "
+             "of "
              "its element";
-    case MPQ_ERROR_STRIDE: return "x_row_stride must not be negative, y_row_stride not below out_features";
-    case MPQ_ERROR_WORKSPACE: return "the workspace is smaller than mpq_workspace_size() says";
-    case MPQ_ERROR_DEVICE: return "needs compute capability 8.0 or later and 48 KB of shared memory for a block, or more for wide segments";
-    case MPQ_ERROR_SIZE: return "out_features, in_features or tokens beyond 2^31, or more than 64 GB of codes";
+    case MPQ_ERROR_STRIDE:
+      return "x_row_stride must not be negative, y_row_stride not below out_features";
+    case MPQ_ERROR_WORKSPACE:
+      return "the workspace is smaller than mpq_workspace_size() says";
+    case MPQ_ERROR_DEVICE:
+      return "needs compute capability 8.0 or later, and 99 KB of shared memory for a block";
+    case MPQ_ERROR_SIZE:
+      return "out_features, in_features or tokens beyond 2^31, or more than 64 GB of codes";
     case MPQ_ERROR_GROUPED:
-      return "experts: 1..4096 of them with equal rows, no row band across two, and groups of 16, 32, 64 n columns or a "
+      return "experts: 1..4096 of them with equal rows, no row band across two, and groups of 16, 32, 64 n columns or "
+             "a "
              "whole segment";
-    default: break;
+    default:
+      break;
   }
 #if defined(__CUDACC__)
   if (status >= MPQ_ERROR_CUDA) return cudaGetErrorString(static_cast<cudaError_t>(status - MPQ_ERROR_CUDA));

@@ -20,8 +20,7 @@ int check_segment(const mpq_segment& s, const mpq_segment* previous, const mpq_w
   if (s.group_size < 1 || (s.k1 - s.k0) % s.group_size != 0) return MPQ_ERROR_SEGMENT;
   if (s.zero != MPQ_ZERO_NONE && !w.zeros) return MPQ_ERROR_NULL;
   const bool same_band = previous && previous->n0 == s.n0 && previous->n1 == s.n1 && previous->k1 == s.k0;
-  const bool next_band =
-      s.k0 == 0 && (previous ? previous->n1 == s.n0 && previous->k1 == w.in_features : s.n0 == 0);
+  const bool next_band = s.k0 == 0 && (previous ? previous->n1 == s.n0 && previous->k1 == w.in_features : s.n0 == 0);
   return same_band || next_band ? MPQ_OK : MPQ_ERROR_COVER;
 }
 
@@ -53,7 +52,8 @@ int check_linear(const mpq_linear_args& a, int64_t columns_of_y) {
   if (a.x_dtype != MPQ_F16 && a.x_dtype != MPQ_BF16) return MPQ_ERROR_DTYPE;
   if (a.bias && !is_dtype(a.bias_dtype)) return MPQ_ERROR_DTYPE;
   if (a.tokens > 0 && (!a.x || !a.y)) return MPQ_ERROR_NULL;
-  if (!aligned(a.x, 2) || !aligned(a.x_gate, 2) || !aligned(a.y, 2) || !aligned(a.bias, a.bias_dtype == MPQ_F32 ? 4 : 2))
+  if (!aligned(a.x, 2) || !aligned(a.x_gate, 2) || !aligned(a.y, 2) ||
+      !aligned(a.bias, a.bias_dtype == MPQ_F32 ? 4 : 2))
     return MPQ_ERROR_ALIGNMENT;
   // Rows may repeat (stride 0) in x, never in y.
   if (a.x_row_stride < 0 || (a.tokens > 1 && a.y_row_stride < columns_of_y)) return MPQ_ERROR_STRIDE;
@@ -61,7 +61,8 @@ int check_linear(const mpq_linear_args& a, int64_t columns_of_y) {
 }
 
 int check_device(const mpq_device& device) {
-  if (device.capability < 80 || device.multiprocessors < 1 || device.shared_bytes < 48 * 1024) return MPQ_ERROR_DEVICE;
+  // 99 KB is the least that any GPU of compute capability 8.0 or later has for one block.
+  if (device.capability < 80 || device.multiprocessors < 1 || device.shared_bytes < 99 * 1024) return MPQ_ERROR_DEVICE;
   return MPQ_OK;
 }
 

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int kWarps = 4;
 
-MPQ_DEVICE uint16_t round_to(float v, int dtype) { return dtype == kDtypeF16 ? dev::float_to_f16(v) : dev::float_to_bf16(v); }
+MPQ_DEVICE uint16_t round_to(float v, int dtype) {
+  return dtype == kDtypeF16 ? dev::float_to_f16(v) : dev::float_to_bf16(v);
+}
 
 struct Place {
   int64_t row;  // of W, of the first row of this lane's row tile
@@ -24,8 +26,10 @@ MPQ_DEVICE void store_one(const DequantizeParams& p, int64_t row, int column, fl
   const Input& in = p.linear.in;
   if (column >= in.columns) return;
   const int64_t place = row * in.columns + (in.perm ? dev::ld_constant(in.perm + column) : column);
-  if (p.out_dtype == kDtypeF32) dev::st_global(static_cast<float*>(p.out) + place, v);
-  else dev::st_global(static_cast<uint16_t*>(p.out) + place, round_to(v, p.out_dtype));
+  if (p.out_dtype == kDtypeF32)
+    dev::st_global(static_cast<float*>(p.out) + place, v);
+  else
+    dev::st_global(static_cast<uint16_t*>(p.out) + place, round_to(v, p.out_dtype));
 }
 
 // 16-bit output in the original order: neighbours exchange pairs, so that a lane stores four columns and four lanes 32
@@ -36,8 +40,8 @@ MPQ_DEVICE void store_fours(const DequantizeParams& p, const Place& place, const
   MPQ_UNROLL for (int t = 0; t < 4; ++t) {
     MPQ_UNROLL for (int h = 0; h < 2; ++h) {
       uint32_t pair[2];
-      MPQ_UNROLL for (int m = 0; m < 2; ++m)
-        pair[m] = round_to(v[t][2 * m + h][0], p.out_dtype) | uint32_t(round_to(v[t][2 * m + h][1], p.out_dtype)) << 16;
+      MPQ_UNROLL for (int m = 0; m < 2; ++m) pair[m] =
+          round_to(v[t][2 * m + h][0], p.out_dtype) | uint32_t(round_to(v[t][2 * m + h][1], p.out_dtype)) << 16;
       const uint32_t other = dev::shfl_xor(odd ? pair[0] : pair[1], 1);
       const int row = 16 * t + 8 * h + int(lane >> 2);
       if (row >= place.rows || column >= p.linear.in.columns) continue;
@@ -68,15 +72,18 @@ dequantize_kernel(const MPQ_GRID_CONSTANT DequantizeParams p) {
   const bool fours = p.out_dtype != kDtypeF32 && !w.in.perm && w.in.columns % 4 == 0 && w.in.vector_loads;
   MPQ_NO_UNROLL for (int chunk = 0; chunk < 4; ++chunk) {
     float v[4][4][2];
-    switch_bits(s.bits, [&]<int kBits>() { decode_chunk<kBits>(w, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
-    const Place place{band.n0 + int64_t{row_tile} * kTileN, band.rows - row_tile * kTileN, global_tile * kTileK + 16 * chunk};
+    switch_bits(s.bits,
+                [&]<int kBits>() { decode_chunk<kBits>(w, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
+    const Place place{band.n0 + int64_t{row_tile} * kTileN, band.rows - row_tile * kTileN,
+                      global_tile * kTileK + 16 * chunk};
     if (fours) {
       store_fours(p, place, v, lane);
       continue;
     }
     MPQ_UNROLL for (int j = 0; j < 32; ++j) {
       const int t = j >> 3, r = j >> 1 & 3, row = 16 * t + 8 * (r & 1) + int(lane >> 2);
-      if (row < place.rows) store_one(p, place.row + row, place.column + 8 * (r >> 1) + 2 * int(lane & 3) + (j & 1), v[t][r][j & 1]);
+      if (row < place.rows)
+        store_one(p, place.row + row, place.column + 8 * (r >> 1) + 2 * int(lane & 3) + (j & 1), v[t][r][j & 1]);
     }
   }
 }

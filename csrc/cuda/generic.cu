@@ -38,10 +38,12 @@ generic_kernel(const MPQ_GRID_CONSTANT LinearParams p) {
     for (int tile = warp; tile < s.tiles; tile += kWarps) {
       MPQ_NO_UNROLL for (int chunk = 0; chunk < 4; ++chunk) {
         float v[4][4][2];
-        switch_bits(s.bits, [&]<int kBits>() { decode_chunk<kBits>(p, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
+        switch_bits(s.bits,
+                    [&]<int kBits>() { decode_chunk<kBits>(p, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
         MPQ_UNROLL for (int j = 0; j < 4; ++j) {
           const int m = j >> 1, e = j & 1;
-          const float x = load_x<kBf16>(p.in, token, (s.tile0 + tile) * kTileK + 16 * chunk + 8 * m + 2 * int(lane & 3) + e);
+          const float x =
+              load_x<kBf16>(p.in, token, (s.tile0 + tile) * kTileK + 16 * chunk + 8 * m + 2 * int(lane & 3) + e);
           MPQ_UNROLL for (int r = 0; r < 8; ++r) sums[r] = dev::fma(v[r & 3][2 * m + (r >> 2)][e], x, sums[r]);
         }
       }

@@ -1,5 +1,5 @@
-// Experts of a mixture: y[i] = x[i] W_e^T + bias_e for the rows i of expert e, all experts in one launch, whatever their
-// widths. Each item is a whole row group for up to 8, 16 or 32 rows of x; an expert without rows has no items.
+// Experts of a mixture: y[i] = x[i] W_e^T + bias_e for the rows i of expert e, all experts in one launch, whatever
+// their widths. Each item is a whole row group for up to 8, 16 or 32 rows of x; an expert without rows has no items.
 
 #include "launch.h"
 #include "linear.cuh"
@@ -25,8 +25,10 @@ struct GroupedWork {
     int low = 0, high = p.num_experts;  // before(low) <= item < before(high)
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (before(middle) <= item) low = middle;
-      else high = middle;
+      if (before(middle) <= item)
+        low = middle;
+      else
+        high = middle;
     }
     const int begin = dev::ld_constant(p.offsets + low), end = dev::ld_constant(p.offsets + low + 1);
     const uint32_t blocks = uint32_t(end - begin + block_tokens - 1) / uint32_t(block_tokens);

@@ -1,4 +1,5 @@
-// The panel: a block's tokens x the columns that it works on, in shared memory, with the sums of x that zero points need.
+// The panel: a block's tokens x the columns that it works on, in shared memory, with the sums of x that zero points
+// need.
 //
 //     row of a token:  | tile 0: 64 x 2 bytes | tile 1 | ... | 16 bytes of nothing |   so that the 8 rows that ldmatrix
 //                                                                                       reads lie in different banks
@@ -14,14 +15,18 @@ namespace mpq::cuda {
 
 template <bool kBf16>
 MPQ_DEVICE float to_float(uint16_t bits) {
-  if constexpr (kBf16) return dev::bf16_to_float(bits);
-  else return dev::f16_to_float(bits);
+  if constexpr (kBf16)
+    return dev::bf16_to_float(bits);
+  else
+    return dev::f16_to_float(bits);
 }
 
 template <bool kBf16>
 MPQ_DEVICE uint16_t from_float(float v) {
-  if constexpr (kBf16) return dev::float_to_bf16(v);
-  else return dev::float_to_f16(v);
+  if constexpr (kBf16)
+    return dev::float_to_bf16(v);
+  else
+    return dev::float_to_f16(v);
 }
 
 // silu(gate) * up, rounded after each of the two operations, as a model does that applies them one after the other.
@@ -35,7 +40,8 @@ MPQ_DEVICE uint16_t silu_mul(uint16_t gate, uint16_t up) {
 // Columns [column, column + 8) of one row, as pairs of bit patterns; zero where there are none.
 MPQ_DEVICE uint4 load_columns(const Input& in, const void* matrix, int64_t row, int column) {
   const uint16_t* from = static_cast<const uint16_t*>(matrix) + row * in.row_stride;
-  if (in.vector_loads && column + 8 <= in.columns) return dev::ld_constant(reinterpret_cast<const uint4*>(from + column));
+  if (in.vector_loads && column + 8 <= in.columns)
+    return dev::ld_constant(reinterpret_cast<const uint4*>(from + column));
   uint32_t v[4] = {};
   MPQ_UNROLL for (int i = 0; i < 8; ++i) {
     if (column + i >= in.columns) continue;
@@ -57,7 +63,8 @@ MPQ_DEVICE void store_columns(const SharedMap& map, uint32_t base, uint4 v, int 
     if constexpr (kBf16) {
       const float factor = dev::bits_to_float(kBf16Factor);
       // Exact: only the exponent changes.
-      words[i] = (dev::float_to_bits(dev::mul(low, factor)) >> 16) | (dev::float_to_bits(dev::mul(high, factor)) & 0xffff0000u);
+      words[i] = (dev::float_to_bits(dev::mul(low, factor)) >> 16) |
+                 (dev::float_to_bits(dev::mul(high, factor)) & 0xffff0000u);
     }
   }
   const float chunk = dev::add(sum, dev::shfl_xor(sum, 1));
@@ -86,8 +93,9 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
                            int first_tile, int tiles) {
-  constexpr int kBatch = 4;  // loads in flight for each lane
-  const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32, lane = int(dev::thread_index()) % 32;
+  constexpr int kBatch = kTokenTiles == 4 ? 4 : 8;  // loads in flight for each lane
+  const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32,
+            lane = int(dev::thread_index()) % 32;
   const int strips = (tiles + 3) / 4;  // of 256 columns
   if (tokens < 8 * kTokenTiles) {
     clear_sums<kTokenTiles>(base + map.tile_sums, tiles, tokens);
@@ -105,9 +113,9 @@ MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base,
         const uint4 g = load_columns(in, in.gate, first_token + token, column);
         const uint32_t up[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, gate[4] = {g.x, g.y, g.z, g.w};
         uint32_t v[4];
-        MPQ_UNROLL for (int j = 0; j < 4; ++j)
-          v[j] = silu_mul<kBf16>(uint16_t(gate[j]), uint16_t(up[j])) |
-                 uint32_t(silu_mul<kBf16>(uint16_t(gate[j] >> 16), uint16_t(up[j] >> 16))) << 16;
+        MPQ_UNROLL for (int j = 0; j < 4; ++j) v[j] =
+            silu_mul<kBf16>(uint16_t(gate[j]), uint16_t(up[j])) |
+            uint32_t(silu_mul<kBf16>(uint16_t(gate[j] >> 16), uint16_t(up[j] >> 16))) << 16;
         x[i] = uint4{v[0], v[1], v[2], v[3]};
       }
     }

@@ -15,17 +15,17 @@ namespace mpq::cuda {
 constexpr int kInlineBands = 12;
 constexpr int kInlineSegments = 20;
 constexpr int kMaxBlocks = 192;
-constexpr int kStages = 4;  // of the ring of weights of each warp
+constexpr int kStages = 3;  // of the ring of weights of each warp
 constexpr int kMaxUnit = 4;
 
-// Tile: 64 x 64 weights. Unit: `1 << log2_unit` tiles along K, what a warp copies and multiplies at a time. A unit never
-// straddles the border of a group of scales unless it holds whole groups.
+// Tile: 64 x 64 weights. Unit: `1 << log2_unit` tiles along K, what a warp copies and multiplies at a time. A unit
+// never straddles the border of a group of scales unless it holds whole groups.
 struct Segment {
-  uint32_t planes[3];        // first 16 bytes of each plane, in units of 16 bytes from qweight
-  uint32_t scales, zeros;    // first scale and zero, in units of 64 elements
-  int32_t tile0, tiles;      // along K
+  uint32_t planes[3];          // first 16 bytes of each plane, in units of 16 bytes from qweight
+  uint32_t scales, zeros;      // first scale and zero, in units of 64 elements
+  int32_t tile0, tiles;        // along K
   int32_t groups, group_size;  // of scales; columns
-  float groups_per_tile;     // 1 / (tiles in a group); 0 where there is one group
+  float groups_per_tile;       // 1 / (tiles in a group); 0 where there is one group
   uint8_t bits, zero_kind;
   uint8_t log2_unit;
   uint8_t flush;  // tiles that share scales, at most a unit; or kSubTile + the k16 chunks that do: 1 or 2

@@ -53,9 +53,7 @@ int64_t tile_cost(const mpq_segment& s, int scale_dtype) {
   return 512 * s.bits + kTileN * kTileK * (kScaleBytes[scale_dtype] + zero) / s.group_size;
 }
 
-bool same_band(const mpq_weight& w, int a, int b) {
-  return b < w.num_segments && w.segments[a].n0 == w.segments[b].n0;
-}
+bool same_band(const mpq_weight& w, int a, int b) { return b < w.num_segments && w.segments[a].n0 == w.segments[b].n0; }
 
 // Walks the row groups in order and says where a share of all bytes ends.
 class Cutter {
@@ -112,8 +110,8 @@ class Cutter {
   int64_t row_cost_ = 0, row_tiles_ = 0, begin_ = 0, first_group_ = 0, total_ = 0;
 };
 
-// Fills params.cuts for at most `blocks` blocks of equal bytes; returns how many have work, and whether any row group is
-// shared.
+// Fills params.cuts for at most `blocks` blocks of equal bytes; returns how many have work, and whether any row group
+// is shared.
 uint32_t cut_work(const mpq_linear_args& args, const Shape& shape, int max_unit, uint32_t blocks, LinearParams& params,
                   bool& split) {
   Cutter cutter(args, max_unit, shape.log2_group_rows);
@@ -147,8 +145,9 @@ Shape choose_shape(const mpq_linear_args& args, const mpq_device& device) {
     Shape shape;
   };
   // Group rows: x is read once for each row group, partial sums are written once for each; for few tokens the second
-  // weighs more. Computed, not measured.
-  static constexpr Row kShapes[] = {{4, {1, 0, 8}}, {8, {1, 1, 8}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
+  // weighs more. Warps: as many as their registers allow, because at 2 bits two thirds of all issue slots are in use.
+  // Computed, not measured.
+  static constexpr Row kShapes[] = {{4, {1, 0, 12}}, {8, {1, 1, 12}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
   const Row* row = kShapes;
   while (args.tokens > row->max_tokens) ++row;
   Shape shape = row->shape;
@@ -253,9 +252,12 @@ int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPla
   int max_unit = kMaxUnit;
   // Where shared memory is short: shorter units first, fewer warps then.
   while (!plan.generic && !map_shared(args, device, shape, max_unit, params)) {
-    if (max_unit > 1) max_unit /= 2;
-    else if (shape.warps > (1u << shape.log2_group_rows)) shape.warps /= 2, max_unit = kMaxUnit;
-    else return MPQ_ERROR_DEVICE;
+    if (max_unit > 1)
+      max_unit /= 2;
+    else if (shape.warps > (1u << shape.log2_group_rows))
+      shape.warps /= 2, max_unit = kMaxUnit;
+    else
+      return MPQ_ERROR_DEVICE;
   }
   plan.shape = shape;
   plan.max_unit = max_unit;

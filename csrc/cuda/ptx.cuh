@@ -1,5 +1,6 @@
 // The machine as PTX. Shared memory is addressed by 32-bit offsets, as the instructions take them, so that the host
-// implementation can check every access. Instructions: PTX ISA 8.x, https://docs.nvidia.com/cuda/parallel-thread-execution
+// implementation can check every access. Instructions: PTX ISA 8.x,
+// https://docs.nvidia.com/cuda/parallel-thread-execution
 #pragma once
 
 #include <cuda_bf16.h>
@@ -223,6 +224,8 @@ MPQ_DEVICE uint16_t float_to_f16(float v) { return __half_as_ushort(__float2half
 MPQ_DEVICE uint16_t float_to_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
+// Four of the bytes of b : a, chosen by the nibbles of `selector`, lowest first; 0 is the lowest byte of a.
+MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // One rounding.
 MPQ_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // A product or a sum that the compiler does not fuse with its neighbours.
@@ -270,8 +273,9 @@ inline int load(void (*kernel)(Params)) {
 template <class Params>
 inline int launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   if (how.shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(how.shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   cudaLaunchConfig_t config{};

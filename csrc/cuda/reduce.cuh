@@ -1,6 +1,6 @@
 // From accumulators to y: warps of a row tile are added in shared memory in the order of their numbers; row groups that
-// blocks share are added by the block that finishes last, from the workspace, in the order of the blocks' numbers. So the
-// same input gives the same bits, whatever the order in which blocks run.
+// blocks share are added by the block that finishes last, from the workspace, in the order of the blocks' numbers. So
+// the same input gives the same bits, whatever the order in which blocks run.
 #pragma once
 
 #include "generated/layout.h"
@@ -30,13 +30,17 @@ MPQ_DEVICE void write_output(const Output& out, const Target& target, int token,
   const int64_t row = target.rows.n0 + row_of_group;
   if (out.bias) {
     float bias;
-    if (out.bias_dtype == kDtypeF32) bias = dev::ld_constant(static_cast<const float*>(out.bias) + row);
-    else if (out.bias_dtype == kDtypeF16) bias = dev::f16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
-    else bias = dev::bf16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
+    if (out.bias_dtype == kDtypeF32)
+      bias = dev::ld_constant(static_cast<const float*>(out.bias) + row);
+    else if (out.bias_dtype == kDtypeF16)
+      bias = dev::f16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
+    else
+      bias = dev::bf16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
     v = dev::add(v, bias);
   }
-  dev::st_global(static_cast<uint16_t*>(out.y) + (target.first_token + token) * out.row_stride + (row - target.row_of_column0),
-                  from_float<kBf16>(v));
+  dev::st_global(
+      static_cast<uint16_t*>(out.y) + (target.first_token + token) * out.row_stride + (row - target.row_of_column0),
+      from_float<kBf16>(v));
 }
 
 // Partial sums of block i: slot 0 for a row group that an earlier block begins, slot 1 for one that this block begins.
@@ -72,7 +76,8 @@ MPQ_DEVICE void add_warps(const LinearParams& p, uint32_t base, const float (&y)
     if (8 * n + token >= tokens || row >= rows) continue;
     const uint32_t place = reduced + uint32_t(row / kTileN) * slab + uint32_t(token * kRowsOfSums + row % kTileN) * 4;
     float sum = dev::ld_shared<float>(place);
-    for (int w = row_tiles; w < warps; w += row_tiles) sum = dev::add(sum, dev::ld_shared<float>(place + uint32_t(w) * slab));
+    for (int w = row_tiles; w < warps; w += row_tiles)
+      sum = dev::add(sum, dev::ld_shared<float>(place + uint32_t(w) * slab));
     store(8 * n + token, row, sum);
   }
 }
@@ -81,9 +86,9 @@ MPQ_DEVICE void add_warps(const LinearParams& p, uint32_t base, const float (&y)
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void store_rows(const LinearParams& p, uint32_t base, const Target& target,
                            const float (&y)[4][kTokenTiles][4]) {
-  MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n)
-    add_warps<kTokenTiles>(p, base, y, n, target.tokens, target.rows.count,
-                           [&](int token, int row, float sum) { write_output<kBf16>(p.out, target, token, row, sum); });
+  MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n) add_warps<kTokenTiles>(
+      p, base, y, n, target.tokens, target.rows.count,
+      [&](int token, int row, float sum) { write_output<kBf16>(p.out, target, token, row, sum); });
 }
 
 // Blocks first .. last have a part of K each; true in the block that is the last to get here. Whole block.
@@ -111,9 +116,9 @@ MPQ_DEVICE void share_rows(const LinearParams& p, uint32_t base, const Target& t
   const uint32_t last = begun_before ? work.begin.last : work.end.last;
   const int group_rows = kTileN << p.log2_group_rows;
   float* mine = partial_slot<kTokenTiles>(p, dev::block_x(), begun_before ? 0 : 1);
-  MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n)
-    add_warps<kTokenTiles>(p, base, y, n, target.tokens, target.rows.count,
-                           [&](int token, int row, float sum) { dev::st_global(mine + token * group_rows + row, sum); });
+  MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n) add_warps<kTokenTiles>(
+      p, base, y, n, target.tokens, target.rows.count,
+      [&](int token, int row, float sum) { dev::st_global(mine + token * group_rows + row, sum); });
   if (!arrive_last(p, base, first, last)) return;
   for (int i = int(dev::thread_index()); i < target.tokens * group_rows; i += int(dev::thread_count())) {
     const int row = i & (group_rows - 1), token = i >> (6 + p.log2_group_rows);
@@ -121,8 +126,8 @@ MPQ_DEVICE void share_rows(const LinearParams& p, uint32_t base, const Target& t
     float sum = dev::ld_from_others(partial_slot<kTokenTiles>(p, first, 1) + i);
     MPQ_NO_UNROLL for (uint32_t begin = first + 1; begin <= last; begin += 8) {
       float v[8];
-      MPQ_UNROLL for (uint32_t j = 0; j < 8; ++j)
-        v[j] = begin + j <= last ? dev::ld_from_others(partial_slot<kTokenTiles>(p, begin + j, 0) + i) : 0.0f;
+      MPQ_UNROLL for (uint32_t j = 0; j < 8; ++j) v[j] =
+          begin + j <= last ? dev::ld_from_others(partial_slot<kTokenTiles>(p, begin + j, 0) + i) : 0.0f;
       MPQ_UNROLL for (uint32_t j = 0; j < 8; ++j) {
         if (begin + j <= last) sum = dev::add(sum, v[j]);
       }

@@ -1,6 +1,6 @@
-// The ring: each warp copies its own units of weights to shared memory, kStages - 1 units ahead of the one it multiplies,
-// across the borders of segments and row groups. A lane copies the very 16 bytes that it will read, so the codes need no
-// barrier; only the descriptor of a unit passes from lane 0 to the others.
+// The ring: each warp copies its own units of weights to shared memory, kStages - 1 units ahead of the one it
+// multiplies, across the borders of segments and row groups. A lane copies the very 16 bytes that it will read, so the
+// codes need no barrier; only the descriptor of a unit passes from lane 0 to the others.
 //
 //     stage:  | plane 0: `unit` tiles | plane 1 | plane 2 | scales, zeros of flush 0 | of flush 1 | ...
 //
@@ -20,7 +20,6 @@ struct Descriptor {
   uint32_t tile;   // first tile, counted over the whole of K
   uint32_t shape;  // bits, zero kind, sub-tile, unit, count, flush: 4 bits each
 };
-
 
 // Work (work.cuh) says which row groups the block has, and which tiles of them.
 template <class Work>
@@ -127,7 +126,8 @@ class Ring {
 
   // A lane's 8 values of one group, `bytes` each; lanes of the same rows copy the same ones.
   MPQ_DEVICE void copy_row_values(uint32_t to, const void* from, uint32_t first_block, int group, int bytes) {
-    const uint64_t block = uint64_t{first_block} + uint64_t(uint32_t(group)) * uint32_t(band_.row_tiles) + uint32_t(row_tile_);
+    const uint64_t block =
+        uint64_t{first_block} + uint64_t(uint32_t(group)) * uint32_t(band_.row_tiles) + uint32_t(row_tile_);
     const char* values = static_cast<const char*>(from) + (block * kTileN + (lane_ >> 2) * 8) * uint32_t(bytes);
     if (bytes == 1) {
       dev::cp_async8(to + 8 * lane_, values);
@@ -151,7 +151,8 @@ class Ring {
       copy_row_values(to, p_.scales, segment_.scales, there, bytes);
       to += 256 * bytes;
       if (segment_.zero_kind == kZeroInt) copy_row_values(to, p_.zeros, segment_.zeros, there, 1), to += 256;
-      if (segment_.zero_kind == kZeroFloat) copy_row_values(to, p_.zeros, segment_.zeros, there, bytes), to += 256 * bytes;
+      if (segment_.zero_kind == kZeroFloat)
+        copy_row_values(to, p_.zeros, segment_.zeros, there, bytes), to += 256 * bytes;
     }
   }
 

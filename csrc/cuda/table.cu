@@ -1,5 +1,5 @@
-// Tables that do not fit into the parameters of a kernel travel to the workspace as parameters of this one: no copy from
-// host memory, which a captured graph would read again when the memory has long been someone else's.
+// Tables that do not fit into the parameters of a kernel travel to the workspace as parameters of this one: no copy
+// from host memory, which a captured graph would read again when the memory has long been someone else's.
 
 #include "launch.h"
 
@@ -10,7 +10,8 @@ namespace {
 MPQ_KERNEL(256)
 table_kernel(const MPQ_GRID_CONSTANT TableChunk chunk) {
   dev::wait_for_earlier_kernels();
-  for (uint32_t i = dev::thread_index(); i < chunk.count; i += dev::thread_count()) dev::st_global(chunk.to + i, chunk.words[i]);
+  for (uint32_t i = dev::thread_index(); i < chunk.count; i += dev::thread_count())
+    dev::st_global(chunk.to + i, chunk.words[i]);
 }
 
 }  // namespace

@@ -24,21 +24,23 @@ constexpr MPQ_DEVICE uint32_t power_of_two(int exponent) { return uint32_t(127 +
 // Where a lane finds the parts of its unit in shared memory.
 template <int kTokenTiles>
 struct UnitPlace {
-  uint32_t codes;        // its 16 bytes of the first row of the first plane
-  uint32_t scales;       // its 8 scales of the first group
-  uint32_t x;            // first column of the unit
+  uint32_t codes;              // its 16 bytes of the first row of the first plane
+  uint32_t scales;             // its 8 scales of the first group
+  uint32_t x;                  // first column of the unit
   uint32_t rows[kTokenTiles];  // bytes from there to its row of ldmatrix, for each 8 tokens
-  uint32_t tile_sums;    // of token 2q, first tile
-  uint32_t chunk_sums;   // of token 2q, first chunk
-  int unit, count;       // tiles that have room, tiles there are
-  int flush;             // tiles (or chunks) that share scales
+  uint32_t tile_sums;          // of token 2q, first tile
+  uint32_t chunk_sums;         // of token 2q, first chunk
+  int unit, count;             // tiles that have room, tiles there are
+  int flush;                   // tiles (or chunks) that share scales
   int zero_kind, scale_dtype;
 };
 
 template <bool kBf16>
 MPQ_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kBf16) dev::mma_bf16(d, a, b0, b1);
-  else dev::mma_f16(d, a, b0, b1);
+  if constexpr (kBf16)
+    dev::mma_bf16(d, a, b0, b1);
+  else
+    dev::mma_f16(d, a, b0, b1);
 }
 
 // Eight values in the order of a lane's rows: [4 h + t].
@@ -59,8 +61,8 @@ MPQ_DEVICE void load_row_values(float (&v)[8], uint32_t address, int dtype) {
 // Bytes of 8 values for each of 32 lanes.
 MPQ_DEVICE uint32_t row_values_bytes(int dtype) { return dtype == kDtypeF32 ? 1024 : 512; }
 
-// Adds a finished group of columns to y and clears its sums. sum_x[n]: sums of x over the group for tokens 2q and 2q + 1
-// of each 8.
+// Adds a finished group of columns to y and clears its sums. sum_x[n]: sums of x over the group for tokens 2q and 2q +
+// 1 of each 8.
 template <int kBits, bool kBf16, int kTokenTiles>
 MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTokenTiles][4],
                             const float2 (&sum_x)[kTokenTiles], uint32_t& scales, int zero_kind, int scale_dtype,
@@ -74,8 +76,8 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
     const uint2 bytes = dev::ld_shared<uint2>(scales - 8 * lane);
     scales += 256;
     offset = 8388608.0f;
-    MPQ_UNROLL for (int i = 0; i < 8; ++i)
-      zero[i] = dev::bits_to_float(0x4b000000u | (((i < 4 ? bytes.x : bytes.y) >> (8 * (i & 3))) & 255u));
+    MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] =
+        dev::bits_to_float(dev::byte_permute(i < 4 ? bytes.x : bytes.y, 0x4b000000u, 0x7650u | uint32_t(i & 3)));
   } else if (zero_kind == kZeroFloat) {
     load_row_values(zero, scales, scale_dtype);
     scales += row_values_bytes(scale_dtype);
@@ -116,8 +118,8 @@ MPQ_DEVICE void unpack4(uint32_t (&to)[4], uint4 v) { to[0] = v.x, to[1] = v.y, 
 // Planes that a width has, after its first.
 template <int kBits>
 struct Planes {
-  static constexpr bool four = kBits >= 4, eight = kBits == 8, two = kBits == 2 || kBits == 3 || kBits == 6 || kBits == 7,
-                        one = kBits & 1;
+  static constexpr bool four = kBits >= 4, eight = kBits == 8,
+                        two = kBits == 2 || kBits == 3 || kBits == 6 || kBits == 7, one = kBits & 1;
   // Widths above 4 come one tile at a time (plan.cpp), so that their places are constants.
   static MPQ_DEVICE int unit(int unit) { return kBits > 4 ? 1 : unit; }
   // Bytes from a unit's first byte to tile `tile` of a plane.
@@ -196,7 +198,8 @@ MPQ_DEVICE void run_unit(float (&y)[4][kTokenTiles][4], UnitPlace<kTokenTiles> p
       add_sums(sum_x, place.tile_sums);
       place.tile_sums += 32 * kTokenTiles;
       place.x += 2 * kTileK;
-    } while (++tile < stop);
+    }
+    while (++tile < stop);
     flush_group<kBits, kBf16, kTokenTiles>(y, sums, sum_x, place.scales, place.zero_kind, place.scale_dtype, lane);
   }
 }
@@ -218,11 +221,14 @@ MPQ_DEVICE void run_sub_tile(float (&y)[4][kTokenTiles][4], UnitPlace<kTokenTile
 
 // The width is the same for the whole warp.
 template <bool kBf16, int kTokenTiles>
-MPQ_DEVICE void run_unit(float (&y)[4][kTokenTiles][4], const UnitPlace<kTokenTiles>& place, int bits, bool sub_tile, uint32_t lane) {
-#define MPQ_CASE(width)                                                           \
-  case width:                                                                     \
-    if (sub_tile) run_sub_tile<width, kBf16, kTokenTiles>(y, place, lane);        \
-    else run_unit<width, kBf16, kTokenTiles>(y, place, lane);                     \
+MPQ_DEVICE void run_unit(float (&y)[4][kTokenTiles][4], const UnitPlace<kTokenTiles>& place, int bits, bool sub_tile,
+                         uint32_t lane) {
+#define MPQ_CASE(width)                                        \
+  case width:                                                  \
+    if (sub_tile)                                              \
+      run_sub_tile<width, kBf16, kTokenTiles>(y, place, lane); \
+    else                                                       \
+      run_unit<width, kBf16, kTokenTiles>(y, place, lane);     \
     break;
   switch (bits) {
     MPQ_CASE(1)

@@ -1,10 +1,10 @@
 // Packed words to operand A of the tensor cores, by masks alone.
 //
 // A field of a word, masked in place, is the bit pattern of a 16-bit float whose exponent is zero: for fp16 the number
-// code * 2^(shift - 24), for bf16 code * 2^(shift - 133), where `shift` is the place of the field in its half. The layout
-// puts every code of an accumulator row at the same shift, so the power of two joins the scale, and no weight costs an
-// addition or a multiplication. Fields reach up to bit 7: subnormals and the first binade of normal numbers are one
-// linear range.
+// code * 2^(shift - 24), for bf16 code * 2^(shift - 133), where `shift` is the place of the field in its half. The
+// layout puts every code of an accumulator row at the same shift, so the power of two joins the scale, and no weight
+// costs an addition or a multiplication. Fields reach up to bit 7: subnormals and the first binade of normal numbers
+// are one linear range.
 //
 // a[t][r] holds the pair of columns 16 c + 8 m + 2 q and the next one of row 16 t + 8 h + g, with r = 2 m + h.
 #pragma once
@@ -55,8 +55,8 @@ struct Unpack<2> {
   }
 };
 
-// The pair of a 2-bit field at bits 2..3 of a nibble is joined by its 1-bit field on either side: row half 0 at bits 0..2
-// of the nibble, row half 1 at bits 1..3. What stands beside them is removed by the mask.
+// The pair of a 2-bit field at bits 2..3 of a nibble is joined by its 1-bit field on either side: row half 0 at bits
+// 0..2 of the nibble, row half 1 at bits 1..3. What stands beside them is removed by the mask.
 template <>
 struct Unpack<3> {
   static constexpr MPQ_DEVICE int shift(int t, int h) { return 4 * (t & 1) + h; }
@@ -81,15 +81,15 @@ struct Unpack<4> {
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
     MPQ_UNROLL for (int t = 0; t < 4; ++t) {
       MPQ_UNROLL for (int m = 0; m < 2; ++m) {
-        MPQ_UNROLL for (int h = 0; h < 2; ++h)
-          a[t][2 * m + h] = (w.high[t] >> (8 * m)) & both_halves(15u << shift(t, h));
+        MPQ_UNROLL for (int h = 0; h < 2; ++h) a[t][2 * m + h] =
+            (w.high[t] >> (8 * m)) & both_halves(15u << shift(t, h));
       }
     }
   }
 };
 
-// Widths 5, 6 and 7 have the 4-bit field above the rest in each byte: row half 0 is moved down to bit 0, row half 1 keeps
-// its upper nibble in place and ends where its lower bits begin.
+// Widths 5, 6 and 7 have the 4-bit field above the rest in each byte: row half 0 is moved down to bit 0, row half 1
+// keeps its upper nibble in place and ends where its lower bits begin.
 template <int kBits>
 MPQ_DEVICE void split_bytes(uint32_t rows0, uint32_t rows8, uint32_t (&a)[4]) {
   constexpr uint32_t mask = (1u << kBits) - 1;
@@ -102,8 +102,10 @@ MPQ_DEVICE void split_bytes(uint32_t rows0, uint32_t rows8, uint32_t (&a)[4]) {
 // Moves bits up (positive) or down.
 template <int kUp>
 MPQ_DEVICE uint32_t move(uint32_t word) {
-  if constexpr (kUp >= 0) return word << kUp;
-  else return word >> -kUp;
+  if constexpr (kUp >= 0)
+    return word << kUp;
+  else
+    return word >> -kUp;
 }
 
 template <>

@@ -37,9 +37,12 @@ struct RowScales {
     MPQ_UNROLL for (int i = 0; i < 8; ++i) {
       scale[i] = load_scalar(p.scales, (s.scales + block) * kTileN + rows + i, p.scale_dtype);
       const uint64_t place = (s.zeros + block) * kTileN + rows + i;
-      if (s.zero_kind == kZeroInt) zero[i] = float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
-      else if (s.zero_kind == kZeroFloat) zero[i] = load_scalar(p.zeros, place, p.scale_dtype);
-      else zero[i] = s.bits == 1 ? 0.5f : float(1 << (s.bits - 1));
+      if (s.zero_kind == kZeroInt)
+        zero[i] = float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
+      else if (s.zero_kind == kZeroFloat)
+        zero[i] = load_scalar(p.zeros, place, p.scale_dtype);
+      else
+        zero[i] = s.bits == 1 ? 0.5f : float(1 << (s.bits - 1));
     }
   }
 };
@@ -97,14 +100,22 @@ MPQ_DEVICE void decode_chunk(const LinearParams& p, const Segment& s, int row_ti
 template <class Body>
 MPQ_DEVICE void switch_bits(int bits, const Body& body) {
   switch (bits) {
-    case 1: return body.template operator()<1>();
-    case 2: return body.template operator()<2>();
-    case 3: return body.template operator()<3>();
-    case 4: return body.template operator()<4>();
-    case 5: return body.template operator()<5>();
-    case 6: return body.template operator()<6>();
-    case 7: return body.template operator()<7>();
-    default: return body.template operator()<8>();
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    case 4:
+      return body.template operator()<4>();
+    case 5:
+      return body.template operator()<5>();
+    case 6:
+      return body.template operator()<6>();
+    case 7:
+      return body.template operator()<7>();
+    default:
+      return body.template operator()<8>();
   }
 }
 

@@ -4,8 +4,9 @@
  *
  * Raw pointers, shapes and a stream; the caller owns every byte. The functions allocate nothing, keep no state, throw
  * nothing and wait for nothing: they check their arguments on the host and enqueue kernels on `stream`, so they can be
- * captured into CUDA graphs. Every function returns MPQ_OK or an error of the enumeration below; mpq_error_text() says it
- * in words. The layout of qweight, scales and zeros is that of docs/format.md: tensors are used as they lie in the file.
+ * captured into CUDA graphs. Every function returns MPQ_OK or an error of the enumeration below; mpq_error_text() says
+ * it in words. The layout of qweight, scales and zeros is that of docs/format.md: tensors are used as they lie in the
+ * file.
  */
 #ifndef MPQ_H
 #define MPQ_H
@@ -54,12 +55,12 @@ typedef struct mpq_segment {
 
 /* Tensors lie on the device and begin at multiples of 16 bytes; `segments` lies on the host and is not kept. */
 typedef struct mpq_weight {
-  int64_t out_features; /* N */
-  int64_t in_features;  /* K */
-  const void* qweight;  /* 32-bit words */
-  const void* scales;   /* of scale_dtype */
-  const void* zeros;    /* uint8 (MPQ_ZERO_INT), scale_dtype (MPQ_ZERO_FLOAT), or null when no segment has any */
-  const int32_t* perm;  /* [K]: packed column j is column perm[j] of x; or null. Values are not checked. */
+  int64_t out_features;        /* N */
+  int64_t in_features;         /* K */
+  const void* qweight;         /* 32-bit words */
+  const void* scales;          /* of scale_dtype */
+  const void* zeros;           /* uint8 (MPQ_ZERO_INT), scale_dtype (MPQ_ZERO_FLOAT), or null when no segment has any */
+  const int32_t* perm;         /* [K]: packed column j is column perm[j] of x; or null. Values are not checked. */
   const mpq_segment* segments; /* sorted by n0, then k0; those with equal n0 and n1 cover [0, K) */
   int32_t num_segments;
   int32_t scale_dtype; /* mpq_dtype */
@@ -74,24 +75,26 @@ typedef struct mpq_device {
 } mpq_device;
 
 enum {
-  /* The kernel may start, and read weights, before the kernel ahead of it in the stream has finished; it waits before it
-   * reads x. Only where no kernel ahead of it writes the weight. Compute capability 9.0 and later; no effect before. */
+  /* The kernel may start, and read weights, before the kernel ahead of it in the stream has finished; it waits before
+   * it reads x. Only where no kernel ahead of it writes the weight. Compute capability 9.0 and later; no effect before.
+   */
   MPQ_OVERLAP = 1
 };
 
 typedef struct mpq_linear_args {
   mpq_weight weight;
-  const void* x;        /* [M, K] of x_dtype, columns contiguous */
-  const void* x_gate;   /* [M, K] with the same stride, or null. Not null: x is replaced by silu(x_gate) * x, each of the
-                           two operations rounded to x_dtype */
+  const void* x;      /* [M, K] of x_dtype, columns contiguous */
+  const void* x_gate; /* [M, K] with the same stride, or null. Not null: x is replaced by silu(x_gate) * x, each of the
+                         two operations rounded to x_dtype */
   int64_t x_row_stride; /* elements */
   int64_t tokens;       /* M */
   const void* bias;     /* [N] of bias_dtype, or null */
   void* y;              /* [M, N] of x_dtype, columns contiguous */
   int64_t y_row_stride; /* elements */
-  void* counters;       /* MPQ_COUNTER_BYTES, zero at the first use and left zero by every call. One call at a time: calls that
-                           may run at the same time, on different streams or in different graphs, need their own. */
-  void* workspace;      /* mpq_workspace_size() bytes, 16-byte aligned, of any content; free again after the call's kernels */
+  void* counters; /* MPQ_COUNTER_BYTES, zero at the first use and left zero by every call. One call at a time: calls
+                     that may run at the same time, on different streams or in different graphs, need their own. */
+  void*
+      workspace; /* mpq_workspace_size() bytes, 16-byte aligned, of any content; free again after the call's kernels */
   size_t workspace_bytes;
   int32_t x_dtype;    /* MPQ_F16 or MPQ_BF16; bf16 values must be below 2^48 in magnitude */
   int32_t bias_dtype; /* mpq_dtype */
@@ -100,8 +103,9 @@ typedef struct mpq_linear_args {
 
 #define MPQ_COUNTER_BYTES 1024
 
-/* Experts: the weight holds num_experts weights of N rows each, stacked along its rows (out_features = num_experts * N),
- * with no row band across two experts. Rows offsets[e] .. offsets[e + 1] of x belong to expert e. Counters are not used. */
+/* Experts: the weight holds num_experts weights of N rows each, stacked along its rows (out_features = num_experts *
+ * N), with no row band across two experts. Rows offsets[e] .. offsets[e + 1] of x belong to expert e. Counters are not
+ * used. */
 typedef struct mpq_grouped_args {
   mpq_linear_args linear; /* tokens: rows of x and of y in all; y is [tokens, N]; bias [num_experts * N] or null */
   const int32_t* offsets; /* [num_experts + 1] on the device: offsets[0] = 0, not decreasing, the last one = tokens */

@@ -138,6 +138,12 @@ MPQ_DEVICE uint16_t float_to_f16(float v) { return sim::float_to_f16(v); }
 MPQ_DEVICE uint16_t float_to_bf16(float v) { return sim::float_to_bf16(v); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return std::bit_cast<uint32_t>(v); }
+MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t v = 0;
+  for (int i = 0; i < 4; ++i) v |= uint32_t(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  return v;
+}
 MPQ_DEVICE float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
 MPQ_DEVICE float mul(float a, float b) { return opaque(a * b); }
 MPQ_DEVICE float add(float a, float b) { return opaque(a + b); }

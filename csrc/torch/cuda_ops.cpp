@@ -28,9 +28,9 @@ using torch::stable::Tensor;
 
 constexpr size_t kSegmentInts = 7;  // n0, n1, k0, k1, bits, group_size, zero kind: mpq_kernels/layout.py segment_ints
 
-// Above so many tokens W is made dense for torch's own product. From the counts of instructions and bytes, not measured:
-// at 256 tokens and 8192 x 8192 the packed product is bound by mma.sync (57 us at 600 TFLOP/s), and so are decoding to
-// memory and a dense product (39 + 43 us).
+// Above so many tokens W is made dense for torch's own product. From the counts of instructions and bytes, not
+// measured: at 256 tokens and 8192 x 8192 the packed product is bound by mma.sync (57 us at 600 TFLOP/s), and so are
+// decoding to memory and a dense product (39 + 43 us).
 struct Crossover {
   int capability;
   int64_t tokens;
@@ -41,10 +41,14 @@ void check_status(int status) { STD_TORCH_CHECK(status == MPQ_OK, "mpq_kernels: 
 
 int32_t to_dtype(ScalarType type, const char* name) {
   switch (type) {
-    case ScalarType::Float: return MPQ_F32;
-    case ScalarType::Half: return MPQ_F16;
-    case ScalarType::BFloat16: return MPQ_BF16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return MPQ_F32;
+    case ScalarType::Half:
+      return MPQ_F16;
+    case ScalarType::BFloat16:
+      return MPQ_BF16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 
@@ -116,8 +120,15 @@ struct PackedView {
     const int32_t device = qweight.get_device_index();
     check(qweight, "qweight", ScalarType::Int, device);
     check(scales, "scales", scales.scalar_type(), device);
-    weight = {N, K, qweight.data_ptr(), scales.data_ptr(), nullptr, nullptr, segments.data(),
-              static_cast<int32_t>(segments.size()), to_dtype(scales.scalar_type(), "scales")};
+    weight = {N,
+              K,
+              qweight.data_ptr(),
+              scales.data_ptr(),
+              nullptr,
+              nullptr,
+              segments.data(),
+              static_cast<int32_t>(segments.size()),
+              to_dtype(scales.scalar_type(), "scales")};
     if (zeros) {
       check(*zeros, "zeros", zeros->scalar_type(), device);
       weight.zeros = zeros->data_ptr();
@@ -189,7 +200,8 @@ struct Call {
     if (!bias) return;
     STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == device_index && bias->is_contiguous() &&
                         bias->numel() == view.weight.out_features,
-                    "bias must be contiguous, on the device of x, with out_features=", view.weight.out_features, " elements");
+                    "bias must be contiguous, on the device of x, with out_features=", view.weight.out_features,
+                    " elements");
     args.bias = bias->data_ptr();
     args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
   }
@@ -223,22 +235,43 @@ int64_t most_packed_tokens(const mpq_device& device) {
   return tokens;
 }
 
-// x (..., K) fp16 or bf16 -> y (..., N) of the same dtype.
-Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
-              std::optional<Tensor> bias, std::vector<int64_t> segments, int64_t out_features, int64_t in_features) {
-  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
-  Call call(x, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias, out_features, in_features);
+Tensor run_linear(Call& call, const std::optional<Tensor>& bias) {
   if (call.args.tokens == 0) return call.y;
   const torch::stable::accelerator::DeviceGuard guard(call.device_index);
   const mpq_device& device = device_info(call.device_index);
   const cudaStream_t stream = current_stream(call.device_index);
-  if (call.args.tokens > most_packed_tokens(device)) return dense_linear(call, bias, stream);
+  if (!call.args.x_gate && call.args.tokens > most_packed_tokens(device)) return dense_linear(call, bias, stream);
   size_t bytes = 0;
   check_status(mpq_workspace_size(&call.args, &device, &bytes));
   const Tensor counters = counters_for(call.x, call.device_index, stream), scratch = call.scratch(bytes);
   call.args.counters = counters.data_ptr();
   check_status(mpq_linear(&call.args, &device, stream));
   return call.y;
+}
+
+// x (..., K) fp16 or bf16 -> y (..., N) of the same dtype.
+Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+              std::optional<Tensor> bias, std::vector<int64_t> segments, int64_t out_features, int64_t in_features) {
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
+  Call call(x, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias, out_features,
+            in_features);
+  return run_linear(call, bias);
+}
+
+// linear(silu(gate) * up) without the launches of the activation; both (..., K), contiguous or made so.
+Tensor silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, std::optional<Tensor> zeros,
+                       std::optional<Tensor> perm, std::optional<Tensor> bias, std::vector<int64_t> segments,
+                       int64_t out_features, int64_t in_features) {
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "out_features and in_features must be positive");
+  STD_TORCH_CHECK(gate.sizes().equals(up.sizes()) && gate.scalar_type() == up.scalar_type() && gate.is_cuda() &&
+                      gate.get_device_index() == up.get_device_index(),
+                  "gate and up must have one shape, dtype and device");
+  up = torch::stable::contiguous(up);
+  gate = torch::stable::contiguous(gate);
+  Call call(up, PackedView(qweight, scales, zeros, perm, segments, out_features, in_features), bias, out_features,
+            in_features);
+  call.args.x_gate = gate.data_ptr();
+  return run_linear(call, bias);
 }
 
 // x (T, K), rows sorted by expert; offsets (E + 1) int32 -> y (T, out_features / E).
@@ -294,11 +327,16 @@ std::string cuda_layout_id() { return mpq_layout_id(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
   m.def("cuda_warmup(int device) -> int");
+  m.def(
+      "silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? "
+      "bias, "
+      "int[] segments, int out_features, int in_features) -> Tensor");
   m.def("cuda_layout_id() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mpq, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("silu_mul_linear", TORCH_BOX(&silu_mul_linear));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }

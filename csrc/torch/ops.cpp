@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -159,6 +160,11 @@ struct WeightView {
   }
 };
 
+void check_bias(const Tensor& bias, int64_t out_features) {
+  STD_TORCH_CHECK(bias.is_cpu() && bias.is_contiguous() && bias.numel() == out_features,
+                  "bias must be contiguous on the CPU with out_features=", out_features, " elements");
+}
+
 void check_status(int status) { STD_TORCH_CHECK(status == 0, cpu::error_text(status)); }
 
 // x (..., K) -> y (..., N), same dtype.
@@ -182,8 +188,7 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   args.x_row_stride = strided ? x.stride(0) : in_features;
   args.weight = view.weight;
   if (bias) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->numel() == out_features,
-                    "bias must be contiguous on the CPU with out_features=", out_features, " elements");
+    check_bias(*bias, out_features);
     args.bias = bias->data_ptr();
     args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
   }
@@ -193,6 +198,94 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
   args.workspace = workspace.data_ptr();
   check_status(cpu::linear(args, current_isa(), torch_pool(args.M * in_features * out_features)));
+  return y;
+}
+
+// The segments of a stacked weight, each with its rows counted from the first row of its expert: expert e is a weight
+// of its own with the segments first[e]..first[e + 1], over the same words, scales and zeros.
+struct ExpertSegments {
+  std::vector<cpu::Segment> segments;
+  std::vector<int> first;
+
+  ExpertSegments(std::vector<cpu::Segment> stacked, int64_t experts, int64_t rows) : segments(std::move(stacked)) {
+    first.reserve(experts + 1);
+    for (int i = 0; i < static_cast<int>(segments.size()); ++i) {
+      cpu::Segment& s = segments[i];
+      const int64_t expert = s.n0 / rows;
+      STD_TORCH_CHECK(s.n1 <= (expert + 1) * rows, "segment rows ", s.n0, "..", s.n1, " lie in two experts of ", rows,
+                      " rows each; a row band belongs to one expert");
+      if (expert == static_cast<int64_t>(first.size())) first.push_back(i);
+      s.n0 -= expert * rows;
+      s.n1 -= expert * rows;
+    }
+    first.push_back(static_cast<int>(segments.size()));
+  }
+
+  cpu::Weight weight(cpu::Weight stacked, int64_t expert, int64_t rows) const {
+    stacked.N = rows;
+    stacked.segments = segments.data() + first[expert];
+    stacked.num_segments = first[expert + 1] - first[expert];
+    return stacked;
+  }
+};
+
+// Rows offsets[e]..offsets[e + 1] of the T rows of x belong to expert e. Returns the most rows of one expert.
+int64_t check_offsets(const Tensor& offsets, int64_t T, int64_t out_features) {
+  STD_TORCH_CHECK(offsets.is_cpu(), "offsets must be on the CPU, like x");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.is_contiguous(),
+                  "offsets must be int32, one-dimensional and contiguous");
+  const int64_t experts = offsets.numel() - 1;
+  STD_TORCH_CHECK(experts > 0, "offsets must have one element for each expert and one more, not ", offsets.numel());
+  STD_TORCH_CHECK(out_features % experts == 0, "out_features=", out_features, " rows do not share out among ", experts,
+                  " experts, as many as offsets name");
+  const auto* values = static_cast<const int32_t*>(offsets.data_ptr());
+  STD_TORCH_CHECK(values[0] == 0, "offsets must begin with 0, not ", values[0]);
+  int64_t most = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    STD_TORCH_CHECK(values[e] <= values[e + 1], "offsets must not decrease, and offsets[", e + 1, "]=", values[e + 1],
+                    " follows ", values[e]);
+    most = std::max<int64_t>(most, values[e + 1] - values[e]);
+  }
+  STD_TORCH_CHECK(values[experts] == T, "offsets must end with the rows of x, ", T, ", not ", values[experts]);
+  return most;
+}
+
+// x (T, K), its rows sorted by expert; a weight of E * N rows, N for each expert -> y (T, N), same dtype.
+Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+                      std::optional<Tensor> bias, Tensor offsets, std::vector<int64_t> segments, int64_t out_features,
+                      int64_t in_features) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU, like the weight");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features, "x must be (T, in_features=", in_features, ")");
+  const WeightView view(qweight, scales, zeros, perm, segments, out_features, in_features);
+  cpu::LinearArgs args{};
+  args.x_dtype = to_dtype(x.scalar_type(), "x");
+  args.M = check_offsets(offsets, x.size(0), out_features);
+  args.weight = view.weight;
+  if (bias) {
+    check_bias(*bias, out_features);
+    args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
+  }
+  const int64_t experts = offsets.numel() - 1, rows = out_features / experts;
+  const ExpertSegments stack(view.segments, experts, rows);
+  Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), rows});
+  if (args.M == 0) return y;
+  const bool strided = x.stride(1) == 1 && x.stride(0) >= in_features;
+  if (!strided) x = torch::stable::contiguous(x);
+  args.x_row_stride = strided ? x.stride(0) : in_features;
+  args.workspace_bytes = cpu::linear_workspace_bytes(args);  // of the expert with the most rows; all use it in turn
+  const int64_t workspace_floats = static_cast<int64_t>(args.workspace_bytes / sizeof(float)) + 1;
+  Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
+  args.workspace = workspace.data_ptr();
+  const auto* from = static_cast<const int32_t*>(offsets.data_ptr());
+  for (int64_t e = 0; e < experts; ++e) {
+    args.M = from[e + 1] - from[e];
+    if (args.M == 0) continue;
+    args.weight = stack.weight(view.weight, e, rows);
+    args.x = static_cast<const char*>(x.data_ptr()) + from[e] * args.x_row_stride * x.element_size();
+    args.y = static_cast<char*>(y.data_ptr()) + from[e] * rows * y.element_size();
+    if (bias) args.bias = static_cast<const char*>(bias->data_ptr()) + e * rows * bias->element_size();
+    check_status(cpu::linear(args, current_isa(), torch_pool(args.M * in_features * rows)));
+  }
   return y;
 }
 
@@ -241,6 +334,9 @@ STABLE_TORCH_LIBRARY(mpq, m) {
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int[] segments, "
       "int out_features, int in_features) -> Tensor");
   m.def(
+      "grouped_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "Tensor offsets, int[] segments, int out_features, int in_features) -> Tensor");
+  m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int[] segments, int out_features, "
       "int in_features, ScalarType dtype) -> Tensor");
   m.def("cpu_isas() -> str");
@@ -251,6 +347,7 @@ STABLE_TORCH_LIBRARY(mpq, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mpq, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 

@@ -1,4 +1,4 @@
-"""What a backend is: a name, two functions with the signatures of the operators, and its reasons for refusing."""
+"""What a backend is: a name, three functions with the signatures of the operators, and its reasons for refusing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Backend:
     """One way to run packed weights.
 
     linear: (x, qweight, scales, zeros, perm, bias, segments, out_features, in_features) -> y, as `mpq::linear`.
+    grouped: (x, qweight, scales, zeros, perm, bias, offsets, segments, out_features, in_features) -> y, as
+        `mpq::grouped_linear`: rows offsets[e]..offsets[e+1] of x through the e-th of the weight's equal row blocks.
     dequantize: (qweight, scales, zeros, perm, segments, out_features, in_features, dtype) -> W, as `mpq::dequantize`.
     devices: types of device it runs on; empty means any.
     available: None when it works on this machine, else the reason why it does not.
@@ -29,6 +31,7 @@ class Backend:
     summary: str
     devices: tuple[str, ...]
     linear: Callable[..., torch.Tensor]
+    grouped: Callable[..., torch.Tensor]
     dequantize: Callable[..., torch.Tensor]
     available: Callable[[], str | None]
     serves: Callable[[WeightLayout], str | None] = _serves_all

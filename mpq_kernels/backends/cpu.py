@@ -12,6 +12,7 @@ BACKEND = Backend(
     summary="C++ kernels with fp32 accumulation on torch's threads",
     devices=("cpu",),
     linear=torch.ops.mpq.linear.default,
+    grouped=torch.ops.mpq.grouped_linear.default,
     dequantize=torch.ops.mpq.dequantize.default,
     available=lambda: None,  # ops refuses to import when the compiled part is absent or from another build
 )

@@ -33,6 +33,7 @@ def describe(checkpoint: PackedCheckpoint) -> dict[str, Any]:
         {
             "name": name,
             "members": [[m.name, m.n0, m.n1] for m in module.members] if module.members else None,
+            "experts": {"module": module.experts.module, "count": module.experts.count} if module.experts else None,
             "bias": module.bias,
             "layout": module.layout.to_dict(),
             "bytes": size_dict(module.layout.size()),

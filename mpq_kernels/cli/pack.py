@@ -107,15 +107,15 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
 def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: bool) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
     from ..pack_job import PackJob, in_free_order
-    from ..pack_model import MAX_SHARD_BYTES
+    from ..pack_model import MAX_SHARD_BYTES, check_calibratable
     from ..quantize import quantizer as quantizer_row
-    from ..resolve import check_packable, resolve
+    from ..resolve import resolve
     from ..safetensors_io import file_bytes, nbytes
     from ..source import SourceCheckpoint
 
     source = SourceCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
-    check_packable(resolved)
+    check_calibratable(resolved, quantizer)
     if act_order:
         resolved = in_free_order(resolved)
     shards = PackJob(source, resolved, quantizer_row(quantizer).name, None).shards(MAX_SHARD_BYTES)
@@ -153,6 +153,9 @@ def _print_report(report: PackReport) -> None:
         rows.append([*row, max(module.errors.values(), default=0.0)])
     print_table(None, ["<module", "bits", "bpw", "bytes", "error"], rows)
     print_kept(report.kept)
+    if report.large:
+        large = [[parameter.name, parameter.elements, parameter.reason] for parameter in report.large]
+        print_table("large parameters that were not packed", ["<parameter", "elements", "<reason"], large)
     print(
         f"{report.out_dir}: {report.bpw:.4f} bits per packed weight; packed {report.packed.total_bytes:,} bytes, "
         f"kept {report.kept_bytes + report.bias_bytes:,}, files {report.file_bytes:,} (was {report.source_bytes:,})"

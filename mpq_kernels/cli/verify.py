@@ -68,21 +68,21 @@ def _layer_errors(
     specs = {spec.name: spec for spec in source.linears()}
     for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
         packed = checkpoint.weight(packed_name)
-        weight, rows = dequantize(packed), 0
+        layout, rows = packed.layout, 0
         for name in module.replaced():
             spec = specs.get(name)
             end = rows + (spec.out_features if spec else 0)
-            if spec is None or spec.in_features != weight.shape[1] or end > len(weight):
+            if spec is None or spec.in_features != layout.in_features or end > layout.out_features:
                 raise CheckpointError(
-                    f"{source.path}: has no linear {name} that fits the packed {packed_name} of {list(weight.shape)}; "
+                    f"{source.path}: has no linear {name} that fits the packed {packed_name} of "
+                    f"{layout.out_features} x {layout.in_features}; "
                     f"{checkpoint.path} was packed from another model"
                 )
-            wanted = source.read(spec.tensor).float()
-            off = torch.linalg.vector_norm(wanted - weight[rows:end], dtype=torch.float64)
+            wanted, part = source.weight(spec).float(), packed.rows(rows, end)
+            off = torch.linalg.vector_norm(wanted - dequantize(part), dtype=torch.float64)
             norm = torch.linalg.vector_norm(wanted, dtype=torch.float64)
             error = (off / norm).item() if norm > 0 else float(off > 0)
-            bits = widths(packed.rows(rows, end).layout)
-            yield {"name": name, "packed": packed_name, "bits": bits, "relative_error": error}
+            yield {"name": name, "packed": packed_name, "bits": widths(part.layout), "relative_error": error}
             rows = end
         if report is not None:
             report(done, len(checkpoint.modules), packed_name)

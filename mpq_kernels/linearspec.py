@@ -1,0 +1,83 @@
+"""`LinearSpec`: one linear of a model by name and shape, and the stored tensors, or parts of them, that feed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Packed weights of a module of experts, and the linears of an expert that are stacked in each, in this order. The
+# names are not those of transformers' parameters, which its converters would reshape.
+GATE_UP, DOWN = "gate_up", "down"
+PARTS = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a tensor that holds one expert after the other: expert `index`, rows start..stop in steps of `step`.
+
+    transposed: an expert is stored as [K, N]. A bias [experts, N] is cut in the same way.
+    """
+
+    index: int
+    transposed: bool
+    start: int
+    stop: int
+    step: int = 1
+
+    def weight(self, stored: torch.Tensor) -> torch.Tensor:
+        """W [N, K] from [experts, N', K] or [experts, K, N'], contiguous: a copy only where the tensor is not."""
+        matrix = stored[self.index].T if self.transposed else stored[self.index]
+        return matrix[self.start : self.stop : self.step].contiguous()
+
+    def bias(self, stored: torch.Tensor) -> torch.Tensor:
+        """[N] from [experts, N']."""
+        return stored[self.index, self.start : self.stop : self.step].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """The place of a linear in a mixture: which expert of which module, and what it is there.
+
+    block: the module of all experts, as the files name it; module: as the model does. part: "gate", "up" or "down".
+    cut: which part of the stored tensor it is; None where the tensor is the linear's alone.
+    """
+
+    block: str
+    module: str
+    index: int
+    count: int
+    part: str
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of the model: a torch.nn.Linear, or one projection of one expert.
+
+    name: of the module; of an expert's projection, the one that its tensor has in the files, or would have there if it
+    were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
+    its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    tensor: str
+    bias_tensor: str | None = None
+    is_head: bool = False
+    tied: bool = False
+    expert: ExpertPart | None = None
+    router: bool = False
+
+    def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """W [N, K] from the tensor called `tensor`."""
+        cut = self.expert.cut if self.expert else None
+        return stored if cut is None else cut.weight(stored)
+
+    def bias_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """[N] from the tensor called `bias_tensor`."""
+        cut = self.expert.cut if self.expert else None
+        return stored if cut is None else cut.bias(stored)
