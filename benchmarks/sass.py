@@ -68,8 +68,7 @@ def cost_table(kernel: sass.Kernel) -> Iterator[str]:
 def report(library: Path) -> Iterator[str]:
     """The tables, in Markdown."""
     kernels = sass.read_kernels(library)
-    size = library.stat().st_size / 1e6
-    yield f"The library has {size:.1f} MB. Registers of a thread; no kernel has a stack frame, spills or local memory:"
+    yield "Registers of a thread; no kernel has a stack frame, spills or local memory:"
     yield ""
     yield from resource_table(kernels)
     for k in kernels:
