@@ -19,7 +19,7 @@ REGISTERS = {
     ("linear_kernel", 1): 168,
     ("linear_kernel", 2): 216,
     ("linear_kernel", 4): 255,
-    ("grouped_kernel", 1): 176,
+    ("grouped_kernel", 1): 184,
     ("grouped_kernel", 2): 200,
     ("grouped_kernel", 4): 255,
     ("generic_kernel", 1): 168,
