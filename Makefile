@@ -15,8 +15,8 @@ TORCH := torch==2.13.0
 
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
 SOURCES := setup.py mpq_kernels/formats.py $(shell find csrc -type f -not -path 'csrc/generated/*')
-CXX_FILES := $(shell find csrc tests/cpp benchmarks -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \
-	-o -name '*.cuh' \) -not -path 'csrc/generated/*')
+CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+	-o -name '*.cu' -o -name '*.cuh' \) -not -path 'csrc/generated/*')
 
 .PHONY: install demo test sanitize lint format bench clean
 .DELETE_ON_ERROR:
