@@ -37,6 +37,17 @@ MPQ_DEVICE uint16_t silu_mul(uint16_t gate, uint16_t up) {
   return from_float<kBf16>(dev::mul(silu, to_float<kBf16>(up)));
 }
 
+template <bool kBf16>
+MPQ_DEVICE uint4 silu_mul(uint4 gate, uint4 up) {
+  const uint32_t g[4] = {gate.x, gate.y, gate.z, gate.w}, u[4] = {up.x, up.y, up.z, up.w};
+  uint32_t v[4];
+  MPQ_UNROLL for (int i = 0; i < 4; ++i) {
+    v[i] = silu_mul<kBf16>(uint16_t(g[i]), uint16_t(u[i])) |
+           uint32_t(silu_mul<kBf16>(uint16_t(g[i] >> 16), uint16_t(u[i] >> 16))) << 16;
+  }
+  return uint4{v[0], v[1], v[2], v[3]};
+}
+
 // Columns [column, column + 8) of one row, as pairs of bit patterns; zero where there are none.
 MPQ_DEVICE uint4 load_columns(const Input& in, const void* matrix, int64_t row, int column) {
   const uint16_t* from = static_cast<const uint16_t*>(matrix) + row * in.row_stride;
@@ -89,43 +100,58 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
   }
 }
 
+// 256 columns of a token: what the lanes of a warp load at a time.
+struct Strip {
+  int token, number;
+
+  MPQ_DEVICE void advance(int by, int strips) {
+    for (number += by; number >= strips; number -= strips) ++token;
+  }
+};
+
+// kBatch loads are in flight for each lane.
+template <bool kBf16, int kTokenTiles, bool kGate, int kBatch>
+MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
+                            int first_tile, int tiles) {
+  const int warps = int(dev::thread_count()) / 32, lane = int(dev::thread_index()) % 32;
+  const int strips = (tiles + 3) / 4;
+  Strip load{0, 0}, store{0, 0};
+  load.advance(int(dev::thread_index()) / 32, strips);
+  store = load;
+  while (store.token < tokens) {
+    uint4 x[kBatch];
+    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
+      const int column = first_tile * kTileK + load.number * 256 + lane * 8;
+      x[i] = uint4{0, 0, 0, 0};
+      if (load.token < tokens && column < in.columns) {
+        x[i] = load_columns(in, in.x, first_token + load.token, column);
+        if constexpr (kGate) x[i] = silu_mul<kBf16>(load_columns(in, in.gate, first_token + load.token, column), x[i]);
+      }
+      load.advance(warps, strips);
+    }
+    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
+      if (store.token >= tokens) break;
+      const int column = store.number * 256 + lane * 8;
+      store_columns<kBf16, kTokenTiles>(map, base, x[i], store.token, column, column < tiles * kTileK, in.chunk_sums);
+      store.advance(warps, strips);
+    }
+  }
+}
+
 // Loads `tiles` tiles of columns from tile `first_tile` on, for `tokens` rows of x from `first_token` on. Whole block.
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
                            int first_tile, int tiles) {
-  constexpr int kBatch = kTokenTiles == 4 ? 4 : 8;  // loads in flight for each lane
-  const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32,
-            lane = int(dev::thread_index()) % 32;
-  const int strips = (tiles + 3) / 4;  // of 256 columns
   if (tokens < 8 * kTokenTiles) {
     clear_sums<kTokenTiles>(base + map.tile_sums, tiles, tokens);
     if (in.chunk_sums) clear_sums<kTokenTiles>(base + map.chunk_sums, 4 * tiles, tokens);
   }
-  for (int begin = warp; begin < tokens * strips; begin += warps * kBatch) {
-    uint4 x[kBatch];
-    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
-      const int item = begin + i * warps, token = item / strips;
-      const int column = first_tile * kTileK + (item - token * strips) * 256 + lane * 8;
-      x[i] = uint4{0, 0, 0, 0};
-      if (item >= tokens * strips || column >= in.columns) continue;
-      x[i] = load_columns(in, in.x, first_token + token, column);
-      if (in.gate) {
-        const uint4 g = load_columns(in, in.gate, first_token + token, column);
-        const uint32_t up[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, gate[4] = {g.x, g.y, g.z, g.w};
-        uint32_t v[4];
-        MPQ_UNROLL for (int j = 0; j < 4; ++j) v[j] =
-            silu_mul<kBf16>(uint16_t(gate[j]), uint16_t(up[j])) |
-            uint32_t(silu_mul<kBf16>(uint16_t(gate[j] >> 16), uint16_t(up[j] >> 16))) << 16;
-        x[i] = uint4{v[0], v[1], v[2], v[3]};
-      }
-    }
-    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
-      const int item = begin + i * warps;
-      if (item >= tokens * strips) break;
-      const int token = item / strips, column = (item - token * strips) * 256 + lane * 8;
-      store_columns<kBf16, kTokenTiles>(map, base, x[i], token, column, column < tiles * kTileK, in.chunk_sums);
-    }
-  }
+  constexpr int kBatch = kTokenTiles == 4 ? 4 : 8;
+  // With a gate one at a time: eight exponentials and divisions are code enough.
+  if (in.gate)
+    load_strips<kBf16, kTokenTiles, true, 1>(in, map, base, first_token, tokens, first_tile, tiles);
+  else
+    load_strips<kBf16, kTokenTiles, false, kBatch>(in, map, base, first_token, tokens, first_tile, tiles);
 }
 
 }  // namespace mpq::cuda

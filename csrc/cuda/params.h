@@ -26,11 +26,14 @@ struct Segment {
   int32_t tile0, tiles;        // along K
   int32_t groups, group_size;  // of scales; columns
   float groups_per_tile;       // 1 / (tiles in a group); 0 where there is one group
-  uint8_t bits, zero_kind;
-  uint8_t log2_unit;
-  uint8_t flush;  // tiles that share scales, at most a unit; or kSubTile + the k16 chunks that do: 1 or 2
+  uint32_t shape;
 };
-constexpr uint8_t kSubTile = 0x80;
+
+// Segment::shape, 4 bits each. A descriptor of a unit (ring.cuh) has the number of its tiles too.
+namespace shape {
+constexpr int kBits = 0, kZeroKind = 4, kSubTile = 8, kLog2Unit = 12, kCount = 16, kLog2Flush = 20;
+}  // namespace shape
+// Tiles that share scales, at most a unit; where kSubTile is 1: k16 chunks, 1 or 2.
 
 struct Band {
   int32_t n0, rows;

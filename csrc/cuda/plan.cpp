@@ -31,17 +31,21 @@ int log2_unit(const mpq_segment& s, int max_unit) {
   return log2;
 }
 
-uint8_t flush_of(const mpq_segment& s, int unit) {
-  if (single_group(s)) return uint8_t(unit);
-  if (s.group_size % kTileK) return uint8_t(kSubTile + s.group_size / 16);
-  return uint8_t(std::min<int64_t>(unit, s.group_size / kTileK));
+// Tiles, or chunks of a tile, that share scales inside a unit, as a power of two.
+int log2_flush(const mpq_segment& s, int log2_unit) {
+  if (single_group(s)) return log2_unit;
+  if (s.group_size % kTileK) return s.group_size / 32;  // 16 -> 0, 32 -> 1
+  int log2 = 0;
+  while (log2 < log2_unit && s.group_size % (int64_t{kTileK} << (log2 + 1)) == 0) ++log2;
+  return log2;
 }
+
+bool sub_tile(const mpq_segment& s) { return !single_group(s) && s.group_size % kTileK != 0; }
 
 // Shared memory of one unit: codes, then 32 copies (one a lane) of 8 scales and 8 zeros for each flush.
 uint32_t unit_bytes(const mpq_segment& s, int max_unit, int scale_dtype) {
-  const int unit = 1 << log2_unit(s, max_unit);
-  const uint8_t flush = flush_of(s, unit);
-  const uint32_t flushes = flush & kSubTile ? 4u / (flush - kSubTile) : uint32_t(unit / flush);
+  const int log2 = log2_unit(s, max_unit), unit = 1 << log2;
+  const uint32_t flushes = (sub_tile(s) ? 4u : uint32_t(unit)) >> log2_flush(s, log2);
   const uint32_t scale = kLanes * 8 * kScaleBytes[scale_dtype];
   const uint32_t zero = s.zero == MPQ_ZERO_INT ? kLanes * 8 : s.zero == MPQ_ZERO_FLOAT ? scale : 0;
   return uint32_t(unit) * 512 * s.bits + flushes * (scale + zero);
@@ -217,10 +221,10 @@ bool TableReader::next(Segment& segment, Band& band) {
   segment.tile0 = int32_t(s.k0 / kTileK);
   segment.tiles = int32_t(tiles);
   segment.groups_per_tile = single_group(s) ? 0.0f : float(kTileK) / float(s.group_size);
-  segment.bits = uint8_t(s.bits);
-  segment.zero_kind = uint8_t(s.zero);
-  segment.log2_unit = uint8_t(log2_unit(s, max_unit_));
-  segment.flush = flush_of(s, 1 << segment.log2_unit);
+  const int log2 = log2_unit(s, max_unit_);
+  segment.shape = uint32_t(s.bits) << shape::kBits | uint32_t(s.zero) << shape::kZeroKind |
+                  uint32_t(sub_tile(s)) << shape::kSubTile | uint32_t(log2) << shape::kLog2Unit |
+                  uint32_t(log2_flush(s, log2)) << shape::kLog2Flush;
   return begins;
 }
 

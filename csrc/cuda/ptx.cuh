@@ -224,6 +224,13 @@ MPQ_DEVICE uint16_t float_to_f16(float v) { return __half_as_ushort(__float2half
 MPQ_DEVICE uint16_t float_to_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
+// Bits of `a` where the mask is set, of `b` elsewhere. In assembly, because a compiler that sees the operations spreads
+// later masks over them and needs two instructions.
+MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
+  return v;
+}
 // Four of the bytes of b : a, chosen by the nibbles of `selector`, lowest first; 0 is the lowest byte of a.
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // One rounding.

@@ -18,7 +18,7 @@ namespace mpq::cuda {
 struct Descriptor {
   uint32_t item;   // of the block's work, kNoItem after the last unit
   uint32_t tile;   // first tile, counted over the whole of K
-  uint32_t shape;  // bits, zero kind, sub-tile, unit, count, flush: 4 bits each
+  uint32_t shape;  // params.h
 };
 
 // Work (work.cuh) says which row groups the block has, and which tiles of them.
@@ -63,6 +63,14 @@ class Ring {
   MPQ_DEVICE void enter_segment(int i) {
     segment_index_ = i;
     segment_ = p_.segments ? load_words(p_.segments + i) : p_.inline_segments[i];
+    // From here on the places of this lane's data of row tile row_tile_, tile 0.
+    const uint32_t pieces = uint32_t(row_tile_ * segment_.tiles) * 32, bits = segment_.shape & 15;
+    segment_.planes[0] += pieces * (bits >= 4 ? 4 : bits == 1 ? 1 : 2) + lane_;
+    segment_.planes[1] += pieces * (bits == 8 ? 4 : bits >= 6 ? 2 : 1) + lane_;
+    segment_.planes[2] += pieces + lane_;
+    segment_.scales += uint32_t(row_tile_);
+    segment_.zeros += uint32_t(row_tile_);
+    log2_unit_ = int(segment_.shape >> shape::kLog2Unit & 15);
     const int end = item_end_ - segment_.tile0;
     end_tile_ = end < segment_.tiles ? end : segment_.tiles;
   }
@@ -85,10 +93,9 @@ class Ring {
   // Moves on by `units` units; false where the block's part of the row group ends before.
   MPQ_DEVICE bool skip(int units) {
     for (;;) {
-      const int unit = 1 << segment_.log2_unit;
-      const int left = (end_tile_ - tile_ + unit - 1) >> segment_.log2_unit;
+      const int left = (end_tile_ - tile_ + (1 << log2_unit_) - 1) >> log2_unit_;
       if (units < left) {
-        tile_ += units << segment_.log2_unit;
+        tile_ += units << log2_unit_;
         return true;
       }
       units -= left;
@@ -98,74 +105,72 @@ class Ring {
     }
   }
 
-  template <int kPieces>
-  MPQ_DEVICE void copy_plane(uint32_t to, uint32_t first_piece, int tiles_before, int count) {
-    const char* from = static_cast<const char*>(p_.qweight) +
-                       (uint64_t{first_piece} + uint64_t(uint32_t(tiles_before)) * (32 * kPieces) + lane_) * 16;
+  // `count` tiles of a plane of width kWidth, of which this lane's part of tile 0 is piece `first`.
+  template <int kWidth>
+  MPQ_DEVICE void copy_plane(uint32_t to, uint32_t first, int count) {
+    const uint32_t piece = first + uint32_t(tile_) * (32 * kWidth);
+    const char* from = static_cast<const char*>(p_.qweight) + uint64_t{piece} * 16;
     MPQ_NO_UNROLL for (int tile = 0; tile < count; ++tile) {
-      MPQ_UNROLL for (int i = 0; i < kPieces; ++i) dev::cp_async16(to + 512 * i, from + 512 * i);
-      to += 512 * kPieces;
-      from += 512 * kPieces;
+      MPQ_UNROLL for (int i = 0; i < kWidth; ++i) dev::cp_async16(to + 512 * i, from + 512 * i);
+      to += 512 * kWidth;
+      from += 512 * kWidth;
     }
   }
 
-  MPQ_DEVICE uint32_t copy_codes(uint32_t to, int unit, int count) {
-    const int before = row_tile_ * segment_.tiles + tile_;
-    const int bits = segment_.bits;
-    if (bits >= 4) {
-      copy_plane<4>(to, segment_.planes[0], before, count);
-      to += 2048 * unit;
-      if (bits == 8) copy_plane<4>(to, segment_.planes[1], before, count), to += 2048 * unit;
-    }
+  MPQ_DEVICE uint32_t copy_codes(uint32_t to, int bits, int count) {
     // Constant indices only: an array indexed at run time would leave the registers.
     const uint32_t first = segment_.planes[0], second = segment_.planes[1], third = segment_.planes[2];
-    if (bits & 2) copy_plane<2>(to, bits >= 4 ? second : first, before, count), to += 1024 * unit;
-    if (bits & 1) copy_plane<1>(to, bits == 7 ? third : bits == 1 ? first : second, before, count), to += 512 * unit;
+    if (bits >= 4) {
+      copy_plane<4>(to, first, count);
+      to += 2048 << log2_unit_;
+      if (bits == 8) copy_plane<4>(to, second, count), to += 2048 << log2_unit_;
+    }
+    if (bits & 2) copy_plane<2>(to, bits >= 4 ? second : first, count), to += 1024 << log2_unit_;
+    if (bits & 1) copy_plane<1>(to, bits == 7 ? third : bits == 1 ? first : second, count), to += 512 << log2_unit_;
     return to;
   }
 
-  // A lane's 8 values of one group, `bytes` each; lanes of the same rows copy the same ones.
-  MPQ_DEVICE void copy_row_values(uint32_t to, const void* from, uint32_t first_block, int group, int bytes) {
-    const uint64_t block =
-        uint64_t{first_block} + uint64_t(uint32_t(group)) * uint32_t(band_.row_tiles) + uint32_t(row_tile_);
-    const char* values = static_cast<const char*>(from) + (block * kTileN + (lane_ >> 2) * 8) * uint32_t(bytes);
-    if (bytes == 1) {
-      dev::cp_async8(to + 8 * lane_, values);
-      return;
-    }
+  // A lane's 8 values of one block of 64, `bytes` each; lanes of the same rows copy the same ones.
+  MPQ_DEVICE void copy_row_values(uint32_t to, const void* from, uint32_t block, uint32_t bytes) {
+    const char* values = static_cast<const char*>(from) + (lane_ >> 2) * 8 * bytes + uint64_t{block} * (kTileN * bytes);
     dev::cp_async16(to + 16 * lane_, values);
     if (bytes == 4) dev::cp_async16(to + 16 * lane_ + 512, values + 16);
   }
 
   MPQ_DEVICE void copy_scales(uint32_t to, int count) {
-    const bool sub_tile = segment_.flush & kSubTile;
-    const int flush = segment_.flush & 15;
-    const int flushes = sub_tile ? 4 / flush : (count + flush - 1) / flush;
+    const uint32_t shape = segment_.shape, log2_flush = shape >> shape::kLog2Flush & 15;
+    const uint32_t zero_kind = shape >> shape::kZeroKind & 15;
+    const int parts = shape >> shape::kSubTile & 1 ? 4 : count;
+    const int flushes = (parts + (1 << log2_flush) - 1) >> log2_flush;
     const float rate = segment_.groups_per_tile;
     // Where groups are wider than a tile, the middle of the tile is divided, so that no rounding crosses a border.
     int group = int(dev::fma(float(tile_), rate, rate < 1.0f ? 0.5f * rate : 0.25f));
-    const int bytes = p_.scale_dtype == kDtypeF32 ? 4 : 2;
+    const uint32_t bytes = p_.scale_dtype == kDtypeF32 ? 4 : 2, row_tiles = uint32_t(band_.row_tiles);
     MPQ_NO_UNROLL for (int i = 0; i < flushes; ++i, ++group) {
       // A last supertile may have fewer columns than groups would fill; x is zero there.
-      const int there = group < segment_.groups ? group : segment_.groups - 1;
-      copy_row_values(to, p_.scales, segment_.scales, there, bytes);
+      const uint32_t there = uint32_t(group < segment_.groups ? group : segment_.groups - 1) * row_tiles;
+      copy_row_values(to, p_.scales, segment_.scales + there, bytes);
       to += 256 * bytes;
-      if (segment_.zero_kind == kZeroInt) copy_row_values(to, p_.zeros, segment_.zeros, there, 1), to += 256;
-      if (segment_.zero_kind == kZeroFloat)
-        copy_row_values(to, p_.zeros, segment_.zeros, there, bytes), to += 256 * bytes;
+      if (zero_kind == uint32_t(kZeroInt)) {
+        const char* zeros = static_cast<const char*>(p_.zeros) + (lane_ >> 2) * 8;
+        dev::cp_async8(to + 8 * lane_, zeros + uint64_t{segment_.zeros + there} * kTileN);
+        to += 256;
+      } else if (zero_kind == uint32_t(kZeroFloat)) {
+        copy_row_values(to, p_.zeros, segment_.zeros + there, bytes);
+        to += 256 * bytes;
+      }
     }
   }
 
   MPQ_DEVICE void issue(int slot) {
     uint32_t shape = 0;
     if (item_ != kNoItem) {
-      const int unit = 1 << segment_.log2_unit;
+      const int unit = 1 << log2_unit_;
       const int count = end_tile_ - tile_ < unit ? end_tile_ - tile_ : unit;
       const uint32_t to = stages_ + uint32_t(slot) * p_.shared.stage_bytes;
-      const uint32_t after = copy_codes(to + 16 * lane_, unit, count) - 16 * lane_;
+      const uint32_t after = copy_codes(to + 16 * lane_, int(segment_.shape & 15), count) - 16 * lane_;
       copy_scales(after, count);
-      shape = segment_.bits | segment_.zero_kind << 4 | (segment_.flush >> 7) << 8 | unit << 12 | count << 16 |
-              (segment_.flush & 15) << 20;
+      shape = segment_.shape | uint32_t(count) << shape::kCount;
     }
     const uint32_t tile = uint32_t(segment_.tile0 + tile_);
     if (lane_ == 0) dev::st_shared(descriptors_ + 16 * uint32_t(slot), uint4{item_, tile, shape, 0});
@@ -186,7 +191,7 @@ class Ring {
   uint32_t item_, next_group_ = 0;
   int item_end_ = 0;
   int index_ = 0, end_segment_ = 0, segment_index_ = 0;
-  int row_tile_ = 0, tile_ = 0, end_tile_ = 0;
+  int row_tile_ = 0, tile_ = 0, end_tile_ = 0, log2_unit_ = 0;
   Band band_{};
   Segment segment_{};
 };

@@ -213,7 +213,7 @@ MPQ_DEVICE void run_sub_tile(float (&y)[4][kTokenTiles][4], UnitPlace<kTokenTile
   MPQ_NO_UNROLL for (int chunk = 0; chunk < 4; ++chunk) {
     multiply_one_chunk<kBits, kBf16, kTokenTiles>(sums, place.codes, chunk, place.x, place.rows);
     add_sums(sum_x, place.chunk_sums + 32 * kTokenTiles * chunk);
-    if ((chunk + 1) % place.flush) continue;
+    if ((chunk + 1) & (place.flush - 1)) continue;
     flush_group<kBits, kBf16, kTokenTiles>(y, sums, sum_x, place.scales, place.zero_kind, place.scale_dtype, lane);
     clear(sum_x);
   }

@@ -15,8 +15,7 @@ namespace mpq::cuda {
 
 constexpr MPQ_DEVICE uint32_t both_halves(uint32_t mask) { return mask * 0x00010001u; }
 
-// Bits of `a` where the mask is set, of `b` elsewhere: one instruction.
-MPQ_DEVICE uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+using dev::bit_select;
 
 // Words of one k16 chunk: 4 of a plane of width 4, 2 of one of width 2, 1 of one of width 1.
 struct Words {
@@ -63,7 +62,7 @@ struct Unpack<3> {
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
     MPQ_UNROLL for (int u = 0; u < 2; ++u) {
       const uint32_t ones = u ? w.one >> 2 : w.one, twos = w.two[u];
-      const uint32_t rows0 = select(0x66666666u, twos << 1, ones), rows8 = select(0xccccccccu, twos, ones);
+      const uint32_t rows0 = bit_select(0x66666666u, twos << 1, ones), rows8 = bit_select(0xccccccccu, twos, ones);
       MPQ_UNROLL for (int m = 0; m < 2; ++m) {
         MPQ_UNROLL for (int v = 0; v < 2; ++v) {
           const int t = 2 * u + v;
@@ -93,9 +92,15 @@ struct Unpack<4> {
 template <int kBits>
 MPQ_DEVICE void split_bytes(uint32_t rows0, uint32_t rows8, uint32_t (&a)[4]) {
   constexpr uint32_t mask = (1u << kBits) - 1;
-  MPQ_UNROLL for (int m = 0; m < 2; ++m) {
-    a[2 * m] = (rows0 >> (8 * m)) & both_halves(mask);
-    a[2 * m + 1] = (rows8 >> (8 * m)) & both_halves(mask << (8 - kBits));
+  a[0] = rows0 & both_halves(mask);
+  a[1] = rows8 & both_halves(mask << (8 - kBits));
+  if constexpr (kBits == 8) {
+    // Bytes 1 and 3, each below a byte of zero: one instruction in place of two.
+    a[2] = dev::byte_permute(rows0, 0, 0x4341);
+    a[3] = dev::byte_permute(rows8, 0, 0x4341);
+  } else {
+    a[2] = (rows0 >> 8) & both_halves(mask);
+    a[3] = (rows8 >> 8) & both_halves(mask << (8 - kBits));
   }
 }
 
@@ -114,8 +119,8 @@ struct Unpack<5> {
   template <int t>
   static MPQ_DEVICE void tile(const Words& w, uint32_t (&a)[4]) {
     constexpr int bit = 4 * (t & 1) + 2 * (t >> 1);  // of row half 0 in the 1-bit plane; row half 1 is next to it
-    const uint32_t rows0 = select(0x1e1e1e1eu, w.high[t] << 1, move<-bit>(w.one));
-    const uint32_t rows8 = select(0xf0f0f0f0u, w.high[t], move<3 - (bit + 1)>(w.one));
+    const uint32_t rows0 = bit_select(0x1e1e1e1eu, w.high[t] << 1, move<-bit>(w.one));
+    const uint32_t rows8 = bit_select(0xf0f0f0f0u, w.high[t], move<3 - (bit + 1)>(w.one));
     split_bytes<5>(rows0, rows8, a);
   }
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
@@ -129,7 +134,7 @@ struct Unpack<6> {
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
     MPQ_UNROLL for (int t = 0; t < 4; ++t) {
       const uint32_t twos = t & 1 ? w.two[t >> 1] >> 4 : w.two[t >> 1];
-      split_bytes<6>(select(0x3c3c3c3cu, w.high[t] << 2, twos), select(0xf0f0f0f0u, w.high[t], twos), a[t]);
+      split_bytes<6>(bit_select(0x3c3c3c3cu, w.high[t] << 2, twos), bit_select(0xf0f0f0f0u, w.high[t], twos), a[t]);
     }
   }
 };
@@ -140,9 +145,9 @@ struct Unpack<7> {
   template <int t>
   static MPQ_DEVICE void tile(const Words& w, uint32_t (&a)[4]) {
     constexpr int two = 4 * (t & 1), one = 4 * (t & 1) + 2 * (t >> 1);
-    const uint32_t low0 = select(0x06060606u, move<1 - two>(w.two[t >> 1]), move<-one>(w.one));
-    const uint32_t low8 = select(0x0c0c0c0cu, move<-two>(w.two[t >> 1]), move<-one>(w.one));
-    split_bytes<7>(select(0x78787878u, w.high[t] << 3, low0), select(0xf0f0f0f0u, w.high[t], low8), a);
+    const uint32_t low0 = bit_select(0x06060606u, move<1 - two>(w.two[t >> 1]), move<-one>(w.one));
+    const uint32_t low8 = bit_select(0x0c0c0c0cu, move<-two>(w.two[t >> 1]), move<-one>(w.one));
+    split_bytes<7>(bit_select(0x78787878u, w.high[t] << 3, low0), bit_select(0xf0f0f0f0u, w.high[t], low8), a);
   }
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
     tile<0>(w, a[0]), tile<1>(w, a[1]), tile<2>(w, a[2]), tile<3>(w, a[3]);
@@ -154,8 +159,8 @@ struct Unpack<8> {
   static constexpr MPQ_DEVICE int shift(int, int) { return 0; }
   static MPQ_DEVICE void run(const Words& w, uint32_t (&a)[4][4]) {
     MPQ_UNROLL for (int t = 0; t < 4; ++t) {
-      const uint32_t rows0 = select(0xf0f0f0f0u, w.high[t] << 4, w.low[t]);
-      const uint32_t rows8 = select(0xf0f0f0f0u, w.high[t], w.low[t] >> 4);
+      const uint32_t rows0 = bit_select(0xf0f0f0f0u, w.high[t] << 4, w.low[t]);
+      const uint32_t rows8 = bit_select(0xf0f0f0f0u, w.high[t], w.low[t] >> 4);
       split_bytes<8>(rows0, rows8, a[t]);
     }
   }

@@ -11,6 +11,8 @@ namespace mpq::cuda {
 MPQ_DEVICE Segment load_segment(const LinearParams& p, int i) {
   return p.segments ? load_words(p.segments + i) : p.inline_segments[i];
 }
+MPQ_DEVICE int bits_of(const Segment& s) { return int(s.shape >> shape::kBits & 15); }
+MPQ_DEVICE int zero_kind_of(const Segment& s) { return int(s.shape >> shape::kZeroKind & 15); }
 MPQ_DEVICE Band load_band(const LinearParams& p, int i) {
   return p.bands ? load_words(p.bands + i) : p.inline_bands[i];
 }
@@ -37,12 +39,12 @@ struct RowScales {
     MPQ_UNROLL for (int i = 0; i < 8; ++i) {
       scale[i] = load_scalar(p.scales, (s.scales + block) * kTileN + rows + i, p.scale_dtype);
       const uint64_t place = (s.zeros + block) * kTileN + rows + i;
-      if (s.zero_kind == kZeroInt)
+      if (zero_kind_of(s) == kZeroInt)
         zero[i] = float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
-      else if (s.zero_kind == kZeroFloat)
+      else if (zero_kind_of(s) == kZeroFloat)
         zero[i] = load_scalar(p.zeros, place, p.scale_dtype);
       else
-        zero[i] = s.bits == 1 ? 0.5f : float(1 << (s.bits - 1));
+        zero[i] = bits_of(s) == 1 ? 0.5f : float(1 << (bits_of(s) - 1));
     }
   }
 };

@@ -138,6 +138,7 @@ MPQ_DEVICE uint16_t float_to_f16(float v) { return sim::float_to_f16(v); }
 MPQ_DEVICE uint16_t float_to_bf16(float v) { return sim::float_to_bf16(v); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return std::bit_cast<uint32_t>(v); }
+MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t v = 0;
