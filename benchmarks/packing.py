@@ -171,12 +171,9 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
         packed = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     peak, bound = found["after"]["VmHWM"], shard + 2 * tensor + SLACK
-    print(
-        f"{total / 1e9:.2f} GB in {SHARDS} shards, largest {shard / 1e9:.2f} GB, largest tensor {tensor / 1e6:.0f} MB"
-    )
-    print(
-        f"peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB; {found['before']['VmRSS'] / 1e6:.0f} MB before packing"
-    )
+    before = found["before"]["VmRSS"]
+    print(f"{total / 1e9:.2f} GB, {SHARDS} shards, largest {shard / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB")
+    print(f"peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB; {before / 1e6:.0f} MB before packing")
     print(f"{found['seconds']:.1f} s, {found['rate']:.0f} MB/s of packed weights in bf16")
     return {
         "quantizer": args.quantizers[0], "input_bytes": total, "largest_shard_bytes": shard, "output_bytes": packed,
