@@ -161,22 +161,28 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{args.work}: 8 GB are needed and {free / 1e9:.1f} are free")
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         model, out = Path(name) / "model", Path(name) / "out"
-        write_checkpoint(model)
+        if args.models is None:
+            write_checkpoint(model)
+        else:
+            model = args.models[0]
         source = SourceCheckpoint.open(model)
         shard = max(file.stat().st_size for file in source.files.files)
         tensor = max(stored.entry.nbytes for stored in source.tensors.values())
         total = sum(file.stat().st_size for file in source.files.files)
         command = [sys.executable, __file__, "child", str(model), str(out), args.quantizers[0]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=lambda: os.nice(10))
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         packed = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     peak, bound = found["after"]["VmHWM"], shard + 2 * tensor + SLACK
     before = found["before"]["VmRSS"]
-    print(f"{total / 1e9:.2f} GB, {SHARDS} shards, largest {shard / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB")
+    print(
+        f"{total / 1e9:.2f} GB, {len(source.files.files)} shards, largest {shard / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB"
+    )
     print(f"peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB; {before / 1e6:.0f} MB before packing")
     print(f"{found['seconds']:.1f} s, {found['rate']:.0f} MB/s of packed weights in bf16")
     return {
         "quantizer": args.quantizers[0], "input_bytes": total, "largest_shard_bytes": shard, "output_bytes": packed,
+        "shards": len(source.files.files),
         "largest_tensor_bytes": tensor, "bound_bytes": bound, "peak_bytes": peak, "within": peak <= bound,
         "ru_maxrss_bytes": found["ru_maxrss"], "resident_before_bytes": before,
         "seconds": found["seconds"], "mbytes_per_s": found["rate"],
@@ -234,7 +240,7 @@ def kills(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     chance = random.Random(args.seed)
     rows = []
-    for model in args.models:
+    for model in args.models or [EXAMPLE]:
         SourceCheckpoint.open(model).linears()  # imports what building a model needs, once for all children
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             rows += list(kill_rows(model, Path(work), args, chance))
@@ -261,7 +267,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each, the median counts")
     parser.add_argument("--work", type=Path, help="memory, kills: where to write.  [default: the system's]")
     parser.add_argument("--count", type=int, default=20, help="kills: of each model")
-    parser.add_argument("--models", type=Path, nargs="+", default=[EXAMPLE], help="kills: dense directories")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", help="dense directories.  [default: kills: the example; memory: a new one]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="kills: of the random moments")
     args = parser.parse_args()
     args.quantizers = (args.quantizers or (",".join(QUANTIZERS) if args.section == "speed" else "rtn")).split(",")
