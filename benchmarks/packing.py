@@ -174,15 +174,13 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
         packed = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     peak, bound = found["after"]["VmHWM"], shard + 2 * tensor + SLACK
-    before = found["before"]["VmRSS"]
-    print(
-        f"{total / 1e9:.2f} GB, {len(source.files.files)} shards, largest {shard / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB"
-    )
+    before, count = found["before"]["VmRSS"], len(source.files.files)
+    print(f"{total / 1e9:.2f} GB, {count} shards, largest {shard / 1e6:.0f} MB, largest tensor {tensor / 1e6:.0f} MB")
     print(f"peak {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB; {before / 1e6:.0f} MB before packing")
     print(f"{found['seconds']:.1f} s, {found['rate']:.0f} MB/s of packed weights in bf16")
     return {
         "quantizer": args.quantizers[0], "input_bytes": total, "largest_shard_bytes": shard, "output_bytes": packed,
-        "shards": len(source.files.files),
+        "shards": count,
         "largest_tensor_bytes": tensor, "bound_bytes": bound, "peak_bytes": peak, "within": peak <= bound,
         "ru_maxrss_bytes": found["ru_maxrss"], "resident_before_bytes": before,
         "seconds": found["seconds"], "mbytes_per_s": found["rate"],

@@ -10,7 +10,7 @@ import torch
 from .reference import dequantize_block
 from .weights import QuantizedBlock, QuantizedWeight
 
-CHUNK_WEIGHTS = 2**21  # dequantized at once: 8 MiB in fp32
+CHUNK_WEIGHTS = 2**18  # dequantized at once: six temporaries of 1 MiB, which stay in the caches
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,15 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def commit_at_once(monkeypatch):
-    """Every part counts as soon as it is written, so that what a run has finished does not depend on the disk."""
+    """Every part counts as soon as it is written, so that what a run has finished does not depend on the disk.
+
+    Layers here are so small that threads would mostly wait for each other, so there is only one.
+    """
     monkeypatch.setattr(mpq_kernels.pack_write, "COMMIT_SHARE", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

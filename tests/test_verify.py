@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import mpq_kernels
 from mpq_kernels.checkpoint import PackedCheckpoint
+from mpq_kernels.cli.verify import _compare
 from mpq_kernels.errors import CheckpointError
 from mpq_kernels.manifest import MANIFEST_FILE, read_manifest
 from mpq_kernels.plan import Plan
@@ -27,8 +28,15 @@ from mpq_kernels.source import SourceCheckpoint
 from mpq_kernels.weight_error import weight_error
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gutenberg-6m"
-LISTED = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-LISTED.append("model.safetensors.index.json")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers here are so small that threads would mostly wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe", "gpt_oss"])
@@ -81,9 +89,10 @@ def test_text(packed, capsys):
     assert "max error" in text and ": good." in text and "SHA-256 as in mpq_manifest.json: config.json" in text
 
 
-def flip(path, at=-1):
+def flip_code(out):
+    path = sorted(out.glob("*.safetensors"))[0]
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1
     path.write_bytes(data)
 
 
@@ -106,15 +115,11 @@ def add_space(out):
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
 
 
-FIRST = "model-00001-of-00002.safetensors"
 # name -> (damage, parts of the message)
 FAULTS = {
-    "a code": (
-        lambda out: flip(sorted(out.glob("*.safetensors"))[0], 10_000),
-        ["safetensors: sha256 ", "not as it was"],
-    ),
+    "a code": (flip_code, ["safetensors: sha256 ", "not as it was"]),
     "config": (add_space, ["config.json: bytes "]),
-    "lost": (lambda out: (out / "model.safetensors.index.json").write_text("{}"), ["model.safetensors.index.json"]),
+    "index": (lambda out: (out / "model.safetensors.index.json").write_text("{}"), ["model.safetensors.index.json"]),
     "not listed": (drop_from_manifest, ["config.json: is not in mpq_manifest.json"]),
     "version": (edit_manifest("manifest_version", 2), ["manifest_version=2"]),
     "files": (edit_manifest("files", []), ["files must map names"]),
@@ -167,7 +172,7 @@ def test_error_of_a_weight_in_several_chunks(monkeypatch):
     weight, perm = torch.randn(50, 128), torch.randperm(128, dtype=torch.int32)
     quantized = quantize_weight(weight, layout, perm, "rtn")
     off = dequantize(quantized).double() - weight.double()
-    for chunk in (128, 1000, 2**21):
+    for chunk in (128, 1000, 2**18):
         monkeypatch.setattr("mpq_kernels.weight_error.CHUNK_WEIGHTS", chunk)
         error = weight_error(weight, quantized)
         assert error.relative == pytest.approx((off.norm() / weight.double().norm()).item(), rel=1e-6)
@@ -181,7 +186,7 @@ def test_error_of_a_weight_in_several_chunks(monkeypatch):
 
 
 def start_pack(out, *words):
-    environment = os.environ | {"PYTHONPATH": str(Path(mpq_kernels.__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(mpq_kernels.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mpq_kernels", "pack", str(EXAMPLE), str(out), "--bits", "4", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -255,22 +260,23 @@ def resident(key):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is Linux's count")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """120 MB of weights in four shards, of which neither packing nor verifying holds more than a few at a time.
+    """80 MB of weights in four shards, of which neither packing nor verifying holds more than a few at a time.
 
-    Each may take a shard, two times the largest tensor and, for its temporaries, 40 MB; measured from what the process
+    Each may take a shard, two times the largest tensor and, for its temporaries, 30 MB; measured from what the process
     holds before.
     """
     sizes = {
-        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512,
+        "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "vocab_size": 512,
         "num_attention_heads": 4, "num_key_value_heads": 4,
     }  # fmt: skip
     dense, out = tmp_path / "dense", tmp_path / "out"
-    tiny_model("llama", dense, dtype=torch.bfloat16, max_shard_size="30MB", sizes=sizes)
+    tiny_model("llama", dense, dtype=torch.bfloat16, max_shard_size="20MB", sizes=sizes)
     files = sorted(dense.glob("*.safetensors"))
-    assert len(files) >= 4 and sum(file.stat().st_size for file in files) > 110e6
+    assert len(files) >= 4 and sum(file.stat().st_size for file in files) > 79e6
     plan = Plan.uniform(dense, 8, 64)
     mpq_kernels.pack(EXAMPLE, tmp_path / "warm", Plan.uniform(EXAMPLE, 8), "rtn")  # what only the first call takes
-    room = max(file.stat().st_size for file in files) + 2 * 768 * 2048 * 2 + 40e6
+    _compare(PackedCheckpoint.open(tmp_path / "warm"), EXAMPLE, True)
+    room = max(file.stat().st_size for file in files) + 2 * 640 * 1728 * 2 + 30e6
 
     def peak(work):
         before = resident("VmRSS")
@@ -279,11 +285,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         return resident("VmHWM") - before
 
     assert peak(lambda: mpq_kernels.pack(dense, out, plan, "rtn")) < room
-    from mpq_kernels.cli.verify import _compare
-
     assert peak(lambda: _compare(PackedCheckpoint.open(out), dense, True)) < room
     held = peak(lambda: sum(tensor.float().sum() for file in files for tensor in load_file(file).values()))
-    assert held > 25e6, "the count of memory does not count"
+    assert held > 20e6, "the count of memory does not count"
 
 
 def test_released_tensors_are_read_again(tmp_path):
