@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -185,21 +183,28 @@ def test_error_of_a_weight_in_several_chunks(monkeypatch):
 # pack --resume
 
 
-def start_pack(out, *words):
-    environment = os.environ | {"PYTHONPATH": str(Path(mpq_kernels.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mpq_kernels", "pack", str(EXAMPLE), str(out), "--bits", "4", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+INTERRUPTED = """
+import os, signal, sys
+import mpq_kernels.pack_job
+from mpq_kernels.cli import main
+real, names = mpq_kernels.pack_job.quantize_weight, []
+def quantize_weight(*args):
+    names.append(args[4])
+    if len(names) == 10:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*args)
+mpq_kernels.pack_job.quantize_weight = quantize_weight
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_interrupted_command_is_resumed(tmp_path, capsys):
     """Ctrl-C: exit code 130, and one line says what is kept; without --resume or --restart nothing happens to it."""
     out, run = tmp_path / "out", Runner(capsys)
-    process = start_pack(out, "--quantizer", "hqq")
-    journal = tmp_path / f".out.partial-{process.pid}.journal"
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    environment = os.environ | {"PYTHONPATH": str(Path(mpq_kernels.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERRUPTED, "pack", EXAMPLE, out, "--bits", "4", "--quantizer", "hqq"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    err = process.stderr
     assert process.returncode == 130
     assert "parts are finished and kept: resume=True (--resume) goes on with it" in err and "Traceback" not in err
     words = ["pack", EXAMPLE, out, "--bits", "4", "--quantizer", "hqq"]
@@ -208,8 +213,7 @@ def test_interrupted_command_is_resumed(tmp_path, capsys):
     other = run(*words[:-1], "rtn", "--resume", code=1)
     assert "quantizer was hqq, is rtn" in other.err
     note = run(*words, "--resume").err
-    finished = int(note.split()[0])
-    assert 3 <= finished < 74 and "of 74 parts had been finished by an earlier run" in note
+    assert "9 of 74 parts had been finished by an earlier run" in note
     assert "0 of 74 parts" in run(*words[:2], tmp_path / "wanted", *words[3:], "--resume").err
     assert digests(out) == digests(tmp_path / "wanted")
     assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
@@ -286,8 +290,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
     assert peak(lambda: mpq_kernels.pack(dense, out, plan, "rtn")) < room
     assert peak(lambda: _compare(PackedCheckpoint.open(out), dense, True)) < room
-    held = peak(lambda: sum(tensor.float().sum() for file in files for tensor in load_file(file).values()))
-    assert held > 20e6, "the count of memory does not count"
+    kept = []
+
+    def keep_all():
+        kept.extend(tensor for file in files for tensor in load_file(file).values())
+        assert sum(tensor.float().sum() for tensor in kept).isfinite()
+
+    held = peak(keep_all)
+    assert held > 70e6, "the count of memory does not count"
 
 
 def test_released_tensors_are_read_again(tmp_path):
