@@ -14,7 +14,9 @@ bytes on one machine with one number of threads: matrix products of another numb
 
 from __future__ import annotations
 
+import hashlib
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,6 +108,15 @@ class Calibration:
             )
         return rows
 
+    def identity(self) -> dict[str, Any]:
+        """What tells one calibration from another, in JSON: its options, and a digest of its text or tokens."""
+        out: dict[str, Any] = {key: getattr(self, key) for key in ("window", "max_tokens", "damping", "act_order")}
+        data = self.text.encode() if self.tokens is None else self.tokens.long().contiguous().numpy().tobytes()  # type: ignore[union-attr]
+        out |= {"sha256": hashlib.sha256(data).hexdigest(), "device": self.device, "threads": torch.get_num_threads()}
+        if self.token_weights is not None:  # two functions cannot be compared
+            out["token_weights"] = f"a function, in run {uuid.uuid4()}"
+        return out
+
     def _text_rows(self, model_dir: Path, window: int) -> torch.Tensor:
         from transformers import AutoTokenizer
 
@@ -150,14 +161,7 @@ class Calibrator:
 
         Raises QuantizeError: no token reaches it, NaN or Inf in its input, a block that has been passed.
         """
-        stage = self.walk.stage(name)
-        if stage < self.walk.current:
-            raise QuantizeError(
-                f"{name}: calibration has already passed its block; linears are quantized in the order of the blocks"
-            )
-        while self.walk.current < stage:
-            self.walk.advance()
-            self._probe()
+        self.enter(name)
         if name not in self.leaders:
             raise QuantizeError(
                 f"{name}: no token of the first {self.walk.batches[0].numel()} calibration tokens reaches this linear; "
@@ -168,6 +172,18 @@ class Calibrator:
             self.held = None  # released before the next one is made
             self.held = (leader, damped(self._collect(leader), self.calibration.damping))
         return self.held[1]
+
+    @torch.no_grad()
+    def enter(self, name: str) -> None:
+        """Go on to the block of a linear. Raises QuantizeError when it has been passed."""
+        stage = self.walk.stage(name)
+        if stage < self.walk.current:
+            raise QuantizeError(
+                f"{name}: calibration has already passed its block; linears are quantized in the order of the blocks"
+            )
+        while self.walk.current < stage:
+            self.walk.advance()
+            self._probe()
 
     def set_weight(self, name: str, weight: torch.Tensor) -> None:
         """Give the linear its quantized weight [N, K], so that what follows it is calibrated on its output."""

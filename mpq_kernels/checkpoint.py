@@ -108,6 +108,11 @@ class PackedCheckpoint:
         """Any stored tensor, mapped without a copy."""
         return self.files.read(name)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a module took; it can still be read, from the files."""
+        for tensor in self._module(name).tensor_names:
+            self.files.release(tensor)
+
     def kept_tensors(self) -> list[str]:
         """Names of the tensors that belong to no packed module, sorted."""
         packed = {name for module in self.modules.values() for name in module.tensor_names}
@@ -141,6 +146,7 @@ class PackedCheckpoint:
             bias = self.bias(name)
             if bias is not None and not bool(torch.isfinite(bias).all()):
                 raise CheckpointError(f"{self.tensors[f'{module.name}.bias']}: holds NaN or Inf")
+            self.release(name)
             yield name
 
     def _module(self, name: str) -> PackedModule:

@@ -1,6 +1,5 @@
-"""A directory that appears whole or not at all.
+"""The output directory: what may be made or replaced, room for it, and the swap of a finished one into its place.
 
-    .<name>.partial-<pid>     written here, fsynced, then renamed to <name>
     .<name>.replaced-<pid>    where an older <name> waits until the new one is in place
 
 Nothing but packed checkpoints and what killed runs left behind is ever deleted.
@@ -11,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -23,7 +20,7 @@ from .source import CONFIG_FILE
 BLOCK_BYTES = 4096  # a file takes whole blocks; counted for each one that is written
 
 
-def check_output(out_dir: str | os.PathLike[str], model_dir: Path, overwrite: bool) -> Path:
+def check_output(out_dir: str | os.PathLike[str], model_dir: Path, overwrite: bool, resume: bool = False) -> Path:
     """Absolute path of the directory to make. Raises CheckpointError when it may not be made or replaced.
 
     An existing directory must be empty, or a packed checkpoint and `overwrite` true: nothing else is ever deleted.
@@ -42,7 +39,10 @@ def check_output(out_dir: str | os.PathLike[str], model_dir: Path, overwrite: bo
         raise CheckpointError(f"{out}: is a file; choose another name or remove it")
     if any(out.iterdir()):
         if not overwrite:
-            raise CheckpointError(f"{out}: is not empty; choose another directory, or overwrite=True to replace it")
+            finished = " (a run that is to be resumed may have come to its end)" if resume else ""
+            raise CheckpointError(
+                f"{out}: is not empty{finished}; choose another directory, or overwrite=True to replace it"
+            )
         _check_ours(out)
     return out
 
@@ -73,29 +73,8 @@ def check_space(parent: Path, needed: int, files: int) -> None:
         )
 
 
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `out` that becomes `out` when the block ends well.
-
-    On any error, and on KeyboardInterrupt, it is removed and an existing `out` is as it was. OSError becomes
-    CheckpointError. What killed runs of this process's id, or of no living process, left behind is removed first.
-    """
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        _remove_leftovers(out)
-        partial.mkdir()
-        try:
-            yield partial
-            fsync_directory(partial)
-            _swap(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or out}: cannot write {out} ({error.strerror or error})") from error
-
-
-def _swap(partial: Path, out: Path) -> None:
+def swap(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`, in place of an older one; on an error both are as they were. Raises OSError."""
     replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     had_old = out.exists()
     if had_old:
@@ -113,21 +92,20 @@ def _swap(partial: Path, out: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place; a rest is removed by the next run
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Clean up after killed runs. One that died between the two renames of _swap gets its old directory back."""
-    for kind in ("partial", "replaced"):
-        lead = f".{out.name}.{kind}-"
-        for name in os.listdir(out.parent):
-            pid = name.removeprefix(lead)
-            if not name.startswith(lead) or not pid.isdecimal() or _alive(int(pid)):
-                continue
-            if kind == "replaced" and not out.exists():
-                os.rename(out.parent / name, out)
-            else:
-                shutil.rmtree(out.parent / name)
+def bring_back(out: Path) -> None:
+    """Undo what runs that were killed inside `swap` left: an older output returns, or is removed behind a newer one."""
+    lead = f".{out.name}.replaced-"
+    for name in os.listdir(out.parent):
+        pid = name.removeprefix(lead)
+        if not name.startswith(lead) or not pid.isdecimal() or alive(int(pid)):
+            continue
+        if out.exists():
+            shutil.rmtree(out.parent / name)
+        else:
+            os.rename(out.parent / name, out)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Whether another process has this id."""
     if pid == os.getpid():
         return False

@@ -1,18 +1,15 @@
-"""What packing writes: tensors grouped into units, units into files, and the config that describes them.
+"""One checkpoint under one resolved plan: its parts (pack_parts.py), how each is made, and the config and the report.
 
-    Unit     a packed module, or one kept tensor: its specs are known at once, its tensors are made when they are due
-    Shard    the units of one output file
-    PackJob  one checkpoint under one resolved plan
-
-A packed module is written member by member: one dense matrix is in memory, and the scales and zeros of the module,
-which are stored behind all of its codes.
+A part is read, quantized, packed, written, and let go of before the next one: one dense matrix is in memory at a time,
+and of a file that is mapped only the tensor that is being read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +20,20 @@ from .calibrate import Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .linearspec import LinearSpec
+from .pack_parts import Made, Part, Shard, Unit, digest, into_shards
 from .quantize import quantize_weight
 from .quantize.gptq import activation_order
 from .reference import dequantize
 from .report import ModuleReport, PackReport, large_parameters
 from .resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
-from .safetensors_io import Pieces, Spec, nbytes, storage_order
+from .safetensors_io import Spec
 from .schema import PackedModule, PackingConfig
-from .shards import SINGLE_FILE
 from .source import SourceCheckpoint
 from .version import VERSION
-from .weights import TORCH_DTYPES, QuantizedWeight
+from .weight_error import weight_error
+from .weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors that are made together: a packed module, or one kept tensor."""
-
-    specs: dict[str, Spec]
-    make: Callable[[], Mapping[str, torch.Tensor | Pieces]]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file."""
-
-    name: str
-    units: tuple[Unit, ...]
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """Tensors of the file, unit by unit."""
-        return {name: spec for unit in self.units for name, spec in unit.specs.items()}
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Pieces]]:
-        """(name, tensor or its pieces) in storage order; a unit is made when its first tensor is due.
-
-        The large tensors of a unit are stored side by side, so only its bias and permutation may have to wait.
-        """
-        owners = {name: unit for unit in self.units for name in unit.specs}
-        made: dict[str, torch.Tensor | Pieces] = {}
-        for name in storage_order(self.specs):
-            if name not in made:
-                made.update(owners[name].make())
-            yield name, made.pop(name)
-
-
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The index of several files, as transformers reads it."""
-    total = sum(nbytes(spec) for shard in shards for spec in shard.specs.values())
-    placed = {name: shard.name for shard in shards for name in shard.specs}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
 
 class PackJob:
@@ -95,6 +53,7 @@ class PackJob:
         self.progress = progress
         self.calibrator = calibrator
         self.errors: dict[str, float] = {}
+        self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
         self.kept = _kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
@@ -105,25 +64,10 @@ class PackJob:
         """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
         units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
-        names = [name for unit in units for name in unit.specs]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(
-                f"{self.source.path}: {twice} names a kept and a packed tensor; choose another fuse name"
-            )
-        groups: list[list[Unit]] = [[]]
-        filled = 0
-        for unit in units:
-            size = sum(map(nbytes, unit.specs.values()))
-            if groups[-1] and filled + size > max_bytes:
-                groups.append([])
-                filled = 0
-            groups[-1].append(unit)
-            filled += size
-        if len(groups) == 1:
-            return [Shard(SINGLE_FILE, tuple(groups[0]))]
-        count = len(groups)
-        return [Shard(f"model-{i:05}-of-{count:05}.safetensors", tuple(g)) for i, g in enumerate(groups, 1)]
+        try:
+            return into_shards(units, max_bytes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source.path}: {error}") from error
 
     def _packed_unit(self, weight: ResolvedWeight) -> Unit:
         specs: dict[str, Spec] = {
@@ -133,54 +77,93 @@ class PackJob:
         bias = self._bias_dtype(weight)
         if bias is not None:
             specs[f"{weight.name}.bias"] = (bias, (weight.layout.out_features,))
-        return Unit(specs, lambda: self._pack_weight(weight))
+        filled = dict.fromkeys(specs, 0)
+        parts: list[Part] = []
+        for member in weight.members:
+            counts = {key: math.prod(shape) for key, (_, shape) in member.layout.tensor_specs().items()}
+            if parts:
+                counts.pop("perm", None)  # one for all members, written with the first
+            if bias is not None:
+                counts["bias"] = member.spec.out_features
+            places = {f"{weight.name}.{key}": (filled[f"{weight.name}.{key}"], count) for key, count in counts.items()}
+            for name, (_, count) in places.items():
+                filled[name] += count
+            made = partial(self._pack_member, weight, member)
+            restored = partial(self._restore_member, weight, member)
+            digests = partial(self._digests, member.spec)
+            parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
+        return Unit(specs, tuple(parts))
 
     def _kept_unit(self, name: str, stored: str) -> Unit:
-        def make() -> dict[str, torch.Tensor]:
-            tensor = self.source.read(stored)
-            self._advance(self.source.tensors[stored].entry.nbytes, name)
-            return {name: tensor}
-
         tensor = self.source.tensors[stored]
-        return Unit({name: (tensor.dtype, tensor.shape)}, make)
 
-    def _pack_weight(self, weight: ResolvedWeight) -> dict[str, torch.Tensor | Pieces]:
-        """Every tensor of one packed module, by full name; codes are made as they are taken, the others after them."""
-        rest: dict[str, list[torch.Tensor]] = {key: [] for key in weight.layout.tensor_specs()}
+        def digests() -> dict[str, str]:
+            return {stored: digest([self.source.read(stored)])}
 
-        def words() -> Pieces:
-            for member in weight.members:
-                packed = packing.pack(self._quantize(member)).tensors()
-                yield packed.pop("qweight")
-                perm = packed.pop("perm", None)
-                if perm is not None and not rest["perm"]:
-                    rest["perm"].append(perm)
-                elif perm is not None and not torch.equal(perm, rest["perm"][0]):
-                    raise QuantizeError(f"{weight.name}: {member.spec.name} got a permutation of its own")
-                for key, tensor in packed.items():
-                    rest[key].append(tensor)
+        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
+            self._advance(tensor.entry.nbytes, name)
 
-        def later(key: str) -> Pieces:
-            while rest[key]:
-                yield rest[key].pop(0)
+        def make() -> Made:
+            made = Made({name: self.source.read(stored)}, digests())
+            self._advance(tensor.entry.nbytes, name)
+            return made
 
-        tensors: dict[str, torch.Tensor | Pieces] = {f"{weight.name}.{key}": later(key) for key in rest}
-        tensors[f"{weight.name}.qweight"] = words()
-        dtype = self._bias_dtype(weight)
-        if dtype is not None:
-            tensors[f"{weight.name}.bias"] = self._biases(weight, dtype)
-        return tensors
+        places = {name: (0, math.prod(tensor.shape))}
+        return Unit({name: (tensor.dtype, tensor.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
 
-    def _biases(self, weight: ResolvedWeight, dtype: torch.dtype) -> Pieces:
-        for member in weight.members:
-            bias = self.source.bias(member.spec)
-            # A member without a bias adds nothing.
-            yield torch.zeros(member.spec.out_features, dtype=dtype) if bias is None else bias
+    def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
+        spec = member.spec
+        dense = self.source.weight(spec)
+        quantized, error = self._quantize(member, dense)
+        inputs = self._digests(spec, dense)
+        del dense
+        self.source.release(spec.tensor)
+        packed = packing.pack(quantized).tensors()
+        del quantized
+        if "perm" in packed:
+            perm = packed.pop("perm")
+            if self.perm is None or self.perm[0] != weight.name:
+                self.perm = (weight.name, perm)
+                packed["perm"] = perm
+            elif not torch.equal(perm, self.perm[1]):
+                raise QuantizeError(f"{weight.name}: {spec.name} got a permutation of its own")
+        tensors = {f"{weight.name}.{key}": tensor for key, tensor in packed.items()}
+        dtype, bias = self._bias_dtype(weight), self.source.bias(spec)
+        if dtype is not None:  # a member without a bias adds nothing
+            tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
+        self.errors[spec.name] = error
+        self._advance(self._weight_bytes(spec), spec.name)
+        return Made(tensors, inputs, error)
 
-    def _quantize(self, member: ResolvedMember) -> QuantizedWeight:
+    def _restore_member(
+        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], error: float | None
+    ) -> None:
+        spec = member.spec
+        if f"{weight.name}.perm" in tensors:
+            self.perm = (weight.name, tensors[f"{weight.name}.perm"])
+        if self.calibrator is not None:
+            keys = [key for key in member.layout.tensor_specs() if key != "perm"]
+            own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
+            if member.layout.permuted:
+                assert self.perm is not None and self.perm[0] == weight.name
+                own["perm"] = self.perm[1]
+            self.calibrator.enter(spec.name)
+            self.calibrator.set_weight(spec.name, dequantize(PackedWeight(member.layout, **own)))
+        self.errors[spec.name] = 0.0 if error is None else error
+        self._advance(self._weight_bytes(spec), spec.name)
+
+    def _digests(self, spec: LinearSpec, dense: torch.Tensor | None = None) -> dict[str, str]:
+        """sha256 of what is read for a linear. dense: its weight, where it has been read already."""
+        out = {spec.tensor: digest([self.source.weight(spec) if dense is None else dense])}
+        bias = self.source.bias(spec)
+        if bias is not None and spec.bias_tensor is not None:
+            out[spec.bias_tensor] = digest([bias])
+        return out
+
+    def _quantize(self, member: ResolvedMember, weight: torch.Tensor) -> tuple[QuantizedWeight, float]:
+        """The quantized weight [N, K] and its relative error."""
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-        weight = self.source.weight(spec)
         hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
         if hessian is not None and perm is None and member.layout.permuted:
             perm = activation_order(hessian)
@@ -190,12 +173,9 @@ class PackJob:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        restored = dequantize(quantized)
-        self.errors[spec.name] = relative_error(weight, restored)
         if self.calibrator is not None:
-            self.calibrator.set_weight(spec.name, restored)
-        self._advance(self._weight_bytes(spec), spec.name)
-        return quantized
+            self.calibrator.set_weight(spec.name, dequantize(quantized))
+        return quantized, weight_error(weight, quantized).relative
 
     def _weight_bytes(self, spec: LinearSpec) -> int:
         return spec.out_features * spec.in_features * self.source.tensors[spec.tensor].dtype.itemsize
@@ -229,8 +209,8 @@ class PackJob:
         config["quantization_config"] = packing_config.to_dict()
         return config
 
-    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path]) -> PackReport:
-        """Sizes as they are on disk, errors as measured."""
+    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path], resumed: int) -> PackReport:
+        """Sizes as they are on disk, errors as measured. resumed: parts that an earlier run had finished."""
         size = written.size()
         return PackReport(
             out_dir=str(out),
@@ -246,6 +226,8 @@ class PackJob:
             copied=tuple(path.name for path in companions),
             left=self.source.left_files(),
             large=large_parameters(self.source, self.resolved, self.kept),
+            parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
+            resumed=resumed,
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
@@ -276,16 +258,6 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
         return replace(weight, members=members, layout=replace(weight.layout, permuted=True))
 
     return replace(resolved, weights=tuple(permuted(w) if free(w) else w for w in resolved.weights))
-
-
-def relative_error(weight: torch.Tensor, restored: torch.Tensor) -> float:
-    """||W - restored W|| / ||W|| (Frobenius), summed in fp64; 0 for a weight of zeros that stays so."""
-    wanted = weight.float()
-    off = torch.linalg.vector_norm(wanted - restored, dtype=torch.float64).item()
-    norm = torch.linalg.vector_norm(wanted, dtype=torch.float64).item()
-    if norm == 0.0:
-        return 0.0 if off == 0.0 else math.inf
-    return float(off / norm)
 
 
 def _kept_tensors(source: SourceCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:

@@ -2,30 +2,41 @@
 
     headers of the source -> resolved plan -> exact sizes -> shards -> [read, quantize, pack, write] -> rename
 
-All sizes are known before a weight is read, so every file's header is written first and its tensors stream behind it.
-The same input gives the same bytes. Nothing is visible under the output's name before all of it is on disk.
+All sizes are known before a weight is read, so every file's header is written first and each weight goes to its place
+behind it. The same input gives the same bytes, in one run or in several: what is finished is on disk (journal.py,
+unfinished.py). Nothing is visible under the output's name before all of it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
-from .formats import KEPT_BITS
-from .outdir import check_output, check_space, json_bytes, new_directory
-from .pack_job import PackJob, Progress, in_free_order, index_of
+from .formats import FORMAT_VERSION, KEPT_BITS, LAYOUT_ID
+from .manifest import MANIFEST_FILE, file_entry, manifest_bytes, manifest_text
+from .outdir import check_output, check_space, json_bytes
+from .pack_job import PackJob, Progress, in_free_order
+from .pack_parts import Shard, index_of
+from .pack_write import write_parts
 from .plan import EXPERTS, Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
 from .resolve import ResolvedPlan, resolve
-from .safetensors_io import file_bytes, write_safetensors
+from .safetensors_io import file_bytes
 from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
+from .unfinished import TIME, working_directory
+from .version import VERSION
 
 MAX_SHARD_BYTES = 5_000_000_000  # a broken download or copy repeats no more than this
 
@@ -39,6 +50,7 @@ def pack(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    resume: bool | None = None,
 ) -> PackReport:
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
@@ -46,7 +58,9 @@ def pack(
     pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. The dense model
     is then held in memory (calibrate.py). overwrite: replace an older packed checkpoint, once the new one is complete.
     max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own. progress: called as
-    progress(done, total, name) with bytes of the source.
+    progress(done, total, name) with bytes of the source. resume: whether to go on with what a run that was killed has
+    finished for this output: True goes on (from the beginning where there is nothing), False removes it and starts
+    over, None raises CheckpointError when there is any.
 
     Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
     scale out of range). `out_dir` is then as it was before.
@@ -59,7 +73,7 @@ def pack(
     check_calibratable(resolved, quantizer)
     if calibrated is not None and calibrated.act_order:
         resolved = in_free_order(resolved)
-    out = check_output(out_dir, source.path, overwrite)
+    out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator = None if calibrated is None or not resolved.weights else Calibrator(source, calibrated)
     job = PackJob(source, resolved, quantizer, progress, calibrator)
     shards = job.shards(max_shard_bytes)
@@ -67,19 +81,58 @@ def pack(
     if len(shards) > 1:
         texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
     companions = source.other_files()
-    size = sum(file_bytes(shard.specs) for shard in shards) + sum(map(len, texts.values()))
-    size += sum(path.stat().st_size for path in companions)
-    check_space(out.parent, size, len(shards) + len(texts) + len(companions))
-    with new_directory(out) as partial:
-        for shard in shards:
-            write_safetensors(partial / shard.name, shard.specs, shard.tensors())
-        for path in companions:
-            _copy(path, partial / path.name)
-        for name, text in texts.items():  # the index, then config.json: without it nothing takes this for a model
-            write_new_file(partial / name, text)
-        written = PackedCheckpoint.open(partial)
-        report = job.report(out, written, companions)
+    identity = _identity(source, plan, quantizer, calibrated, max_shard_bytes)
+    with working_directory(out, identity, sum(len(shard.parts) for shard in shards), resume) as work:
+        _check_room(work.directory, shards, texts, companions)
+        write_parts(source, shards, work)
+        _finish(work.directory, shards, texts, companions)
+        written = PackedCheckpoint.open(work.directory)
+        report = job.report(out, written, companions, work.resumed)
     return report
+
+
+def _identity(
+    source: SourceCheckpoint, plan: Plan, quantizer: str, calibration: Calibration | None, max_shard_bytes: int
+) -> dict[str, Any]:
+    """All that the bytes of the output depend on, but for the values of the tensors: what a resumed run must share."""
+    files = {file.name: file.stat() for file in source.files.files}
+    return {
+        "mpq_kernels": VERSION,
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),  # sums of other vectors are rounded in another order
+        "format_version": FORMAT_VERSION,
+        "layout_id": LAYOUT_ID,
+        "quantizer": quantizer,
+        "calibration": None if calibration is None else calibration.identity(),
+        "max_shard_bytes": max_shard_bytes,
+        "plan sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "config sha256": hashlib.sha256(json_bytes(source.config)).hexdigest(),
+        "source": {name: {"bytes": status.st_size, TIME: status.st_mtime_ns} for name, status in files.items()},
+    }
+
+
+def _check_room(
+    directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], companions: Sequence[Path]
+) -> None:
+    """Raise CheckpointError unless what is still to be written fits the disk."""
+    sizes = {shard.name: file_bytes(shard.specs) for shard in shards}
+    listed = sizes | {name: len(text) for name, text in texts.items()}
+    size = sum(listed.values()) + manifest_bytes(listed) + sum(path.stat().st_size for path in companions)
+    held = sum(512 * path.stat().st_blocks for path in directory.iterdir())
+    check_space(directory, size - held, len(listed) + 1 + len(companions))
+
+
+def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], companions: Sequence[Path]) -> None:
+    """The other files: companions, the index, the manifest, config.json last."""
+    for path in companions:
+        _copy(path, directory / path.name)
+    listed = {shard.name: file_entry(directory / shard.name) for shard in shards}
+    for name, text in texts.items():
+        listed[name] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    for name, text in (
+        {MANIFEST_FILE: manifest_text(listed)} | dict(texts)
+    ).items():  # without config.json it is no model
+        write_new_file(directory / name, text)
 
 
 def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:

@@ -48,7 +48,8 @@ class PackReport:
     packed: all packed weights by purpose. kept: dense module -> why it was kept. kept_bytes: tensors that belong to no
     packed module. bias_bytes: biases of packed modules. file_bytes: safetensors files with headers.
     source_bytes: tensors of the dense checkpoint. copied: files carried along. left: name -> why a file was not.
-    large: every parameter of more than LARGE elements that was not packed, and why.
+    large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
+    linears that were packed and the tensors that were kept, an earlier run had finished.
     """
 
     out_dir: str
@@ -64,6 +65,8 @@ class PackReport:
     copied: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
     large: tuple[LargeParameter, ...] = ()
+    parts: int = 0
+    resumed: int = 0
 
     @property
     def bpw(self) -> float:

@@ -1,4 +1,4 @@
-"""safetensors files: a strict header reader and a streaming writer whose bytes depend on nothing but the tensors.
+"""safetensors files: a strict header reader, and a writer whose bytes depend on nothing but the tensors.
 
     | u64 n | n bytes of JSON, padded with spaces | tensor data, no gaps |
                                                   ^ a multiple of 64 from the start of the file
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
-from .files import MAX_JSON_BYTES, create_file, fsync_directory, parse_json, short, write_all
+from .files import MAX_JSON_BYTES, parse_json, short, write_all
 
 ALIGNMENT = 64  # bytes: one cache line, the widest CPU vector
 MAX_RANK = 32
@@ -48,7 +48,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[torch.dtype, tuple[int, ...]]
-Pieces = Iterator[torch.Tensor]  # a one-dimensional tensor, part after part
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,62 +198,92 @@ def encode_header(specs: Mapping[str, Spec]) -> bytes:
 
 
 def file_bytes(specs: Mapping[str, Spec]) -> int:
-    """Exact size in bytes of the file that write_safetensors makes."""
+    """Exact size in bytes of the file that NewFile makes."""
     return len(encode_header(specs)) + sum(map(nbytes, specs.values()))
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor | Pieces]]
-) -> None:
-    """Write a file, replacing one of the same name only when all of it is on disk.
+class NewFile:
+    """A safetensors file in the making: its header is on disk first, then tensors or parts of them in any order.
 
-    specs: name -> (dtype, shape) of every tensor. tensors: (name, tensor) in `storage_order(specs)`; they are pulled
-    one by one, so that a generator needs to hold only one. A one-dimensional tensor may also come as an iterator of
-    pieces that follow each other. Raises CheckpointError when a tensor does not match its
-    spec or the disk refuses; the file of that name, if any, is then untouched.
+    What has not been written yet reads as zeros. Use as a context manager, or call `close`.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    header = encode_header(specs)
-    try:
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], descriptor: int) -> None:
+        """`create` and `reopen` make one."""
+        self.path, self.specs, self._descriptor = path, dict(specs), descriptor
+        self._starts: dict[str, int] = {}
+        at = len(encode_header(specs))
+        for name in storage_order(specs):
+            self._starts[name] = at
+            at += nbytes(specs[name])
+
+    @classmethod
+    def create(cls, path: Path, specs: Mapping[str, Spec]) -> NewFile:
+        """A file that must not exist yet, of its final size. Mode 0666 & ~umask. Raises OSError."""
+        header = encode_header(specs)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        file = cls(path, specs, os.open(path, flags, 0o666))
         try:
-            with create_file(partial) as descriptor:
-                write_all(descriptor, header)
-                for tensor in _matching(path, specs, tensors):
-                    write_all(descriptor, tensor_bytes(tensor))
-            os.replace(partial, path)
-            fsync_directory(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+            write_all(file._descriptor, header)
+            os.ftruncate(file._descriptor, file_bytes(specs))
+            file.sync()
+        except BaseException:
+            file.close()
+            raise
+        return file
 
+    @classmethod
+    def reopen(cls, path: Path, specs: Mapping[str, Spec]) -> NewFile:
+        """Go on with a file that `create` made. Raises CheckpointError unless it has this header and size; OSError."""
+        header = encode_header(specs)
+        file = cls(path, specs, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        found, size = os.pread(file._descriptor, len(header), 0), os.fstat(file._descriptor).st_size
+        if found != header or size != file_bytes(specs):
+            file.close()
+            raise CheckpointError(f"{path}: {size} bytes that are not those of the tensors to be packed")
+        return file
 
-def _matching(
-    path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, torch.Tensor | Pieces]]
-) -> Iterator[torch.Tensor]:
-    """The tensors, or their pieces, each checked against its place and spec."""
-    expected = iter(storage_order(specs))
-    for name, given in tensors:
-        wanted = next(expected, None)
-        if name != wanted:
-            raise CheckpointError(f"{path}: tensor {short(name)} came where {short(wanted)} is due")
-        dtype, shape = specs[name]
-        length = 0
-        for tensor in (given,) if isinstance(given, torch.Tensor) else given:
-            length += tensor.numel()
-            piece = given is not tensor and tensor.dim() == len(shape) == 1
-            if tensor.dtype != dtype or not (piece or tuple(tensor.shape) == shape):
-                raise CheckpointError(
-                    f"{path}: tensor {short(name)} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"announced as {dtype} {list(shape)}"
-                )
-            yield tensor
-        if length != math.prod(shape):
-            raise CheckpointError(f"{path}: tensor {short(name)} came with {length} elements of {list(shape)}")
-    missing = next(expected, None)
-    if missing is not None:
-        raise CheckpointError(f"{path}: tensor {short(missing)} never came")
+    def write(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Put the elements of `tensor` behind the first `start` elements of the tensor `name`.
+
+        Raises CheckpointError when they are of another dtype, or more than there is room for; OSError.
+        """
+        dtype, shape = self.specs[name]
+        if tensor.dtype != dtype or not 0 <= start <= math.prod(shape) - tensor.numel():
+            raise CheckpointError(
+                f"{self.path}: tensor {short(name)}: {tensor.dtype} {list(tensor.shape)} does not fit behind {start} "
+                f"elements of {dtype} {list(shape)}"
+            )
+        view, at = tensor_bytes(tensor), self._starts[name] + start * dtype.itemsize
+        while view:
+            count = os.pwrite(self._descriptor, view, at)
+            view, at = view[count:], at + count
+
+    def read(self, name: str, start: int, count: int) -> torch.Tensor:
+        """`count` elements behind the first `start` of the tensor `name`, as written: one-dimensional, a copy."""
+        dtype = self.specs[name][0]
+        data, left = bytearray(), count * dtype.itemsize
+        while left:
+            piece = os.pread(self._descriptor, left, self._starts[name] + start * dtype.itemsize + len(data))
+            if not piece:
+                raise CheckpointError(f"{self.path}: ends inside the tensor {short(name)}")
+            data += piece
+            left -= len(piece)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+
+    def sync(self) -> None:
+        """Return when all that was written is on disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; does not sync."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,14 +8,13 @@ Every header is checked before any tensor is read; tensors are then mapped, not 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 from .files import contained_file, read_json_object, short
@@ -55,7 +54,7 @@ class TensorFiles:
 
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, files: Sequence[str | os.PathLike[str]]) -> TensorFiles:
@@ -106,15 +105,39 @@ class TensorFiles:
         stored = self.tensors.get(name)
         if stored is None:
             raise CheckpointError(f"{self.files[0].parent}: there is no tensor {short(name)}")
+        if stored.file not in self._maps:
+            self._maps[stored.file] = self._map(stored)
+        entry = stored.entry
+        if not entry.nbytes:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        raw = torch.frombuffer(self._maps[stored.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        if entry.start % stored.dtype.itemsize:
+            raw = raw.clone()  # files of other tools may begin a tensor anywhere
+        return raw.view(stored.dtype).view(stored.shape)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that a tensor took when its mapped bytes were read. It can still be read, from the file.
+
+        Nothing may have been written to the tensor.
+        """
+        stored = self.tensors[name]
+        mapped = self._maps.get(stored.file)
+        if mapped is not None and stored.entry.nbytes:
+            start = stored.entry.start - stored.entry.start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, start, stored.entry.end - start)
+
+    def _map(self, stored: StoredTensor) -> mmap.mmap:
+        """The whole file of a tensor, mapped; private, so that a write to a tensor does not reach it."""
+        now = read_header(stored.file).tensors
+        for tensor in self.tensors.values():
+            if tensor.file == stored.file and now.get(tensor.name) != tensor.entry:
+                found = now.get(tensor.name, "no tensor at all")
+                raise CheckpointError(f"{tensor}: now reads as {found}; the file has changed")
         try:
-            if stored.file not in self._open:
-                self._open[stored.file] = safe_open(stored.file, framework="pt")
-            tensor: torch.Tensor = self._open[stored.file].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{stored}: cannot be read ({error})") from error
-        if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
-            raise CheckpointError(f"{stored}: now reads as {tensor.dtype} {list(tensor.shape)}; the file has changed")
-        return tensor
+            with open(stored.file, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{stored}: cannot be mapped ({error})") from error
 
 
 def _no_weights(directory: Path) -> str:

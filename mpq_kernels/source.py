@@ -67,6 +67,10 @@ class SourceCheckpoint:
         """A tensor, mapped from its file without a copy. Raises CheckpointError."""
         return self.files.read(name)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that the bytes of a tensor took; it can still be read, from the file."""
+        self.files.release(name)
+
     def weight(self, spec: LinearSpec) -> torch.Tensor:
         """W [N, K] of a linear: mapped, or for an expert that is stored with others, that expert. CheckpointError."""
         return spec.weight_of(self.read(spec.tensor))

@@ -71,9 +71,10 @@ def run(space, capsys, monkeypatch):
 
 
 def broken_copy(space, tmp_path, source, change):
-    """A copy of a directory with the tensors that `change` returns in place of its own."""
+    """A copy of a directory with changed tensors, as another program would write it: without a manifest."""
     copy = tmp_path / source
     shutil.copytree(space / source, copy)
+    (copy / "mpq_manifest.json").unlink(missing_ok=True)
     file = copy / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)

@@ -81,7 +81,8 @@ def test_files_and_alignment(llama, tmp_path):
     count = len(packed.files.files)
     assert count > 3
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    companions = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
+    companions = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    companions += ["mpq_manifest.json", "tokenizer.json"]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(names + companions)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -1,7 +1,9 @@
 """Packing is all or nothing: killed, interrupted or failing at the last step. And it always gives the same bytes."""
 
+import itertools
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from models import tiny_model
 from packed import UNIFORM, check_packed, digests, mixed_plan, small_plan
 
 import mpq_kernels.outdir
+import mpq_kernels.pack_job
 from mpq_kernels.errors import CheckpointError
 from mpq_kernels.pack_model import pack
 
@@ -65,8 +68,16 @@ def test_overwrite(llama, tmp_path):
     assert os.listdir(tmp_path) == ["out"] and not (tmp_path / "out" / "notes.txt").exists()
 
 
+def leftovers(path):
+    """What a run of this process leaves for the output "out" when it ends early."""
+    kept = f".out.partial-{os.getpid()}"
+    return {name for name in os.listdir(path) if name.startswith(".")} == {kept, f"{kept}.journal"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted(error, llama, tmp_path):
+    """The old output stays, what is finished is kept and named, and a resumed run ends as if nothing had happened."""
+    pack(llama, tmp_path / "wanted", mixed_plan(llama), quantizer="rtn")
     pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
     before = digests(tmp_path / "out")
 
@@ -74,9 +85,24 @@ def test_interrupted(error, llama, tmp_path):
         if done > total // 2:
             raise error
 
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True, progress=stop)
-    assert digests(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
+    assert digests(tmp_path / "out") == before and leftovers(tmp_path)
+    assert "parts are finished and kept: resume=True (--resume)" in "".join(caught.value.__notes__)
+    report = pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True, resume=True)
+    assert 0 < report.resumed < report.parts
+    assert digests(tmp_path / "out") == digests(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
+
+
+def test_interrupted_before_anything_is_finished(llama, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mpq_kernels.pack_job.PackJob, "_quantize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("step", ["rename", "fsync"])
@@ -102,7 +128,10 @@ def test_swap_that_fails_brings_the_old_one_back(step, llama, tmp_path, monkeypa
             patch.setattr(mpq_kernels.outdir, "fsync_directory", failing_fsync)
         with pytest.raises(CheckpointError, match="Input/output error"):
             pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True)
-    assert digests(tmp_path / "out") == before and os.listdir(tmp_path) == ["out"]
+    assert digests(tmp_path / "out") == before and leftovers(tmp_path)
+    report = pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", overwrite=True, resume=True)
+    assert report.resumed == report.parts and os.listdir(tmp_path) == ["out"]
+    check_packed(llama, tmp_path / "out", mixed_plan(llama))
 
 
 KILL_SCRIPT = """
@@ -121,7 +150,7 @@ for out in sys.argv[3:]:
 
 
 def test_kill_9(llama, tmp_path):
-    """A killed run leaves the older output or none, never half of one; the next run clears its rest away."""
+    """A killed run leaves the older output or none, never half of one; the next run asks what to do with its rest."""
     plan = mixed_plan(llama)
     plan.to_file(tmp_path / "plan.json")
     new, old = tmp_path / "new", tmp_path / "old"
@@ -132,11 +161,14 @@ def test_kill_9(llama, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     process.stdout.close()
-    rests = {f".new.partial-{process.pid}", f".old.partial-{process.pid}"}
+    rests = {f".{name}.partial-{process.pid}{end}" for name in ("new", "old") for end in ("", ".journal")}
     assert set(os.listdir(tmp_path)) == rests | {"old", "plan.json"}
     assert digests(old) == before
-    for out in (new, old):
-        pack(llama, out, plan, quantizer="rtn", overwrite=True)
+    for out, resume in ((new, True), (old, False)):
+        with pytest.raises(CheckpointError, match=r"kept by a run that was killed: resume=True .*, resume=False"):
+            pack(llama, out, plan, quantizer="rtn", overwrite=True)
+        report = pack(llama, out, plan, quantizer="rtn", overwrite=True, resume=resume)
+        assert (report.resumed > 0) == resume
         check_packed(llama, out, plan)
     assert set(os.listdir(tmp_path)) == {"new", "old", "plan.json"}
     assert digests(new) == digests(old)
@@ -163,3 +195,57 @@ def test_living_runs_are_left_alone(llama, tmp_path):
     other.mkdir()
     pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn")
     assert sorted(os.listdir(tmp_path)) == sorted([other.name, "out"])
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o077])
+def test_modes_follow_umask(umask, llama, tmp_path):
+    before = os.umask(umask)
+    try:
+        pack(llama, tmp_path / "out", UNIFORM, quantizer="rtn", max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+FAULTS = {"full": (28, "No space left on device"), "denied": (13, "Permission denied"), "broken": (5, "Input/output")}
+
+
+@pytest.mark.parametrize("call", ["write", "pwrite", "fsync", "ftruncate", "open", "mkdir"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_call_that_may_fail(fault, call, llama, tmp_path, monkeypatch):
+    """From the n-th call on, for n = 1, 2, 4, ...: the old output stays, and what was finished is gone on with."""
+    number, text = FAULTS[fault]
+    plan, out = mixed_plan(llama), tmp_path / "out"
+    pack(llama, tmp_path / "wanted", plan, quantizer="rtn", max_shard_bytes=30_000)
+    pack(llama, out, UNIFORM, quantizer="rtn")
+    before, real = digests(out), getattr(os, call)
+    for n in (2**i for i in range(12)):
+        calls = itertools.count(1)
+
+        def failing(*args, calls=calls, n=n, **kwargs):
+            # Reading is not what fails: only files that are opened to be written count.
+            if (call != "open" or args[1] & (os.O_WRONLY | os.O_RDWR)) and next(calls) >= n:
+                raise OSError(number, text, *(args[:1] if call in ("open", "mkdir") else ()))
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                report = pack(llama, out, plan, "rtn", None, True, 30_000, resume=True)
+            except CheckpointError as error:
+                assert text in str(error)
+                assert digests(out) == before
+                continue
+        break
+    assert digests(out) == digests(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
+    assert report.resumed > 0 or call in ("mkdir", "ftruncate", "open")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_directory(llama, tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o555)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        pack(llama, tmp_path / "shut" / "out", UNIFORM, quantizer="rtn")

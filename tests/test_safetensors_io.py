@@ -15,13 +15,13 @@ from mpq_kernels.errors import CheckpointError
 from mpq_kernels.safetensors_io import (
     ALIGNMENT,
     DTYPES,
+    NewFile,
     encode_header,
     file_bytes,
     nbytes,
     read_header,
     storage_order,
     tensor_bytes,
-    write_safetensors,
 )
 
 
@@ -30,8 +30,10 @@ def specs_of(tensors):
 
 
 def write(path, tensors):
-    specs = specs_of(tensors)
-    write_safetensors(path, specs, ((name, tensors[name]) for name in storage_order(specs)))
+    path.unlink(missing_ok=True)
+    with NewFile.create(path, specs_of(tensors)) as file:
+        for name, tensor in tensors.items():
+            file.write(name, 0, tensor)
 
 
 def raw_file(path, header, data=b""):
@@ -105,21 +107,22 @@ def test_tensors_are_aligned(tmp_path):
     assert storage_order(specs_of(tensors))[: len(multiples)] == multiples  # the caller's order is otherwise kept
 
 
-def test_tensors_are_pulled_one_by_one(tmp_path):
-    """While a tensor is being made, the ones before it have left: at most one is alive."""
-    import weakref
-
-    alive = []
-
-    def produce():
-        for name in "abc":
-            assert not any(ref() is not None for ref in alive[:-1])
-            tensor = torch.ones(64)
-            alive.append(weakref.ref(tensor))
-            yield name, tensor
-
-    write_safetensors(tmp_path / "x.safetensors", {name: (torch.float32, (64,)) for name in "abc"}, produce())
-    assert len(alive) == 3
+def test_parts_in_any_order_and_in_two_sittings(tmp_path):
+    """The file is the same as when its tensors are written at once; what has been written can be read back."""
+    tensors = {"a": torch.arange(100), "b": torch.randn(3, 7), "c": torch.ones(5, dtype=torch.uint8)}
+    write(tmp_path / "x.safetensors", tensors)
+    specs = specs_of(tensors)
+    with NewFile.create(tmp_path / "y.safetensors", specs) as file:
+        file.write("c", 0, tensors["c"])
+        file.write("a", 60, tensors["a"][60:])
+        assert file.path.stat().st_size == file_bytes(specs)
+    with NewFile.reopen(tmp_path / "y.safetensors", specs) as file:
+        assert torch.equal(file.read("a", 60, 40), tensors["a"][60:]) and not file.read("a", 0, 60).any()
+        file.write("a", 0, tensors["a"][:60])
+        file.write("b", 0, tensors["b"])
+        assert torch.equal(file.read("b", 7, 14), tensors["b"][1:].reshape(-1))
+        assert file.read("c", 5, 0).shape == (0,)
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
 def test_mode_follows_umask(tmp_path):
@@ -131,28 +134,30 @@ def test_mode_follows_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o640
 
 
-WRONG_STREAMS = {
-    "another name": ([("b", torch.ones(2))], "came where 'a' is due"),
-    "another shape": ([("a", torch.ones(3))], r"announced as torch.float32 \[2\]"),
-    "another dtype": ([("a", torch.ones(2).half())], "announced as"),
-    "too few": ([], "never came"),
-    "too many": ([("a", torch.ones(2)), ("b", torch.ones(2))], "came where None is due"),
-}
+@pytest.mark.parametrize(
+    ("start", "tensor"),
+    [(0, torch.ones(3)), (1, torch.ones(2)), (-1, torch.ones(1)), (0, torch.ones(2).half())],
+)
+def test_what_does_not_fit_is_refused(start, tensor, tmp_path):
+    with NewFile.create(tmp_path / "x.safetensors", {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}) as file:
+        with pytest.raises(CheckpointError, match=r"'a'.* does not fit behind .* of torch.float32 \[2\]"):
+            file.write("a", start, tensor)
+        assert not file.read("a", 0, 2).any() and not file.read("b", 0, 2).any()
 
 
-@pytest.mark.parametrize("case", WRONG_STREAMS)
-def test_wrong_streams_leave_the_old_file(case, tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(b"old")
-    stream, message = WRONG_STREAMS[case]
-    with pytest.raises(CheckpointError, match=message):
-        write_safetensors(path, {"a": (torch.float32, (2,))}, stream)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.safetensors"]
-
-
-def test_unwritable_place_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        write(tmp_path / "missing" / "x.safetensors", {"a": torch.ones(2)})
+def test_other_files_are_not_gone_on_with(tmp_path):
+    path, specs = tmp_path / "x.safetensors", {"a": (torch.float32, (20,))}
+    with pytest.raises(FileNotFoundError):
+        NewFile.reopen(path, specs)
+    write(path, {"a": torch.ones(20)})
+    with pytest.raises(FileExistsError):
+        NewFile.create(path, specs)
+    for other in ({"a": (torch.float32, (21,))}, {"a": (torch.int32, (20,))}, {"b": (torch.float32, (20,))}):
+        with pytest.raises(CheckpointError, match="not those of the tensors"):
+            NewFile.reopen(path, other)
+    os.truncate(path, file_bytes(specs) - 4)
+    with pytest.raises(CheckpointError, match="not those of the tensors"):
+        NewFile.reopen(path, specs)
 
 
 def test_dtype_without_a_name_is_refused():

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except MPQError as error:
-        return fail(str(error))
+        return fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

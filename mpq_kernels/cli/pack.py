@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import JsonFlag, ModelDir, QuietFlag, note, print_json, print_table, progress, size_dict
+from .output import JsonFlag, ModelDir, QuietFlag, fail, note, print_json, print_table, progress, size_dict
 from .plan import GroupOption, HeadOption, ScaleOption, SymmetricFlag, ZeroOption, print_kept, uniform_plan
 
 if TYPE_CHECKING:
@@ -40,11 +42,15 @@ def command(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has finished.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove what a killed run has finished.")] = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Pack MODEL into the new directory OUT, with one width (--bits) or under a plan (--plan)."""
     _check_usage(ctx, bits, plan)
+    if resume and restart:
+        raise typer.BadParameter("--resume goes on with what a killed run has finished, --restart removes it: give one")
     _check_calibration(quantizer, calibration, calibration_tokens, act_order, dry_run)
     if plan is not None:
         from ..plan import Plan
@@ -58,14 +64,28 @@ def command(
     from ..pack_model import pack
 
     text = None if calibration is None else _read_calibration(calibration, calibration_tokens, act_order)
-    with progress("packing", hidden=as_json or quiet) as report_progress:
-        report = pack(model, out, chosen, quantizer, text, overwrite=overwrite, progress=report_progress)
+    go_on = True if resume else False if restart else None
+    with progress("packing", hidden=as_json or quiet) as step, _notes_of_interrupts():
+        report = pack(model, out, chosen, quantizer, text, overwrite=overwrite, progress=step, resume=go_on)
     if as_json:
         print_json(report.to_dict())
         return
     _print_report(report)
+    if resume:
+        note(f"{report.resumed} of {report.parts} parts had been finished by an earlier run", quiet)
     for name, reason in report.left.items():
         note(f"not copied: {name} ({reason})", quiet)
+
+
+@contextmanager
+def _notes_of_interrupts() -> Iterator[None]:
+    """Say what was kept when the user interrupts, for which there is no other message."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        for text in getattr(stop, "__notes__", ()):
+            fail(text)
+        raise
 
 
 def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`mpq verify`: read a packed directory whole, values included; with --against, compare it with the dense model."""
+"""`mpq verify`: hash a packed directory and read it whole, values included; compare it with the dense model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def command(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Check names, dtypes, shapes, sizes and values of OUT; exit code 1 and one message at the first fault."""
+    """Check hashes, names, dtypes, shapes, sizes and values of OUT; exit code 1 and one message at the first fault."""
     from ..checkpoint import PackedCheckpoint
 
     checkpoint = PackedCheckpoint.open(out)
     size = checkpoint.size()
+    hashed = _hash(checkpoint, as_json or quiet)
     total = len(checkpoint.modules)
     with progress("checking", hidden=as_json or quiet) as report:
         for done, name in enumerate(checkpoint.verified(), start=1):
@@ -34,16 +35,43 @@ def command(
     layers = None if against is None else _compare(checkpoint, against, as_json or quiet)
     if as_json:
         counts = {"modules": total, "tensors": len(checkpoint.tensors), "files": len(checkpoint.files.files)}
-        print_json({"path": str(checkpoint.path), "ok": True, **counts, "file_bytes": size.files, "layers": layers})
+        about = {"path": str(checkpoint.path), "ok": True, "hashed": hashed}
+        print_json({**about, **counts, "file_bytes": size.files, "layers": layers})
         return
     if layers is not None:
-        rows = [[layer["name"], layer["bits"], layer["relative_error"]] for layer in layers]
-        print_table(f"||W - packed W|| / ||W|| against {against}", ["<module", "<bits", "error"], rows)
+        rows = [[layer["name"], layer["bits"], layer["relative_error"], layer["max_error"]] for layer in layers]
+        columns = ["<module", "<bits", "error", "max error"]
+        print_table(f"||W - packed W|| / ||W|| and max |W - packed W| against {against}", columns, rows)
     kept = "" if against is None else f", {len(checkpoint.kept_tensors())} kept tensors equal to {against}"
     print(
         f"{checkpoint.path}: good. {total} packed modules, {len(checkpoint.tensors)} tensors in "
         f"{len(checkpoint.files.files)} file(s), {size.files:,} bytes{kept}"
     )
+    if hashed is None:
+        print("not hashed: the directory has no mpq_manifest.json, which `mpq pack` writes")
+    else:
+        print(f"SHA-256 as in mpq_manifest.json: {', '.join(hashed)}")
+
+
+def _hash(checkpoint: PackedCheckpoint, hidden: bool) -> list[str] | None:
+    """Names of the files whose SHA-256 is that of the manifest, None without one. Raises CheckpointError."""
+    from ..manifest import read_manifest, verified_files
+    from ..shards import INDEX_FILE
+    from ..source import CONFIG_FILE
+
+    listed = read_manifest(checkpoint.path)
+    if listed is None:
+        return None
+    used = {file.name for file in checkpoint.files.files} | {CONFIG_FILE}
+    if len(checkpoint.files.files) > 1:
+        used.add(INDEX_FILE)
+    names = []
+    with progress("hashing", hidden) as report:
+        for name in verified_files(checkpoint.path, used):
+            names.append(name)
+            if report is not None:
+                report(len(names), len(listed), name)
+    return names
 
 
 def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[dict[str, Any]]:
@@ -60,10 +88,9 @@ def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[
 def _layer_errors(
     checkpoint: PackedCheckpoint, source: SourceCheckpoint, report: ProgressCall | None
 ) -> Iterator[dict[str, Any]]:
-    import torch
-
     from ..errors import CheckpointError
-    from ..reference import dequantize
+    from ..packing import unpack
+    from ..weight_error import weight_error
 
     specs = {spec.name: spec for spec in source.linears()}
     for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
@@ -78,12 +105,13 @@ def _layer_errors(
                     f"{layout.out_features} x {layout.in_features}; "
                     f"{checkpoint.path} was packed from another model"
                 )
-            wanted, part = source.weight(spec).float(), packed.rows(rows, end)
-            off = torch.linalg.vector_norm(wanted - dequantize(part), dtype=torch.float64)
-            norm = torch.linalg.vector_norm(wanted, dtype=torch.float64)
-            error = (off / norm).item() if norm > 0 else float(off > 0)
-            yield {"name": name, "packed": packed_name, "bits": widths(part.layout), "relative_error": error}
+            part = packed.rows(rows, end)
+            error = weight_error(source.weight(spec), unpack(part))
+            source.release(spec.tensor)
+            about = {"name": name, "packed": packed_name, "bits": widths(part.layout)}
+            yield about | {"relative_error": error.relative, "max_error": error.largest}
             rows = end
+        checkpoint.release(packed_name)
         if report is not None:
             report(done, len(checkpoint.modules), packed_name)
 
@@ -102,5 +130,7 @@ def _check_kept(checkpoint: PackedCheckpoint, source: SourceCheckpoint) -> None:
         kept, dense = checkpoint.read(name), source.read(stored)
         same = kept.dtype == dense.dtype and kept.shape == dense.shape
         # As bytes: NaN would differ from itself.
-        if not same or not torch.equal(kept.contiguous().view(torch.uint8), dense.contiguous().view(torch.uint8)):
+        if not same or not torch.equal(kept.reshape(-1).view(torch.uint8), dense.reshape(-1).view(torch.uint8)):
             raise CheckpointError(f"{checkpoint.tensors[name]}: kept, but not equal to {source.tensors[stored]}")
+        checkpoint.files.release(name)
+        source.release(stored)
