@@ -7,6 +7,7 @@
 namespace mpq::cpu {
 namespace {
 
+constexpr int64_t kPrefetchWords = 1024;
 constexpr int64_t kPrefetchGroups = 4;  // scales of later groups lie far apart: no hardware prefetcher sees them coming
 
 // Powers of two that bring the sums of a row half back when its codes were multiplied where they lay in the byte.
@@ -109,6 +110,16 @@ __attribute__((noinline)) void add_block(const Stripe& stripe, const DecodeBlock
   }
 }
 
+// Words of the blocks to come. The hardware follows a stream of words by itself, but not far enough ahead.
+template <int Bits>
+MPQ_INLINE void prefetch_words(const Stripe& stripe, const Block& block) {
+  for (int i = 0; i < kPlaneCount[Bits]; ++i) {
+    const int64_t chunk_words = 32 * kPlaneWidth[Bits][i];
+    const uint32_t* words = stripe.planes[i] + block.chunk * chunk_words + kPrefetchWords;
+    for (int64_t w = 0; w < block.chunks * chunk_words; w += 16) __builtin_prefetch(words + w);
+  }
+}
+
 // Scales and zeros of a group to come, 64 rows of one tile.
 inline void prefetch_group(const Segment& segment, DType scale_dtype, int64_t row_tile, int64_t group) {
   const int64_t row_tiles = ceil_div(segment.n1 - segment.n0, kTileN);
@@ -137,6 +148,7 @@ void decode_int8(const TileSource& source, const Int8Tokens& x, float* sums) {
       const int64_t later = block.columns.group + kPrefetchGroups;
       if (later < groups) prefetch_group(segment, source.scale_dtype, source.row_tile, later);
     }
+    prefetch_words<Bits>(stripe, block.columns);
     float scales[M], x_sums[M];
     for (int m = 0; m < M; ++m) {
       scales[m] = x.scales[m * x.blocks_stride + b];

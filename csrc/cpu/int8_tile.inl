@@ -77,16 +77,16 @@ void multiply_int8(const Int8Tile& block, float* sums) {
         for (int v = 0; v < kTileVectors; ++v) acc[m][v] = dot<Wide>(acc[m][v], w[v], x);
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      const int at = row + kLanes * v;
-      const F scale = load(block.params->scales + at);
-      const F zero = load(block.params->zeros + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < T; ++m) {
-        const F dots = fnma(zero, set1(block.x.sums[m * block.x.blocks_stride]), to_f(acc[m][v]));
-        const F both = mul(scale, set1(block.x.scales[m * block.x.blocks_stride]));
-        store(sums + 64 * m + at, fma(both, dots, load(sums + 64 * m + at)));
+    for (int m = 0; m < T; ++m) {
+      const F x_sum = set1(block.x.sums[m * block.x.blocks_stride]);
+      const F x_scale = set1(block.x.scales[m * block.x.blocks_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int at = row + kLanes * v;
+        const F dots = fnma(load(block.params->zeros + at), x_sum, to_f(acc[m][v]));
+        const F scale = mul(load(block.params->scales + at), x_scale);
+        store(sums + 64 * m + at, fma(scale, dots, load(sums + 64 * m + at)));
       }
     }
   }

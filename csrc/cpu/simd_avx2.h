@@ -155,7 +155,9 @@ MPQ_INLINE F to_f(I v) { return _mm256_cvtepi32_ps(v); }
 template <bool Wide>
 MPQ_INLINE I dot(I acc, I codes, I x) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(acc, codes, x);
+  // In assembly, because GCC 12 copies the accumulator of the intrinsic before and after.
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(codes), "xm"(x));
+  return acc;
 #else
   if constexpr (Wide) {
     const I even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),

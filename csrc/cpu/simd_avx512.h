@@ -165,7 +165,9 @@ MPQ_INLINE F to_f(I v) { return _mm512_cvtepi32_ps(v); }
 template <bool Wide>
 MPQ_INLINE I dot(I acc, I codes, I x) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(acc, codes, x);
+  // In assembly, because GCC 12 copies the accumulator of the intrinsic before and after.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "vm"(x));
+  return acc;
 #else
   if constexpr (Wide) {
     const I even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
