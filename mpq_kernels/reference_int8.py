@@ -38,9 +38,10 @@ def round_block(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     amax = x.abs().amax(-1, keepdim=True)
     finite = torch.isfinite(x).all(-1, keepdim=True)
     used = finite & (amax >= LEAST_AMAX)
-    inverse = torch.where(used, 127.0 / amax, 0.0)
+    most = torch.full_like(amax, 127.0)  # a tensor: torch divides a number by a tensor in two roundings
+    inverse = torch.where(used, most / amax, 0.0)
     codes = (torch.where(used, x, 0.0) * inverse).round().to(torch.int32)
-    scale = torch.where(used, amax / 127.0, torch.where(finite, 0.0, float("nan")))
+    scale = torch.where(used, amax / most, torch.where(finite, 0.0, float("nan")))
     return codes, scale
 
 

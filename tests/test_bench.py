@@ -23,7 +23,9 @@ from mpq_kernels.checkpoint import PackedCheckpoint
 from mpq_kernels.errors import MPQError
 
 GEMM = Path(__file__).parents[1] / "benchmarks" / "gemm.py"
-COLUMNS = ("model", "params", "device", "backend", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
+COLUMNS = (
+    "model", "params", "device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 namespace mpq::cpu {
 namespace {
 
-constexpr int64_t kFewBlocks = 16;    // work items worth having before tokens are split among them
+constexpr int64_t kFewBlocks = 16;        // work items worth having before tokens are split among them
 constexpr int kTokenBlock = 6;            // tokens whose sums one pass keeps in registers
 constexpr int kSet = kLanes / 4;          // (g, h) pairs that make a full vector of row positions
 constexpr int kPairs = kSet > 2 ? 2 : 1;  // row groups whose vectors are gathered together

@@ -82,8 +82,17 @@ Int8Job int8_job(const LinearArgs& args) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   char* at = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
   Place* places = reinterpret_cast<Place*>(at);
-  Int8Job job{&args, places, nullptr, nullptr, nullptr, place_blocks(args.weight, places),
-              args.M <= kDecodeTokens, 0, 0, count_row_blocks(args.weight), 1};
+  Int8Job job{&args,
+              places,
+              nullptr,
+              nullptr,
+              nullptr,
+              place_blocks(args.weight, places),
+              args.M <= kDecodeTokens,
+              0,
+              0,
+              count_row_blocks(args.weight),
+              1};
   const int64_t held = args.M < kTokenChunk ? args.M : kTokenChunk;
   at += ceil_div(args.weight.num_segments * sizeof(Place), kAlignment) * kAlignment;
   job.words = reinterpret_cast<uint32_t*>(at);

@@ -128,8 +128,7 @@ inline void prefetch_group(const Segment& segment, DType scale_dtype, int64_t ro
   for (int64_t i = 0; i < 64 * width; i += 64) __builtin_prefetch(bytes_at(segment.scales, first * width + i));
   if (!segment.zeros) return;
   const int64_t zero_width = segment.zero_kind == kZeroInt ? 1 : width;
-  for (int64_t i = 0; i < 64 * zero_width; i += 64)
-    __builtin_prefetch(bytes_at(segment.zeros, first * zero_width + i));
+  for (int64_t i = 0; i < 64 * zero_width; i += 64) __builtin_prefetch(bytes_at(segment.zeros, first * zero_width + i));
 }
 
 // sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens whose words are spread.

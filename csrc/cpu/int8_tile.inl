@@ -35,7 +35,7 @@ void unpack_chunk(const Stripe& stripe, int64_t chunk, uint32_t* tile) {
 template <int Bits>
 void unpack_block(const Stripe& stripe, const Block& block, uint32_t* tile) {
   constexpr void (*kChunks[4])(const Stripe&, int64_t, uint32_t*) = {unpack_chunk<Bits, 0>, unpack_chunk<Bits, 1>,
-                                                                    unpack_chunk<Bits, 2>, unpack_chunk<Bits, 3>};
+                                                                     unpack_chunk<Bits, 2>, unpack_chunk<Bits, 3>};
   for (int64_t i = 0; i < block.chunks; ++i) {
     kChunks[(block.chunk + i) % 4](stripe, block.chunk + i, tile + 256 * i);
   }

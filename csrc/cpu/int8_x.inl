@@ -8,8 +8,8 @@ namespace {
 
 using Bytes16 = int8_t __attribute__((vector_size(16)));
 
-constexpr float kLeastAmax = 0x1p-100f;    // a block below it counts as zero: 127 / amax would leave fp32
-constexpr float kRound = 12582912.0f;      // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+constexpr float kLeastAmax = 0x1p-100f;  // a block below it counts as zero: 127 / amax would leave fp32
+constexpr float kRound = 12582912.0f;    // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 constexpr uint32_t kRoundBits = 0x4b400000;
 constexpr uint32_t kInfinityBits = 0x7f800000;
 

@@ -5,7 +5,7 @@
 namespace mpq::cpu {
 namespace {
 
-constexpr int64_t kTileChunks = 8;        // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
+constexpr int64_t kTileChunks = 8;  // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
 
 // Scales and zeros that the 16 columns of a chunk use: entry[place] of params.
 struct ChunkParams {

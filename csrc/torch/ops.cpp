@@ -171,7 +171,6 @@ void check_status(int status) { STD_TORCH_CHECK(status == 0, cpu::error_text(sta
 struct Product {
   size_t (*workspace_bytes)(const cpu::LinearArgs& args);
   int (*run)(const cpu::LinearArgs& args, cpu::Isa isa, const cpu::Parallel& parallel);
-
 };
 
 // A tensor of so many bytes as the workspace of `args`.
