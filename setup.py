@@ -31,11 +31,18 @@ OPS, CUDA, HOST = "mpq_kernels._ops", "mpq_kernels._cuda", "mpq_kernels._host"
 # No path of the build machine may reach an error message or a binary.
 PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 # The instruction set of each CPU kernel file; the file is chosen at run time. The empty row builds everywhere.
 ISA_FLAGS = {
     "csrc/cpu/kernels_portable.cpp": "",
-    "csrc/cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
-    "csrc/cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "csrc/cpu/kernels_avx2.cpp": AVX2,
+    "csrc/cpu/kernels_avx512.cpp": AVX512,
+    "csrc/cpu/int8_portable.cpp": "",
+    "csrc/cpu/int8_avx2.cpp": AVX2,
+    "csrc/cpu/int8_avxvnni.cpp": f"{AVX2} -mavxvnni",
+    "csrc/cpu/int8_avx512.cpp": AVX512,
+    "csrc/cpu/int8_avx512vnni.cpp": f"{AVX512} -mavx512vnni",
 }
 CUDA_ARCHS = "80;89;90;100+PTX"
 # The instructions that kernels are written in: those of the newest of these that an architecture has. Each is compiled

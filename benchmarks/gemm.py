@@ -25,10 +25,12 @@ from benchmarks.peers import dense_calls, int4_calls, packed_layers
 from benchmarks.rows import CPU_HEADS, Row, cpu_line, facts, load_average, write_json
 from benchmarks.shapes import SHAPES, TOKENS, add_shape, make_layout, parts_of
 from benchmarks.timing import TOLERANCE, Call, copies_for, worst_error
+from mpq_kernels.backends import ACTIVATIONS
 from mpq_kernels.benchmark import read_bandwidth, time_calls
 from mpq_kernels.errors import MPQError
 from mpq_kernels.formats import KEPT_BITS
 from mpq_kernels.layout import WeightLayout
+from mpq_kernels.linear import MixedLinear
 
 # What is measured where the command line does not say: on the CPU, and on a GPU.
 DEFAULTS = {
@@ -50,10 +52,10 @@ DEFAULTS = {
 }
 
 
-def packed_calls(layout: WeightLayout, args: argparse.Namespace, copies: int) -> tuple[list[Call], torch.Tensor]:
+def packed_calls(layout: WeightLayout, args: argparse.Namespace, copies: int) -> tuple[list[MixedLinear], torch.Tensor]:
     """(a layer for each copy of the weight, W in fp32)."""
     layers = packed_layers(layout, args.device, args.dtype, args.backend, copies)
-    return list(layers), layers[0].dequantize()
+    return layers, layers[0].dequantize()
 
 
 def measure(row: Row, calls: list[Call], x: torch.Tensor, wanted: torch.Tensor, args: argparse.Namespace) -> Row:
@@ -98,8 +100,12 @@ def run_shape(shape: str, args: argparse.Namespace) -> Iterator[Row]:
         layout = make_layout(shape, width, args.group)
         if layout is not None:
             nbytes = layout.size().total_bytes
-            calls, wanted = packed_calls(layout, args, copies_for(nbytes, args.total_mb, 2))
-            yield from cells(f"packed {width}", args.dtype, nbytes, calls, wanted)
+            layers, wanted = packed_calls(layout, args, copies_for(nbytes, args.total_mb, 2))
+            for activations in args.activations:
+                for layer in layers:
+                    layer.set_activations(activations)
+                name = f"packed {width}" if activations == "exact" else f"packed {width} {activations}"
+                yield from cells(name, args.dtype, nbytes, list(layers), wanted)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,6 +118,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of packed's x")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--backend", help="backend of the packed layers; the first that serves without it")
+    parser.add_argument(
+        "--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")
     parser.add_argument("--seconds", type=float, help="time for each number; on CUDA for each of its two timings")
@@ -133,6 +142,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bits = [part for width in args.widths for part in width.split("|")]
     if not all(part.isdigit() and 1 <= int(part) <= 8 for part in bits):
         parser.error(f"--widths: 1 to 8, not {','.join(args.widths)} ({KEPT_BITS} bits are always measured)")
+    args.activations = args.activations.split(",")
+    if not set(args.activations) <= set(ACTIVATIONS):
+        parser.error(f"--activations {','.join(args.activations)}: of {', '.join(ACTIVATIONS)}")
+    if args.activations != ["exact"] and (args.device.type != "cpu" or args.dry_run):
+        parser.error("--activations int8 is measured on the CPU, the only device that has it")
     args.tokens = [int(part) for part in args.tokens.split(",")]
     args.dtype = getattr(torch, args.dtype)
     return args

@@ -62,7 +62,7 @@ class ModelFacts:
 
     params: weights of the model, packed or not, each once. packed: stored bits of the packed weights by purpose.
     kept_bytes: all other parameters. backend: of the packed layers, with the instruction set of the CPU's; "torch" for
-    a dense model.
+    a dense model. activations: of the packed layers, "exact" or "int8"; "exact" for a dense model.
     """
 
     params: int
@@ -70,6 +70,7 @@ class ModelFacts:
     kept_bytes: int
     device: str
     backend: str
+    activations: str
     threads: int
     dtype: str
     torch: str
@@ -82,12 +83,14 @@ class ModelFacts:
         packed = sum((layer.layout.size() for layer in layers), SizeBreakdown())
         kept = list(model.parameters())
         backends = dict.fromkeys(layer.backend for layer in layers)
+        activations = dict.fromkeys(layer.activations for layer in layers)
         return cls(
             params=sum(p.numel() for p in kept) + packed.weights,
             packed=packed,
             kept_bytes=sum(p.nbytes for p in kept),
             device=_device_name(model.device),
             backend=", ".join(_with_isa(name) for name in backends) or "torch",
+            activations=", ".join(activations) or "exact",
             threads=torch.get_num_threads(),
             dtype=str(model.dtype).removeprefix("torch."),
             torch=torch.__version__,

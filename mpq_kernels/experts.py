@@ -39,10 +39,11 @@ class GroupedLinear(MixedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> None:
         check_experts(layout, experts)
         self._grouped: Callable[..., torch.Tensor]
-        super().__init__(layout, bias, dtype, device, backend)
+        super().__init__(layout, bias, dtype, device, backend, activations)
         self.experts, self.rows = experts, layout.out_features // experts
 
     @classmethod
@@ -53,9 +54,10 @@ class GroupedLinear(MixedLinear):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> GroupedLinear:
         """Layer over existing packed tensors, without a copy. bias: [experts * N] or None."""
-        layer = cls(weight.layout, experts, bias is not None, dtype, "meta", backend)
+        layer = cls(weight.layout, experts, bias is not None, dtype, "meta", backend, activations)
         layer.assign(weight, bias)
         return layer
 
@@ -87,7 +89,8 @@ class GroupedLinear(MixedLinear):
 
     def _bind(self) -> None:
         super()._bind()
-        self._grouped = BACKENDS["cpu" if self._backend_name == "none" else self._backend_name].grouped
+        chosen = BACKENDS["cpu" if self._backend_name == "none" else self._backend_name]
+        self._grouped = chosen.products(self.activations)[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_grouped"}

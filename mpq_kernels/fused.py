@@ -69,9 +69,10 @@ class FusedLinear(MixedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> None:
         check_members(layout, members)
-        super().__init__(layout, bias, dtype, device, backend)
+        super().__init__(layout, bias, dtype, device, backend, activations)
         self.members = tuple(members)
         self._outputs: _Outputs | None = None
         self._member_rows = []
@@ -89,9 +90,10 @@ class FusedLinear(MixedLinear):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> FusedLinear:
         """Fused layer over existing packed tensors, without a copy. bias: [N] or None."""
-        layer = cls(weight.layout, members, bias is not None, dtype, "meta", backend)
+        layer = cls(weight.layout, members, bias is not None, dtype, "meta", backend, activations)
         layer.assign(weight, bias)
         return layer
 

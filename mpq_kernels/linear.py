@@ -25,7 +25,8 @@ class MixedLinear(nn.Module):
     """Linear layer over a packed weight. State: qweight, scales, zeros, perm (as the layout has them) and bias.
 
     layout: shape, segments and dtypes. dtype: what `weight.dtype` reports to code that inspects it, and the dtype of
-    the bias. backend: a name from backends.BACKENDS; None takes the first that serves the device.
+    the bias. backend: a name from backends.BACKENDS; None takes the first that serves the device. activations: "exact",
+    or "int8" for the faster product with rounded x, whose error reference_int8.error_bound bounds (CPU only).
     """
 
     qweight: torch.Tensor
@@ -41,6 +42,7 @@ class MixedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -54,7 +56,7 @@ class MixedLinear(nn.Module):
         empty = torch.zeros(self.out_features, dtype=self.dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
         self._segments = layout.segment_ints()
-        self.wanted_backend = backend
+        self.wanted_backend, self.activations = backend, activations
         self._bind()
 
     @classmethod
@@ -64,11 +66,11 @@ class MixedLinear(nn.Module):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        activations: str = "exact",
     ) -> MixedLinear:
         """Layer over existing packed tensors, without a copy. bias: [N] or None."""
-        layer = cls(
-            weight.layout, bias is not None, dtype or (bias.dtype if bias is not None else None), "meta", backend
-        )
+        dtype = dtype or (bias.dtype if bias is not None else None)
+        layer = cls(weight.layout, bias is not None, dtype, "meta", backend, activations)
         layer.assign(weight, bias)
         return layer
 
@@ -151,9 +153,9 @@ class MixedLinear(nn.Module):
             # Shapes and dtypes only: the operators' fakes serve, and the choice is made when the tensors arrive.
             chosen, self._backend_name = BACKENDS["cpu"], "none"
         else:
-            chosen = select(self.layout, device, self.wanted_backend)
+            chosen = select(self.layout, device, self.wanted_backend, self.activations)
             self._backend_name = chosen.name
-        self._linear, self._dequantize = chosen.linear, chosen.dequantize
+        self._linear, self._dequantize = chosen.products(self.activations)[0], chosen.dequantize
 
     def assign(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
         """Put packed tensors and a bias in place of the present ones, without a copy, and choose the backend again.
@@ -171,6 +173,13 @@ class MixedLinear(nn.Module):
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self._bind()
 
+    def set_activations(self, activations: str) -> None:
+        """Take "exact" or "int8" activations from now on. Raises UnsupportedError, and stays as it is, if it cannot."""
+        device = self.qweight.device.type
+        select(self.layout, "cpu" if device == "meta" else device, self.wanted_backend, activations)
+        self.activations = activations
+        self._bind()
+
     def rebind(self) -> None:
         """Choose the backend again after a loader has put tensors in place by itself."""
         self._bind()
@@ -180,7 +189,8 @@ class MixedLinear(nn.Module):
         before = dict(self._buffers)
         target = fn(torch.zeros(0, dtype=self.dtype, device=self.qweight.device))
         if target.device.type != "meta":
-            select(self.layout, target.device.type, self.wanted_backend)  # refuse before anything has moved
+            # Refuse before anything has moved.
+            select(self.layout, target.device.type, self.wanted_backend, self.activations)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = self._buffers[name]
@@ -218,7 +228,7 @@ class MixedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, group_size={groups}, "
             f"zero={zero}, bpw={self.layout.size().bits_per_weight:.3f}, bias={self.bias is not None}, "
-            f"backend={self.backend}"
+            f"backend={self.backend}" + ("" if self.activations == "exact" else f", activations={self.activations}")
         )
 
 

@@ -18,20 +18,23 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    activations: str = "exact",
 ) -> Any:
     """The causal language model of a packed directory, in evaluation mode, on `device`.
 
     dtype: of everything that is not packed; None is the checkpoint's own. backend: a name from backends.BACKENDS; None
-    takes the first that serves the device. Files are mapped; on the CPU packed tensors are used where they lie.
+    takes the first that serves the device. activations: "exact", or "int8" for the fast mode of the CPU, which rounds
+    the inputs of packed layers for each token and group. Files are mapped; on the CPU packed tensors are used where
+    they lie.
 
     Raises CheckpointError for anything missing, misshapen, unexpected or of an unknown version, UnsupportedError when
-    no backend serves the device.
+    no backend serves the device with such activations.
     """
     from transformers import AutoModelForCausalLM
 
     checkpoint = PackedCheckpoint.open(path)
     for module in checkpoint.modules.values():
-        select(module.layout, torch.device(device).type, backend)
+        select(module.layout, torch.device(device).type, backend, activations)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype or "auto",
@@ -48,5 +51,5 @@ def load(
             + "; ".join(f"{key}: {', '.join(value[:5])}" for key, value in problems.items())
         )
     for _, layer in hf.packed_modules(model):
-        layer.wanted_backend = backend
+        layer.wanted_backend, layer.activations = backend, activations
     return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Loads the operators `mpq::linear`, `grouped_linear` and `dequantize`, and says what they return without running them.
+"""Loads the operators of csrc/torch/ops.cpp and says what they return without running them.
 
 Schemas and CPU kernels are registered by csrc/torch/ops.cpp; the fakes, which torch.compile and torch.export trace
 with, stand here once for every device.
@@ -38,6 +38,7 @@ def _load_library() -> None:
 _load_library()
 
 
+@torch.library.register_fake("mpq::linear_int8")
 @torch.library.register_fake("mpq::linear")
 def _linear_fake(
     x: torch.Tensor,
@@ -55,6 +56,7 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@torch.library.register_fake("mpq::grouped_linear_int8")
 @torch.library.register_fake("mpq::grouped_linear")
 def _grouped_linear_fake(
     x: torch.Tensor,

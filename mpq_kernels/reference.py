@@ -68,22 +68,27 @@ def error_bound(
     additions, the product, the zero, the scale, the bias.
     """
     quantized = unpack(weight) if isinstance(weight, PackedWeight) else weight
-    magnitudes = tuple((n0, k0, _magnitude_block(block)) for n0, k0, block in quantized.blocks)
-    layout = quantized.layout
-    total = torch.empty(layout.out_features, layout.in_features, dtype=torch.float64)
-    for n0, k0, block in magnitudes:
-        total[n0 : n0 + block.shape[0], k0 : k0 + block.shape[1]] = block
-    if quantized.perm is not None:
-        total[:, quantized.perm.long()] = total.clone()
-    terms = torch.nn.functional.linear(x.double().abs(), total)
+    terms = torch.nn.functional.linear(x.double().abs(), magnitudes(quantized))
     if bias is not None:
         terms = terms + bias.double().abs()
-    roundings = (layout.in_features + 6) * 2.0**-24
+    roundings = (quantized.layout.in_features + 6) * 2.0**-24
     accumulated = terms * roundings / (1 - roundings)
     y = linear(x, weight, bias)
     info = torch.finfo(x.dtype)
     # Rounding to nearest: half a unit in the last place of the result, or half the smallest subnormal.
     return accumulated + (y.abs() + accumulated) * info.eps / 2 + info.smallest_normal * info.eps / 2
+
+
+def magnitudes(quantized: QuantizedWeight) -> torch.Tensor:
+    """|scale| (code + |zero|) of every weight, fp64 [N, K] in the original column order."""
+    layout = quantized.layout
+    total = torch.empty(layout.out_features, layout.in_features, dtype=torch.float64)
+    for n0, k0, block in quantized.blocks:
+        n, k = block.codes.shape
+        total[n0 : n0 + n, k0 : k0 + k] = _magnitude_block(block)
+    if quantized.perm is not None:
+        total[:, quantized.perm.long()] = total.clone()
+    return total
 
 
 def _magnitude_block(block: QuantizedBlock) -> torch.Tensor:

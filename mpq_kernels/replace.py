@@ -35,10 +35,12 @@ def replace_linears(
     quantizer: str = "hqq",
     backend: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    activations: str = "exact",
 ) -> ReplaceReport:
     """Quantize, pack and replace the linear layers and experts of a model in memory, in place, as the plan says.
 
-    progress: called with (done, total, name) after each packed weight. Raises PlanError when the plan does not fit the
+    progress: called with (done, total, name) after each packed weight. activations: "exact" or "int8", as MixedLinear.
+    Raises PlanError when the plan does not fit the
     model, QuantizeError for weights with NaN or Inf and for a quantizer that needs calibration; the model is unchanged
     by an error in the plan.
     """
@@ -48,7 +50,7 @@ def replace_linears(
     report = ReplaceReport(left=dict(resolved.kept))
     blocks: dict[str, dict[str, GroupedLinear]] = {}
     for done, weight in enumerate(resolved.weights, start=1):
-        layer = quantize_modules(model, weight, quantizer, backend)
+        layer = quantize_modules(model, weight, quantizer, backend, activations)
         if isinstance(layer, GroupedLinear) and weight.experts is not None:
             names = [member.spec.name for member in weight.members]
             parts = blocks.setdefault(weight.experts.module, {})
@@ -98,11 +100,15 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
 
 
 def quantize_modules(
-    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
+    model: nn.Module,
+    weight: ResolvedWeight,
+    quantizer: str,
+    backend: str | None = None,
+    activations: str = "exact",
 ) -> MixedLinear:
     """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
     if weight.experts is not None:
-        return _quantize_experts(model, weight, quantizer, backend)
+        return _quantize_experts(model, weight, quantizer, backend, activations)
     linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
@@ -113,12 +119,12 @@ def quantize_modules(
     packed = pack(QuantizedWeight.stack(quantized)).to(device)
     bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
     if not weight.fused:
-        return MixedLinear.from_packed(packed, bias, dtype, backend)
-    return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend)
+        return MixedLinear.from_packed(packed, bias, dtype, backend, activations)
+    return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend, activations)
 
 
 def _quantize_experts(
-    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None = None
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None, activations: str
 ) -> GroupedLinear:
     """Packed layer over one linear of all experts of a module."""
     quantized, biases = [], []
@@ -132,7 +138,7 @@ def _quantize_experts(
     packed = pack(QuantizedWeight.stack(quantized)).to(held.device)
     bias = torch.cat(biases) if biases else None
     count = weight.experts.count if weight.experts is not None else 0
-    return GroupedLinear.from_stacked(packed, count, bias, held.dtype, backend)
+    return GroupedLinear.from_stacked(packed, count, bias, held.dtype, backend, activations)
 
 
 def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:

@@ -67,13 +67,14 @@ def synthetic_model(
     backend: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
+    activations: str = "exact",
 ) -> Any:
     """The causal language model of a config.json with random weights, packed under `plan`, in evaluation mode.
 
     path: a directory or its config.json; no other file of it is read. plan: None for the config.json of a packed
     model, which says itself what is packed. dtype: of all that is not packed; None is the config's, bf16 when it names
-    none. progress(done, total, name) is called after each packed weight. The same arguments give the same weights on
-    the same type of device.
+    none. activations: "exact" or "int8", as MixedLinear. progress(done, total, name) is called after each packed
+    weight. The same arguments give the same weights on the same type of device.
 
     Raises PlanError when the plan does not fit, CheckpointError for a bad config, UnsupportedError when no backend
     serves the device or the model is larger than the free memory; all before weights are allocated.
@@ -82,17 +83,19 @@ def synthetic_model(
     config = read_json_object(directory / CONFIG_FILE)
     model: Any = build_meta_model(directory)
     packing = _packing(directory / CONFIG_FILE, config, model, plan)
-    if backend is not None and not packing.modules:
-        raise UnsupportedError(f"{directory}: nothing is packed under this plan, so there is no use for a backend")
+    if (backend is not None or activations != "exact") and not packing.modules:
+        raise UnsupportedError(
+            f"{directory}: nothing is packed under this plan, so there is no use for a backend or int8 activations"
+        )
     for module in packing.modules.values():
-        select(module.layout, device.type, backend)
+        select(module.layout, device.type, backend, activations)
     dtype = dtype or config_dtype(config)
     install(model, packing, dtype)
     _check_memory(model, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     layers = packed_modules(model)
     for done, (name, layer) in enumerate(layers, start=1):
-        layer.wanted_backend = backend
+        layer.wanted_backend, layer.activations = backend, activations
         bias = None if layer.bias is None else torch.zeros(layer.out_features, dtype=dtype, device=device)
         layer.assign(random_weight(layer.layout, device, generator), bias)
         if progress is not None:

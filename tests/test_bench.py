@@ -17,13 +17,16 @@ from cli_cases import Runner
 from models import tiny_model
 
 import mpq_kernels as mpq
+from benchmarks import generation
 from mpq_kernels import benchmark
 from mpq_kernels.benchmark import Measurement, ModelFacts, measure, synthetic_tokens, time_calls
 from mpq_kernels.checkpoint import PackedCheckpoint
 from mpq_kernels.errors import MPQError
 
 GEMM = Path(__file__).parents[1] / "benchmarks" / "gemm.py"
-COLUMNS = ("model", "params", "device", "backend", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
+COLUMNS = (
+    "model", "params", "device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,35 @@ def test_bench_of_stored_and_synthetic_weights_has_the_same_sizes(run):
             assert result["deviation"] == pytest.approx(statistics.stdev(rates))
 
 
+def test_bench_with_int8_activations(run):
+    small = ["-p", "4", "-n", "2", "-r", "1", "-o", "json", "--quiet", "--activations", "int8"]
+    stored, bare = run("bench", "packed", *small).json(), run("bench", "bare", "--plan", "plan.json", *small).json()
+    assert stored["activations"] == bare["activations"] == "int8" and stored["backend"].startswith("cpu")
+    assert run("bench", "packed", "-p", "4", "-n", "0", "-r", "1", "-o", "json").json()["activations"] == "exact"
+
+
+def test_a_loaded_model_with_int8_activations(space):
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        exact, rounded = (
+            mpq.load(space / "packed")(ids).logits,
+            mpq.load(space / "packed", activations="int8")(ids).logits,
+        )
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_generation_measures_and_writes(space, tmp_path, capsys):
+    words = ["--config", str(space / "bare"), "--widths", "16,3", "--prompt", "4", "--generate", "2", "--group", "4"]
+    assert generation.main([*words, "--repetitions", "2", "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(row["bits"], row["activations"]) for row in rows] == [(16, "exact"), (3, "exact"), (3, "int8")]
+    assert all(len(row[test]["seconds"]) == 2 for row in rows for test in ("pp4", "tg2"))
+    for row in rows[1:]:
+        assert 0 < row["ms_without_products"]["tg2"] and row["packed_bytes"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
 def test_bench_of_a_dense_model_and_of_a_synthetic_dense_one(run):
     small = ["-p", "4", "-n", "0", "-r", "1", "-o", "json"]
     stored, bare = run("bench", "dense", *small), run("bench", "bare", "--bits", 16, *small)
@@ -225,6 +257,10 @@ def test_wrong_usage_is_2(run, words):
         (["packed", "--dtype", "int8"], "dtype='int8'"),
         (["packed", "--backend", "nonsense"], "no backend"),
         (["dense", "--backend", "cpu"], "needs no backend"),
+        (["dense", "--activations", "int8"], "is for packed ones"),
+        (["bare", "--bits", 16, "--activations", "int8"], "nothing is packed"),
+        (["packed", "--activations", "int4"], "activations='int4'"),
+        (["packed", "--activations", "int8", "--backend", "reference"], "reference: has no kernels for int8"),
     ],
 )
 def test_refusals_are_one_message(run, words, match):
@@ -238,12 +274,16 @@ def test_refusals_are_one_message(run, words, match):
 def test_gemm_measures_and_writes(gemm, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(gemm.SHAPES, "fused", ((64, 32, 32), 128))
     words = ["--shapes", "128x256,fused", "--widths", "3,4|3|8", "--tokens", "1,4", "--seconds", "0.01"]
+    words += ["--activations", "int8,exact"]
     assert gemm.main([*words, "--total-mb", "0.2", "--json", str(tmp_path / "out" / "gemm.json")]) == 0
     data = json.loads((tmp_path / "out" / "gemm.json").read_text())
     layers = [(row["shape"], row["layer"], row["tokens"]) for row in data["results"]]
     dense = ["bf16", "fp32", "torch int4"]
-    wanted = [("128x256", layer, m) for layer in [*dense, "packed 3"] for m in (1, 4)]
-    wanted += [("fused", layer, m) for layer in [*dense, "packed 3", "packed 4|3|8"] for m in (1, 4)]
+    narrow, mixed = ["packed 3 int8", "packed 3"], ["packed 4|3|8 int8", "packed 4|3|8"]
+    wanted = [("128x256", layer, m) for layer in [*dense, *narrow] for m in (1, 4)]
+    wanted += [("fused", layer, m) for layer in [*dense, *narrow, *mixed] for m in (1, 4)]
+    errors = {(row["shape"], row["layer"], row["tokens"]): row["error"] for row in data["results"]}
+    assert all(errors["fused", name, 4] > errors["fused", name[:-5], 4] for name in (narrow[0], mixed[0]))
     assert layers == wanted
     for row in data["results"]:
         assert row["weight_bytes"] * row["copies"] > 200_000 and row["calls"] >= 10
@@ -260,8 +300,10 @@ def test_gemm_gives_no_number_for_a_wrong_result(gemm, tmp_path, capsys, monkeyp
     right = gemm.packed_calls
 
     def wrong(layout, args, copies):
-        calls, wanted = right(layout, args, copies)
-        return [*calls[:-1], lambda x: calls[-1](x) * 1.1], wanted
+        layers, wanted = right(layout, args, copies)
+        forward = layers[-1].forward
+        layers[-1].forward = lambda x: forward(x) * 1.1
+        return layers, wanted
 
     monkeypatch.setattr(gemm, "packed_calls", wrong)
     words = ["--shapes", "64x64", "--widths", "4", "--tokens", "2", "--seconds", "0.01", "--total-mb", "0.05"]
@@ -271,7 +313,10 @@ def test_gemm_gives_no_number_for_a_wrong_result(gemm, tmp_path, capsys, monkeyp
     assert "not timed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--shapes", "nonsense"], ["--widths", "9"], ["--group", "48"], ["--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--shapes", "nonsense"], ["--widths", "9"], ["--group", "48"], ["--dtype", "int8"], ["--activations", "int4"]],
+)
 def test_gemm_refuses_wrong_words(gemm, words, capsys):
     with pytest.raises(SystemExit) as stop:
         gemm.main(words)

@@ -245,6 +245,17 @@ def test_generate_is_greedy_generate(run):
     assert run(*words, "--quiet").err == ""
 
 
+def test_int8_activations_are_those_of_load(run):
+    words = ["generate", "mixed", "--prompt", "The old man", "--max-new-tokens", 7, "--json", "--activations", "int8"]
+    inputs = AutoTokenizer.from_pretrained("mixed")("The old man", return_tensors="pt")
+    model = mpq.load("mixed", activations="int8")
+    ids = model.generate(**inputs, max_new_tokens=7, do_sample=False, pad_token_id=0)[0]
+    assert run(*words).json()["token_ids"] == ids[inputs["input_ids"].shape[1] :].tolist()
+    words = ["ppl", "packed", "--text", "text.txt", "--max-tokens", "600", "--window", "64", "--json"]
+    exact, rounded = run(*words).json()["ppl"], run(*words, "--activations", "int8").json()["ppl"]
+    assert exact != rounded and abs(exact - rounded) < 0.05 * exact
+
+
 def test_generate_samples_by_seed(run):
     words = ["generate", "dense", "--prompt", "The", "--max-new-tokens", 8, "--temperature", 1, "--json"]
     first, again, other = (run(*words, "--seed", seed).json()["token_ids"] for seed in (1, 1, 2))

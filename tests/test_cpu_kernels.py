@@ -16,9 +16,15 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O1", "-g0", "-ffp-contract=off"]
 if os.environ.get("MPQ_TEST_SANITIZE"):
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 ISA_FLAGS = {
-    "kernels_avx2": "-mavx2 -mfma -mf16c",
-    "kernels_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "kernels_avx2": AVX2,
+    "kernels_avx512": AVX512,
+    "int8_avx2": AVX2,
+    "int8_avxvnni": f"{AVX2} -mavxvnni",
+    "int8_avx512": AVX512,
+    "int8_avx512vnni": f"{AVX512} -mavx512vnni",
 }
 
 

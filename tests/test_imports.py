@@ -17,7 +17,7 @@ LAYERS = (
     ("layout",),
     ("weights",),
     ("linearspec",),
-    ("packing", "reference", "safetensors_io", "shards", "schema", "mixture", "modelmap", "source"),
+    ("packing", "reference", "reference_int8", "safetensors_io", "shards", "schema", "mixture", "modelmap", "source"),
     ("plan", "resolve"),
     ("quantize",),
     ("checkpoint", "outdir", "manifest", "journal", "unfinished", "report", "weight_error", "blockwalk", "calibrate"),

@@ -20,6 +20,12 @@ MPQ_INLINE void for_each_of_4(Body body) {
   body(Index<3>{});
 }
 
+// Column, inside its chunk, of place 4 * j + q.
+MPQ_INLINE int column_of(int place) {
+  const int j = place >> 2;
+  return 8 * (j & 1) + 2 * (place & 3) + (j >> 1);
+}
+
 // The supertiles of one row tile of a segment: per plane, [col_tiles, 128 * width] words.
 struct Stripe {
   const uint32_t* planes[3];
@@ -46,42 +52,52 @@ MPQ_INLINE I load_plane(const Stripe& stripe, int64_t chunk, int g, int part) {
   if constexpr (width == 1) return load_plane1<C>(words, part);
 }
 
+// Bit of a byte where the widest plane has the codes of row half H.
+template <int Bits, int H>
+constexpr int natural_start() {
+  constexpr int natural[9] = {0, 1, 2, 1, 4, 3, 2, 1, 0};
+  return natural[Bits] * H;
+}
+
 // Bit of a byte where a merged code of row half H starts. Dirty decoders may leave it where the widest plane has it.
 template <int Bits, int H>
 constexpr int field_start() {
-  constexpr int natural[9] = {0, 1, 2, 1, 4, 3, 2, 1, 0};
-  return decodes_dirty(Bits) ? natural[Bits] * H : 0;
+  return decodes_dirty(Bits) ? natural_start<Bits, H>() : 0;
 }
 
-// Plane P of the loaded words, moved so that its field is where the merged code has it; the rest is garbage.
-template <int Bits, int H, int P>
+// Bits of a code below those of plane P.
+template <int Bits, int P>
+constexpr int bits_below() {
+  return (P < 1 ? kPlaneWidth[Bits][1] : 0) + (P < 2 ? kPlaneWidth[Bits][2] : 0);
+}
+
+// Plane P of the loaded words, moved so that the merged code starts at bit Start of a byte; the rest is garbage.
+template <int Bits, int H, int P, int Start>
 MPQ_INLINE I place_plane(I words) {
-  constexpr int below = (P < 1 ? kPlaneWidth[Bits][1] : 0) + (P < 2 ? kPlaneWidth[Bits][2] : 0);
-  return shift<field_start<Bits, H>() + below - kPlaneWidth[Bits][P] * H>(words);
+  return shift<Start + bits_below<Bits, P>() - kPlaneWidth[Bits][P] * H>(words);
 }
 
-template <int Bits, int H, int P>
+template <int Bits, int P, int Start>
 constexpr uint32_t plane_mask() {
-  constexpr int below = (P < 1 ? kPlaneWidth[Bits][1] : 0) + (P < 2 ? kPlaneWidth[Bits][2] : 0);
-  return 0x01010101u * (((1u << kPlaneWidth[Bits][P]) - 1) << (field_start<Bits, H>() + below));
+  return 0x01010101u * (((1u << kPlaneWidth[Bits][P]) - 1) << (Start + bits_below<Bits, P>()));
 }
 
 // Lays plane P over what the lower planes have put together.
-template <int Bits, int H, int P>
+template <int Bits, int H, int P, int Start, bool Clean>
 MPQ_INLINE I overlay(I low, I words) {
-  const I field = place_plane<Bits, H, P>(words);
-  if constexpr (decodes_dirty(Bits)) return select(low, field, plane_mask<Bits, H, P>());
-  return insert(low, field, plane_mask<Bits, H, P>());
+  const I field = place_plane<Bits, H, P, Start>(words);
+  if constexpr (Clean) return insert(low, field, plane_mask<Bits, P, Start>());
+  return select(low, field, plane_mask<Bits, P, Start>());
 }
 
-// Words whose bytes hold the codes of row half H at bit field_start<Bits, H>().
-template <int Bits, int H>
+// Words whose bytes hold the codes of row half H at bit Start, with nothing around them if Clean.
+template <int Bits, int H, int Start, bool Clean>
 MPQ_INLINE I merge(const I (&words)[3]) {
   constexpr int last = kPlaneCount[Bits] - 1;
-  I out = place_plane<Bits, H, last>(words[last]);
-  if constexpr (!decodes_dirty(Bits)) out = keep(out, plane_mask<Bits, H, last>());
-  if constexpr (last > 1) out = overlay<Bits, H, 1>(out, words[1]);
-  if constexpr (last > 0) out = overlay<Bits, H, 0>(out, words[0]);
+  I out = place_plane<Bits, H, last, Start>(words[last]);
+  if constexpr (Clean) out = keep(out, plane_mask<Bits, last, Start>());
+  if constexpr (last > 1) out = overlay<Bits, H, 1, Start, Clean>(out, words[1]);
+  if constexpr (last > 0) out = overlay<Bits, H, 0, Start, Clean>(out, words[0]);
   return out;
 }
 
@@ -91,15 +107,30 @@ constexpr bool chunks_have_words() {
   return kPlaneWidth[Bits][kPlaneCount[Bits] - 1] == 4;
 }
 
+// The words of every plane of one chunk, the C-th of its supertile.
+template <int Bits, int C>
+MPQ_INLINE void load_planes(const Stripe& stripe, int64_t chunk, int g, int part, I (&words)[3]) {
+  words[0] = load_plane<Bits, 0, C>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 1) words[1] = load_plane<Bits, 1, C>(stripe, chunk, g, part);
+  if constexpr (kPlaneCount[Bits] > 2) words[2] = load_plane<Bits, 2, C>(stripe, chunk, g, part);
+}
+
 // out[h] = merged words of the rows 16 t + 8 h + g of one chunk, the C-th of its supertile.
 template <int Bits, int C>
 MPQ_INLINE void load_codes(const Stripe& stripe, int64_t chunk, int g, int part, I (&out)[2]) {
   I words[3] = {};
-  words[0] = load_plane<Bits, 0, C>(stripe, chunk, g, part);
-  if constexpr (kPlaneCount[Bits] > 1) words[1] = load_plane<Bits, 1, C>(stripe, chunk, g, part);
-  if constexpr (kPlaneCount[Bits] > 2) words[2] = load_plane<Bits, 2, C>(stripe, chunk, g, part);
-  out[0] = merge<Bits, 0>(words);
-  out[1] = merge<Bits, 1>(words);
+  load_planes<Bits, C>(stripe, chunk, g, part, words);
+  out[0] = merge<Bits, 0, field_start<Bits, 0>(), !decodes_dirty(Bits)>(words);
+  out[1] = merge<Bits, 1, field_start<Bits, 1>(), !decodes_dirty(Bits)>(words);
+}
+
+// The same with nothing but the code in each byte: at its natural bits if Natural, else at bit 0.
+template <int Bits, int C, bool Natural>
+MPQ_INLINE void load_clean_codes(const Stripe& stripe, int64_t chunk, int g, int part, I (&out)[2]) {
+  I words[3] = {};
+  load_planes<Bits, C>(stripe, chunk, g, part, words);
+  out[0] = merge<Bits, 0, 0, true>(words);
+  out[1] = merge<Bits, 1, Natural ? natural_start<Bits, 1>() : 0, true>(words);
 }
 
 // The codes of byte J, as floats.

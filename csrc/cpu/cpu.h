@@ -11,7 +11,8 @@
 namespace mpq::cpu {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// The last two differ from those that they extend in linear_int8 only.
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvxVnni = 3, kAvx512Vnni = 4 };
 
 enum Error : int {
   kOk = 0,
@@ -68,6 +69,14 @@ size_t linear_workspace_bytes(const LinearArgs& args);
 
 // fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. Returns kOk or an Error.
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
+
+// Bytes of workspace that linear_int8() needs.
+size_t linear_int8_workspace_bytes(const LinearArgs& args);
+
+// As linear(), with x rounded to int8 for each token and each block of columns (int8_plan.h, int8_x.inl). The sums of
+// products of a block are exact integers; blocks are added up in fp32, in order, so a row of y depends neither on M nor
+// on the threads. A token with NaN or Inf in x gets NaN in all of y.
+int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
 // out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to
 // nearest even. Returns kOk or an Error.

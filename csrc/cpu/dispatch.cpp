@@ -1,6 +1,11 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
+#include "cpu/int8_plan.h"
 #include "cpu/kernels.h"
 #include "generated/layout.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace mpq::cpu {
 namespace {
@@ -41,11 +46,41 @@ int check_weight(const Weight& w) {
 
 Kernels kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512_kernels();
-  if (isa == Isa::kAvx2) return avx2_kernels();
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni) return avx512_kernels();
+  if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) return avx2_kernels();
 #endif
   (void)isa;
   return portable_kernels();
+}
+
+LinearInt8 int8_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512Vnni) return avx512vnni_int8();
+  if (isa == Isa::kAvx512) return avx512_int8();
+  if (isa == Isa::kAvxVnni) return avxvnni_int8();
+  if (isa == Isa::kAvx2) return avx2_int8();
+#endif
+  (void)isa;
+  return portable_int8();
+}
+
+#if defined(__x86_64__)
+// Not every compiler that is supported knows a name for it.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+// kOk where there is nothing wrong with a call, M = 0 included; `needed` bytes of workspace are asked for.
+int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
+  if (!supported(isa)) return kErrorIsa;
+  if (const int error = check_weight(args.weight)) return error;
+  if (args.M < 0) return kErrorShape;
+  if (args.M == 0) return kOk;
+  if (!known(args.x_dtype) || (args.bias && !known(args.bias_dtype))) return kErrorDType;
+  if (!args.x || !args.y || !args.workspace) return kErrorNull;
+  return args.workspace_bytes < needed ? kErrorWorkspace : kOk;
 }
 
 }  // namespace
@@ -57,15 +92,24 @@ size_t linear_workspace_bytes(const LinearArgs& args) {
 }
 
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel) {
-  if (!supported(isa)) return kErrorIsa;
-  if (const int error = check_weight(args.weight)) return error;
-  if (args.M < 0) return kErrorShape;
-  if (args.M == 0) return kOk;
-  if (!known(args.x_dtype) || (args.bias && !known(args.bias_dtype))) return kErrorDType;
-  if (!args.x || !args.y || !args.workspace) return kErrorNull;
-  if (args.workspace_bytes < linear_workspace_bytes(args)) return kErrorWorkspace;
-  kernels_of(isa).linear(args, parallel);
-  return kOk;
+  const int error = check_linear(args, isa, linear_workspace_bytes(args));
+  if (error == kOk && args.M) kernels_of(isa).linear(args, parallel);
+  return error;
+}
+
+size_t linear_int8_workspace_bytes(const LinearArgs& args) {
+  if (args.M < 1 || check_weight(args.weight)) return 0;
+  const int64_t tokens = args.M < kTokenChunk ? args.M : kTokenChunk;
+  const Place stored = place_blocks(args.weight, nullptr);
+  const int64_t words = stored.chunk * (args.M <= kDecodeTokens ? kSpreadWords : kTokenWords);
+  const int64_t places = args.weight.num_segments * static_cast<int64_t>(sizeof(Place)) + kAlignment;
+  return static_cast<size_t>(places + tokens * 4 * (words + 2 * stored.block) + kAlignment);
+}
+
+int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel) {
+  const int error = check_linear(args, isa, linear_int8_workspace_bytes(args));
+  if (error == kOk && args.M) int8_of(isa)(args, parallel);
+  return error;
 }
 
 int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const Parallel& parallel) {
@@ -107,6 +151,10 @@ bool supported(Isa isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::kAvxVnni:
+      return supported(Isa::kAvx2) && has_avx_vnni();
+    case Isa::kAvx512Vnni:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -117,8 +165,11 @@ bool supported(Isa isa) {
 }
 
 Isa best_isa() {
-  if (supported(Isa::kAvx512)) return Isa::kAvx512;
-  return supported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kPortable;
+  constexpr Isa kBestFirst[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2};
+  for (Isa isa : kBestFirst) {
+    if (supported(isa)) return isa;
+  }
+  return Isa::kPortable;
 }
 
 const char* isa_name(Isa isa) {
@@ -129,6 +180,10 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvxVnni:
+      return "avxvnni";
+    case Isa::kAvx512Vnni:
+      return "avx512vnni";
   }
   return "unknown";
 }

@@ -8,6 +8,7 @@
 namespace mpq::cpu {
 
 constexpr int64_t kTokenChunk = 192;  // tokens whose x is held in the workspace at a time
+constexpr int64_t kDecodeTokens = 4;  // up to here codes are multiplied directly
 constexpr int64_t kAlignment = 64;    // bytes; the workspace is aligned up to it
 
 struct Kernels {
@@ -22,5 +23,13 @@ static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
+
+using LinearInt8 = void (*)(const LinearArgs& args, const Parallel& parallel);
+
+LinearInt8 portable_int8();
+LinearInt8 avx2_int8();
+LinearInt8 avxvnni_int8();
+LinearInt8 avx512_int8();
+LinearInt8 avx512vnni_int8();
 
 }  // namespace mpq::cpu

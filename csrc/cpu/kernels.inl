@@ -4,67 +4,13 @@
 // clang-format off: each file uses the names of those before it.
 #include "cpu/codes.inl"
 #include "cpu/convert.inl"
+#include "cpu/blocks.inl"
 #include "cpu/decode.inl"
 #include "cpu/tile.inl"
 // clang-format on
 
 namespace mpq::cpu {
 namespace {
-
-constexpr int64_t kDecodeTokens = 4;  // up to here codes are multiplied directly
-constexpr int64_t kFewBlocks = 16;    // work items worth having before tokens are split among them
-
-// 64 rows (fewer at the end) of one row band.
-struct RowBlock {
-  const Segment* segments;
-  int count;
-  int64_t row_tile;
-  int64_t row;   // first row in [0, N)
-  int64_t rows;  // 1..64
-};
-
-// Segments of the row band that starts at `first`.
-inline int band_size(const Weight& weight, int first) {
-  int next = first + 1;
-  while (next < weight.num_segments && weight.segments[next].n0 == weight.segments[first].n0) ++next;
-  return next - first;
-}
-
-inline int64_t count_row_blocks(const Weight& weight) {
-  int64_t blocks = 0;
-  for (int i = 0; i < weight.num_segments; i += band_size(weight, i)) {
-    blocks += ceil_div(weight.segments[i].n1 - weight.segments[i].n0, kTileN);
-  }
-  return blocks;
-}
-
-inline RowBlock row_block(const Weight& weight, int64_t index) {
-  int first = 0;
-  for (;;) {
-    const Segment& s = weight.segments[first];
-    const int64_t tiles = ceil_div(s.n1 - s.n0, kTileN);
-    if (index < tiles) {
-      const int64_t row = s.n0 + index * kTileN;
-      const int64_t left = s.n1 - row;
-      return {&s, band_size(weight, first), index, row, left < kTileN ? left : kTileN};
-    }
-    index -= tiles;
-    first += band_size(weight, first);
-  }
-}
-
-inline void run(const Parallel& parallel, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
-  if (parallel.run) {
-    parallel.run(parallel.pool, n, task, ctx);
-  } else {
-    task(ctx, 0, n);
-  }
-}
-
-// rows[n] of a supertile from positions[8 g + 4 h + t].
-MPQ_INLINE void to_row_order(const float* positions, int64_t stride, float* rows, int64_t row_stride) {
-  for (int n = 0; n < 64; ++n) rows[n * row_stride] = positions[(8 * (n & 7) + 4 * (n >> 3 & 1) + (n >> 4)) * stride];
-}
 
 // One chunk of tokens of a linear call.
 struct LinearJob {
@@ -75,21 +21,6 @@ struct LinearJob {
   int64_t row_blocks;
   int64_t splits;  // ranges of tokens that are separate work items
 };
-
-// Gathers up to 64 columns of x from k on, through the permutation.
-inline void gather_columns(const LinearArgs& args, const char* row, int64_t k, int64_t count, char* raw) {
-  const int32_t* perm = args.weight.perm + k;
-  const int64_t width = dtype_bytes(args.x_dtype);
-  for (int64_t i = 0; i < count; ++i) {
-    int32_t column;
-    __builtin_memcpy(&column, perm + i, sizeof column);
-    if (width == 4) {
-      __builtin_memcpy(raw + 4 * i, row + 4 * static_cast<int64_t>(column), 4);
-    } else {
-      __builtin_memcpy(raw + 2 * i, row + 2 * static_cast<int64_t>(column), 2);
-    }
-  }
-}
 
 void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
   const LinearJob& job = *static_cast<const LinearJob*>(ctx);
@@ -102,13 +33,7 @@ void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < K; k += 64) {
       const int64_t count = K - k < 64 ? K - k : 64;
       alignas(64) float values[64];
-      if (args.weight.perm) {
-        alignas(64) char raw[256];
-        gather_columns(args, row, k, count, raw);
-        to_f32_partial(raw, args.x_dtype, count, values);
-      } else {
-        to_f32_partial(row + k * width, args.x_dtype, count, values);
-      }
+      load_columns(args, row, k, count, values);
       for (int c = 0; c < 64; c += 16) {
         for (int place = 0; place < 16; ++place) out[k + c + place] = values[c + column_of(place)];
       }
@@ -116,27 +41,11 @@ void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
-// y[tokens][rows of the block] from sums in position order.
-void finish_rows(const LinearJob& job, const RowBlock& block, int64_t first, int64_t count, const float* sums) {
-  const LinearArgs& args = *job.args;
-  alignas(64) float bias[64] = {};
-  if (args.bias) {
-    to_f32_partial(bytes_at(args.bias, block.row * dtype_bytes(args.bias_dtype)), args.bias_dtype, block.rows, bias);
-  }
-  for (int64_t m = 0; m < count; ++m) {
-    alignas(64) float rows[64];
-    to_row_order(sums + 64 * m, 1, rows, 1);
-    for (int i = 0; i < 64; i += kLanes) store(rows + i, add(load(rows + i), load(bias + i)));
-    const int64_t token = job.token0 + first + m;
-    char* out = static_cast<char*>(args.y) + (token * args.weight.N + block.row) * dtype_bytes(args.x_dtype);
-    from_f32_partial(rows, args.x_dtype, block.rows, out);
-  }
-}
-
 // Work item: one row block and one range of the job's tokens.
 void linear_items(void* ctx, int64_t begin, int64_t end) {
   const LinearJob& job = *static_cast<const LinearJob*>(ctx);
-  const Weight& weight = job.args->weight;
+  const LinearArgs& args = *job.args;
+  const Weight& weight = args.weight;
   alignas(64) float sums[kTokenChunk * 64];
   for (int64_t item = begin; item < end; ++item) {
     const RowBlock block = row_block(weight, item % job.row_blocks);
@@ -153,7 +62,7 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
         tile_segment({segment, weight.scale_dtype, block.row_tile}, x, count, sums);
       }
     }
-    finish_rows(job, block, first, count, sums);
+    finish_rows(args, block, job.token0 + first, count, sums);
   }
 }
 

@@ -135,5 +135,52 @@ MPQ_INLINE void store_bf16(void* p, F v) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
+// Integers, for int8 products.
+
+#if defined(__AVXVNNI__)
+constexpr bool kDotTakesBytes = true;  // dot() is exact for any bytes; else for codes of 7 bits, and wide ones apart
+#else
+constexpr bool kDotTakesBytes = false;
+#endif
+constexpr int kInt8RowGroups[5] = {0, 4, 2, 1, 1};  // as kRowGroups; whole vectors of row positions
+
+MPQ_INLINE I zeros_i() { return _mm256_setzero_si256(); }
+MPQ_INLINE I set1_i(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+MPQ_INLINE I load_i(const uint32_t* p) { return load_words(p, 0); }
+MPQ_INLINE void store_i(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+MPQ_INLINE F to_f(I v) { return _mm256_cvtepi32_ps(v); }
+
+// acc + the products of four unsigned codes and four signed x in every lane. Wide: codes of 8 bits, of which a sum of
+// two products would not fit into 16 bits.
+template <bool Wide>
+MPQ_INLINE I dot(I acc, I codes, I x) {
+#if defined(__AVXVNNI__)
+  // In assembly, because GCC 12 copies the accumulator of the intrinsic before and after.
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(codes), "xm"(x));
+  return acc;
+#else
+  if constexpr (Wide) {
+    const I even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                                     _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const I odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+#endif
+}
+
+// In: acc[i] = (rows 4 i + t, columns q & 1, of both parts). Out: 8 consecutive row positions, all columns.
+MPQ_INLINE I sum_q(const I* acc) {
+  return _mm256_add_epi32(_mm256_permute2x128_si256(acc[0], acc[1], 0x20),
+                          _mm256_permute2x128_si256(acc[0], acc[1], 0x31));
+}
+
+// As gather_rows, for words.
+MPQ_INLINE void gather_rows_i(I* v) {
+  const I even = _mm256_permute2x128_si256(v[0], v[1], 0x20);
+  v[1] = _mm256_permute2x128_si256(v[0], v[1], 0x31);
+  v[0] = even;
+}
+
 }  // namespace
 }  // namespace mpq::cpu

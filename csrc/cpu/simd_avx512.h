@@ -146,5 +146,53 @@ MPQ_INLINE void store_bf16(void* p, F v) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 
+// Integers, for int8 products.
+
+#if defined(__AVX512VNNI__)
+constexpr bool kDotTakesBytes = true;  // dot() is exact for any bytes; else for codes of 7 bits, and wide ones apart
+#else
+constexpr bool kDotTakesBytes = false;
+#endif
+constexpr int kInt8RowGroups[5] = {0, 8, 4, 2, 2};  // as kRowGroups; whole vectors of row positions
+
+MPQ_INLINE I zeros_i() { return _mm512_setzero_si512(); }
+MPQ_INLINE I set1_i(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+MPQ_INLINE I load_i(const uint32_t* p) { return _mm512_loadu_si512(p); }
+MPQ_INLINE void store_i(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
+MPQ_INLINE F to_f(I v) { return _mm512_cvtepi32_ps(v); }
+
+// acc + the products of four unsigned codes and four signed x in every lane. Wide: codes of 8 bits.
+template <bool Wide>
+MPQ_INLINE I dot(I acc, I codes, I x) {
+#if defined(__AVX512VNNI__)
+  // In assembly, because GCC 12 copies the accumulator of the intrinsic before and after.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "vm"(x));
+  return acc;
+#else
+  if constexpr (Wide) {
+    const I even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
+                                     _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    const I odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+  }
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+#endif
+}
+
+// In: acc[i] = (rows 4 i + t, columns q). Out: 16 consecutive row positions, all columns.
+MPQ_INLINE I sum_q(const I* acc) {
+  const I a = _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0], acc[1], 0x44), _mm512_shuffle_i32x4(acc[0], acc[1], 0xee));
+  const I b = _mm512_add_epi32(_mm512_shuffle_i32x4(acc[2], acc[3], 0x44), _mm512_shuffle_i32x4(acc[2], acc[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// As gather_rows, for words.
+MPQ_INLINE void gather_rows_i(I* v) {
+  F f[4];
+  for (int i = 0; i < 4; ++i) f[i] = _mm512_castsi512_ps(v[i]);
+  gather_rows(f);
+  for (int i = 0; i < 4; ++i) v[i] = _mm512_castps_si512(f[i]);
+}
+
 }  // namespace
 }  // namespace mpq::cpu

@@ -158,5 +158,33 @@ MPQ_INLINE void store_bf16(void* p, F v) {
   __builtin_memcpy(p, out, sizeof out);
 }
 
+// Integers, for int8 products.
+
+constexpr bool kDotTakesBytes = true;
+constexpr int kInt8RowGroups[5] = {0, 4, 2, 1, 1};  // as kRowGroups
+
+MPQ_INLINE I zeros_i() { return I{0, 0, 0, 0}; }
+MPQ_INLINE I set1_i(uint32_t v) { return I{v, v, v, v}; }
+MPQ_INLINE I load_i(const uint32_t* p) { return load_plane4(p, 0); }
+MPQ_INLINE void store_i(uint32_t* p, I v) { __builtin_memcpy(p, &v, sizeof v); }
+MPQ_INLINE F to_f(I v) { return __builtin_convertvector((Signed)v, F); }
+
+// acc + the products of four unsigned codes and four signed x in every lane. A product fits into 16 bits, a sum of two
+// does not.
+template <bool Wide>
+MPQ_INLINE I dot(I acc, I codes, I x) {
+  using Halves = int16_t __attribute__((vector_size(16)));
+  const I even = (I)((Halves)(codes & 0x00ff00ffu) * ((Halves)(x << 8) >> 8));
+  const I odd = (I)((Halves)(codes >> 8 & 0x00ff00ffu) * ((Halves)x >> 8));
+  const Signed low = ((Signed)(even << 16) >> 16) + ((Signed)(odd << 16) >> 16);
+  const Signed high = ((Signed)even >> 16) + ((Signed)odd >> 16);
+  return acc + (I)(low + high);
+}
+
+// An accumulator already holds 4 consecutive row positions of all columns.
+MPQ_INLINE I sum_q(const I* acc) { return acc[0]; }
+
+MPQ_INLINE void gather_rows_i(I* /*v*/) {}
+
 }  // namespace
 }  // namespace mpq::cpu

@@ -5,16 +5,7 @@
 namespace mpq::cpu {
 namespace {
 
-constexpr int64_t kTileChunks = 8;        // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
-constexpr int kTokenBlock = 6;            // tokens whose sums one pass keeps in registers
-constexpr int kSet = kLanes / 4;          // (g, h) pairs that make a full vector of row positions
-constexpr int kPairs = kSet > 2 ? 2 : 1;  // row groups whose vectors are gathered together
-
-// Column, inside its chunk, of place 4 * j + q.
-MPQ_INLINE int column_of(int place) {
-  const int j = place >> 2;
-  return 8 * (j & 1) + 2 * (place & 3) + (j >> 1);
-}
+constexpr int64_t kTileChunks = 8;  // 128 columns x 64 rows of fp32 = 32 KB: fits the first-level cache
 
 // Scales and zeros that the 16 columns of a chunk use: entry[place] of params.
 struct ChunkParams {
@@ -71,12 +62,6 @@ void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& pa
     }
   }
 }
-
-struct TileSource {
-  const Segment& segment;
-  DType scale_dtype;
-  int64_t row_tile;
-};
 
 // tile[16 * (end - begin)][64] of the chunks [begin, end) of a segment.
 template <int Bits>

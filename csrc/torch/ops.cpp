@@ -167,7 +167,26 @@ void check_bias(const Tensor& bias, int64_t out_features) {
 
 void check_status(int status) { STD_TORCH_CHECK(status == 0, cpu::error_text(status)); }
 
+// One of the two products of cpu.h.
+struct Product {
+  size_t (*workspace_bytes)(const cpu::LinearArgs& args);
+  int (*run)(const cpu::LinearArgs& args, cpu::Isa isa, const cpu::Parallel& parallel);
+};
+
+// A tensor of so many bytes as the workspace of `args`.
+Tensor give_workspace(const Tensor& like, size_t bytes, cpu::LinearArgs& args) {
+  const int64_t floats = static_cast<int64_t>(bytes / sizeof(float)) + 1;
+  Tensor held = torch::stable::new_empty(like, std::vector<int64_t>{floats}, ScalarType::Float);
+  args.workspace = held.data_ptr();
+  args.workspace_bytes = bytes;
+  return held;
+}
+
+constexpr Product kExact{cpu::linear_workspace_bytes, cpu::linear};
+constexpr Product kInt8{cpu::linear_int8_workspace_bytes, cpu::linear_int8};
+
 // x (..., K) -> y (..., N), same dtype.
+template <const Product& product>
 Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
               std::optional<Tensor> bias, std::vector<int64_t> segments, int64_t out_features, int64_t in_features) {
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU, like the weight");
@@ -193,11 +212,8 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
     args.bias_dtype = to_dtype(bias->scalar_type(), "bias");
   }
   args.y = y.data_ptr();
-  args.workspace_bytes = cpu::linear_workspace_bytes(args);
-  const int64_t workspace_floats = static_cast<int64_t>(args.workspace_bytes / sizeof(float)) + 1;
-  Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
-  args.workspace = workspace.data_ptr();
-  check_status(cpu::linear(args, current_isa(), torch_pool(args.M * in_features * out_features)));
+  const Tensor workspace = give_workspace(x, product.workspace_bytes(args), args);
+  check_status(product.run(args, current_isa(), torch_pool(args.M * in_features * out_features)));
   return y;
 }
 
@@ -251,6 +267,7 @@ int64_t check_offsets(const Tensor& offsets, int64_t T, int64_t out_features) {
 }
 
 // x (T, K), its rows sorted by expert; a weight of E * N rows, N for each expert -> y (T, N), same dtype.
+template <const Product& product>
 Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
                       std::optional<Tensor> bias, Tensor offsets, std::vector<int64_t> segments, int64_t out_features,
                       int64_t in_features) {
@@ -272,11 +289,14 @@ Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Ten
   const bool strided = x.stride(1) == 1 && x.stride(0) >= in_features;
   if (!strided) x = torch::stable::contiguous(x);
   args.x_row_stride = strided ? x.stride(0) : in_features;
-  args.workspace_bytes = cpu::linear_workspace_bytes(args);  // of the expert with the most rows; all use it in turn
-  const int64_t workspace_floats = static_cast<int64_t>(args.workspace_bytes / sizeof(float)) + 1;
-  Tensor workspace = torch::stable::new_empty(x, std::vector<int64_t>{workspace_floats}, ScalarType::Float);
-  args.workspace = workspace.data_ptr();
   const auto* from = static_cast<const int32_t*>(offsets.data_ptr());
+  size_t most = 0;  // all experts use one workspace in turn
+  for (int64_t e = 0; e < experts; ++e) {
+    args.M = from[e + 1] - from[e];
+    args.weight = stack.weight(view.weight, e, rows);
+    most = std::max(most, product.workspace_bytes(args));
+  }
+  const Tensor workspace = give_workspace(x, most, args);
   for (int64_t e = 0; e < experts; ++e) {
     args.M = from[e + 1] - from[e];
     if (args.M == 0) continue;
@@ -284,7 +304,7 @@ Tensor grouped_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Ten
     args.x = static_cast<const char*>(x.data_ptr()) + from[e] * args.x_row_stride * x.element_size();
     args.y = static_cast<char*>(y.data_ptr()) + from[e] * rows * y.element_size();
     if (bias) args.bias = static_cast<const char*>(bias->data_ptr()) + e * rows * bias->element_size();
-    check_status(cpu::linear(args, current_isa(), torch_pool(args.M * in_features * rows)));
+    check_status(product.run(args, current_isa(), torch_pool(args.M * in_features * rows)));
   }
   return y;
 }
@@ -300,7 +320,8 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   return out;
 }
 
-constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512, cpu::Isa::kAvx2, cpu::Isa::kPortable};
+constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512, cpu::Isa::kAvxVnni, cpu::Isa::kAvx2,
+                              cpu::Isa::kPortable};
 
 // Instruction sets that work on this processor, best first, comma-separated.
 std::string cpu_isas() {
@@ -337,6 +358,12 @@ STABLE_TORCH_LIBRARY(mpq, m) {
       "grouped_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "Tensor offsets, int[] segments, int out_features, int in_features) -> Tensor");
   m.def(
+      "linear_int8(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int[] segments, "
+      "int out_features, int in_features) -> Tensor");
+  m.def(
+      "grouped_linear_int8(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "Tensor offsets, int[] segments, int out_features, int in_features) -> Tensor");
+  m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int[] segments, int out_features, "
       "int in_features, ScalarType dtype) -> Tensor");
   m.def("cpu_isas() -> str");
@@ -346,8 +373,10 @@ STABLE_TORCH_LIBRARY(mpq, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mpq, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  m.impl("linear", TORCH_BOX(&linear<kExact>));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear<kExact>));
+  m.impl("linear_int8", TORCH_BOX(&linear<kInt8>));
+  m.impl("grouped_linear_int8", TORCH_BOX(&grouped_linear<kInt8>));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 

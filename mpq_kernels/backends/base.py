@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UnsupportedError
 from ..layout import WeightLayout
+
+# What x is multiplied as: as it is, or rounded to int8 for each token and block of columns (reference_int8.py).
+ACTIVATIONS = ("exact", "int8")
+Product = Callable[..., torch.Tensor]
 
 
 def _serves_all(layout: WeightLayout) -> str | None:
@@ -21,6 +26,7 @@ class Backend:
     linear: (x, qweight, scales, zeros, perm, bias, segments, out_features, in_features) -> y, as `mpq::linear`.
     grouped: (x, qweight, scales, zeros, perm, bias, offsets, segments, out_features, in_features) -> y, as
         `mpq::grouped_linear`: rows offsets[e]..offsets[e+1] of x through the e-th of the weight's equal row blocks.
+    linear_int8, grouped_int8: the same with x rounded to int8; None where there are no such kernels.
     dequantize: (qweight, scales, zeros, perm, segments, out_features, in_features, dtype) -> W, as `mpq::dequantize`.
     devices: types of device it runs on; empty means any.
     available: None when it works on this machine, else the reason why it does not.
@@ -30,15 +36,30 @@ class Backend:
     name: str
     summary: str
     devices: tuple[str, ...]
-    linear: Callable[..., torch.Tensor]
-    grouped: Callable[..., torch.Tensor]
-    dequantize: Callable[..., torch.Tensor]
+    linear: Product
+    grouped: Product
+    dequantize: Product
     available: Callable[[], str | None]
     serves: Callable[[WeightLayout], str | None] = _serves_all
     only_on_request: bool = False
+    linear_int8: Product | None = None
+    grouped_int8: Product | None = None
 
-    def why_not(self, layout: WeightLayout, device_type: str) -> str | None:
-        """None when this backend can run the layout on such a device, else the reason."""
+    def products(self, activations: str) -> tuple[Product, Product]:
+        """(linear, grouped) for "exact" or "int8". Raises UnsupportedError when there are none."""
+        if activations == "exact":
+            return self.linear, self.grouped
+        if self.linear_int8 is None or self.grouped_int8 is None:
+            raise UnsupportedError(f"backend {self.name}: {self._lacks(activations)}")
+        return self.linear_int8, self.grouped_int8
+
+    def why_not(self, layout: WeightLayout, device_type: str, activations: str = "exact") -> str | None:
+        """None when this backend can run the layout on such a device with such activations, else the reason."""
         if self.devices and device_type not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device_type}"
+        if activations != "exact" and self.linear_int8 is None:
+            return self._lacks(activations)
         return self.available() or self.serves(layout)
+
+    def _lacks(self, activations: str) -> str:
+        return f'has no kernels for {activations} activations; leave them "exact"'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .models import BackendOption, DeviceOption, DtypeOption, check_device, load_model, named_dtype
+from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, check_device, load_model, named_dtype
 from .output import QuietFlag, note, print_json, progress, size_dict
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def command(
     output: Annotated[str, typer.Option("--output", "-o", help="md, csv or json.")] = "md",
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
+    activations: ActivationsOption = "exact",
     dtype: DtypeOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the CPU kernels.")] = None,
     quiet: QuietFlag = False,
@@ -54,7 +55,8 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     with progress("weights", hidden=quiet) as report:
-        model, name = _open(path, _synthetic_plan(path, plan, bits, group_size), device, dtype, backend, report)
+        synthetic = _synthetic_plan(path, plan, bits, group_size)
+        model, name = _open(path, synthetic, (device, dtype, backend, activations), report)
     facts = ModelFacts.of(model)
     if name.endswith(" (synthetic)"):
         note("weights are synthetic: speed and sizes are real, what the model says is not", quiet)
@@ -100,16 +102,20 @@ def _synthetic_plan(path: Path, plan: Path | None, bits: int | None, group_size:
     return Plan.uniform(config_linears(path), bits=bits or 0, group_size=group_size)
 
 
-def _open(path: Path, plan: Plan | None, device: str, dtype: str, backend: str | None, report: Any) -> tuple[Any, str]:
-    """(model, its name): the stored weights, or synthetic ones where a plan is given or nothing is stored."""
+def _open(path: Path, plan: Plan | None, how: tuple[str, str, str | None, str], report: Any) -> tuple[Any, str]:
+    """(model, its name): the stored weights, or synthetic ones where a plan is given or nothing is stored.
+
+    how: device, dtype, backend, activations.
+    """
     from ..synthetic import config_directory, synthetic_model
 
     directory = config_directory(path)
     name = directory.resolve().name
     stored = path.is_dir() and any(file.suffix in WEIGHTS for file in directory.iterdir())
     if plan is None and stored:
-        return load_model(directory, device, dtype, backend), name
-    model = synthetic_model(path, plan, device, named_dtype(dtype), backend, progress=report)
+        return load_model(directory, *how), name
+    device, dtype, backend, activations = how
+    model = synthetic_model(path, plan, device, named_dtype(dtype), backend, progress=report, activations=activations)
     return model, f"{name} (synthetic)"
 
 
@@ -123,6 +129,7 @@ def _row(name: str, facts: ModelFacts, result: Measurement) -> dict[str, Any]:
         "bits_per_weight": round(facts.bits_per_weight, 4),
         "device": facts.device,
         "backend": facts.backend,
+        "activations": facts.activations,
         "threads": facts.threads,
         "dtype": facts.dtype,
         "torch": facts.torch,
@@ -168,6 +175,6 @@ def _print_markdown(rows: list[dict[str, Any]]) -> None:
 
 def _markdown_names() -> dict[str, str]:
     """Heading -> key of a row."""
-    same = ("device", "backend", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
+    same = ("device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
     first = {"model": "model", "params": "params", "packed bytes": "packed_bytes", "bits/weight": "bits_per_weight"}
     return first | {name: name for name in same}

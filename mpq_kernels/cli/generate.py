@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .models import BackendOption, DeviceOption, DtypeOption, open_model
+from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model
 from .output import AnyDir, JsonFlag, QuietFlag, note, print_json
 
 
@@ -19,6 +19,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
+    activations: ActivationsOption = "exact",
     dtype: DtypeOption = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -28,7 +29,7 @@ def command(
 
     if not prompt:
         raise MPQError("the prompt is empty; give at least one word")
-    model, tokenizer = open_model(directory, device, dtype, backend)
+    model, tokenizer = open_model(directory, device, dtype, backend, activations)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     start = time.perf_counter()
     output = _generate(model, tokenizer, inputs, max_new_tokens, temperature, seed, stream=not as_json)

@@ -13,17 +13,22 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[str | None, typer.Option(help="Backend for packed weights; `mpq doctor` lists them.")]
+ActivationsOption = Annotated[
+    str, typer.Option(help="exact, or int8: faster products on the CPU, the inputs of packed layers rounded.")
+]
 DtypeOption = Annotated[
     str, typer.Option(help="Dtype to compute in: auto (the model's own), float32, float16, bfloat16.")
 ]
 
 
-def open_model(directory: Path, device: str, dtype: str, backend: str | None) -> tuple[Any, Any]:
+def open_model(
+    directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact"
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a packed or a dense directory. Raises as `load_model`."""
-    return load_model(directory, device, dtype, backend), _load_tokenizer(directory)
+    return load_model(directory, device, dtype, backend, activations), _load_tokenizer(directory)
 
 
-def load_model(directory: Path, device: str, dtype: str, backend: str | None) -> Any:
+def load_model(directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact") -> Any:
     """The model of a packed or a dense directory, in eval mode.
 
     Raises CheckpointError for a directory that is neither, UnsupportedError for a device, dtype or backend that does
@@ -44,9 +49,13 @@ def load_model(directory: Path, device: str, dtype: str, backend: str | None) ->
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         from ..model import load
 
-        model: Any = load(directory, device=device, dtype=wanted, backend=backend)
+        model: Any = load(directory, device=device, dtype=wanted, backend=backend, activations=activations)
     elif backend is not None:
         raise UnsupportedError(f"{directory}: is a dense model, which needs no backend; leave --backend out")
+    elif activations != "exact":
+        raise UnsupportedError(
+            f"{directory}: is a dense model, whose products are exact; --activations {activations} is for packed ones"
+        )
     else:
         model = _load_dense(directory, device, wanted)
     return model.eval()

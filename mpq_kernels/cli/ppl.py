@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .models import BackendOption, DeviceOption, DtypeOption, open_model
+from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model
 from .output import AnyDir, JsonFlag, QuietFlag, print_json, progress
 
 
@@ -20,6 +20,7 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
+    activations: ActivationsOption = "exact",
     dtype: DtypeOption = "float32",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -32,7 +33,7 @@ def command(
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MPQError(f"{text}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
-    model, tokenizer = open_model(directory, device, dtype, backend)
+    model, tokenizer = open_model(directory, device, dtype, backend, activations)
     with progress("perplexity", hidden=as_json or quiet) as report:
         result = perplexity(
             model, tokenizer, content, window=window, max_tokens=max_tokens, batch_size=batch_size, progress=report

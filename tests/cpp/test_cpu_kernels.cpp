@@ -23,13 +23,16 @@ void run_threads(void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* 
 const Parallel kSerial{nullptr, nullptr}, kThreads{run_threads, nullptr};
 const DType kDTypes[3] = {DType::kF32, DType::kF16, DType::kBF16};
 
-// Tokens of x, rows `stride` elements apart; optional bias; the last result of linear.
+const Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx512Vnni};
+const Isa kExactIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};  // the others have the same exact kernels
+
+// Tokens of x, rows `stride` elements apart; optional bias; the last result of linear, or of linear_int8.
 struct Call {
   Model& model;
   Isa isa;
   DType dtype, bias_dtype;
   int64_t M, stride;
-  bool odd;
+  bool odd, int8 = false;
   Buffer x, bias, y;
   std::string name;
 
@@ -50,9 +53,9 @@ struct Call {
     y = Buffer(static_cast<size_t>(M * model.N) * bytes_of(dtype), odd);
     LinearArgs args{x.data(),   dtype,    M,       stride, model.weight(), bias.size ? bias.data() : nullptr,
                     bias_dtype, y.data(), nullptr, 0};
-    Buffer workspace(linear_workspace_bytes(args), odd);
+    Buffer workspace(int8 ? linear_int8_workspace_bytes(args) : linear_workspace_bytes(args), odd);
     args.workspace = workspace.data(), args.workspace_bytes = workspace.size;
-    check(linear(args, isa, parallel) == kOk, name, "error code");
+    check((int8 ? linear_int8 : linear)(args, isa, parallel) == kOk, name, "error code");
     check(y.intact() && workspace.intact(), name, "wrote outside y or the workspace");
     return y.bytes;
   }
@@ -103,6 +106,31 @@ void check_random(Model& model, Isa isa, DType dtype, int64_t M, bool bias, bool
   }
 }
 
+// Rounding to int8 moves an element by at most amax / 254 of its block, hence of its token; the same bits for any M.
+void check_int8(Model& model, Isa isa, DType dtype, int64_t M, bool bias, bool odd, const std::string& label) {
+  Call call(model, isa, dtype, M, bias, odd, label + " int8");
+  call.int8 = true;
+  for (int64_t i = 0; i < M * model.K; ++i) encode(uniform(-1, 1), dtype, call.x_at(i / model.K, i % model.K));
+  const std::vector<unsigned char> first = call.run(kSerial);
+  const double unit = dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
+  for (int64_t m = 0; m < M; ++m) {
+    double amax = 0.0;
+    for (int64_t k = 0; k < model.K; ++k) amax = std::fmax(amax, std::fabs(decode(call.x_at(m, k), dtype)));
+    for (int64_t n = 0; n < model.N; ++n) {
+      double sum = bias ? decode(call.bias_at(n), call.bias_dtype) : 0.0, size = std::fabs(sum), moved = 0.0;
+      for (int64_t k = 0; k < model.K; ++k) {
+        const double x = decode(call.x_at(m, k), dtype), w = model.w[n * model.K + k];
+        sum += w * x;
+        moved += std::fabs(w) * amax / 253;
+        size += model.size[n * model.K + k] * (std::fabs(x) + amax / 253);
+      }
+      const double bound = moved + (model.K + 16) * 0x1p-24 * size + unit * (std::fabs(sum) + moved) * 1.01 + 0x1p-25;
+      check(std::fabs(decode(call.y_at(m, n), dtype) - sum) <= bound, call.name, "value");
+    }
+  }
+  check(call.run(kThreads) == first, call.name, "1 and 3 threads differ");
+}
+
 void check_dequantize(Model& model, Isa isa, DType dtype, bool odd, const std::string& label) {
   Buffer out(static_cast<size_t>(model.N * model.K) * bytes_of(dtype), odd);
   const std::string name = label + " dequantize " + isa_name(isa);
@@ -121,7 +149,10 @@ const int64_t kRows[] = {1, 63, 65, 172, 640};
 void check_model(const std::vector<BandSpec>& bands, int seed, const std::string& label) {
   const bool odd = seed & 1, permuted = seed & 2, bias = seed & 4;
   Model model = make_model(bands, kDTypes[seed % 3], permuted, odd);
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kIsas) {
+    if (supported(isa)) check_int8(model, isa, kDTypes[seed % 3], kTokens[(seed / 3) % 6], bias, odd, label);
+  }
+  for (const Isa isa : kExactIsas) {
     if (!supported(isa)) continue;
     check_dequantize(model, isa, kDTypes[seed / 3 % 3], odd, label);
     check_one_hot(model, isa, kTokens[seed % 6], odd, label);
@@ -176,8 +207,11 @@ int check_segments() {
 // More tokens than the workspace holds at a time, in few row blocks, so that tokens are split among work items.
 int check_many_tokens() {
   Model model = make_model({{70, {{65, 3, 5, kZeroInt}}}}, DType::kF16, true, true);
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kExactIsas) {
     if (supported(isa)) check_random(model, isa, DType::kBF16, 401, true, true, "many tokens");
+  }
+  for (const Isa isa : kIsas) {
+    if (supported(isa)) check_int8(model, isa, DType::kBF16, 401, true, true, "many tokens");
   }
   return 1;
 }
@@ -189,7 +223,7 @@ int check_conversions() {
   std::memcpy(model.storage[1].data(), &one, 4);
   std::memcpy(model.storage[2].data(), &zero, 4);
   std::memset(model.storage[0].data(), 0, model.storage[0].size);
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kExactIsas) {
     if (!supported(isa)) continue;
     for (const DType dtype : {DType::kF16, DType::kBF16}) {
       Call call(model, isa, dtype, 65536, false, false, "conversion");
@@ -225,7 +259,7 @@ int check_rounding() {
     std::memcpy(model.storage[2].data() + 4 * at, &zero, 4);
     model.w[n] += 0.0f;
   }
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kExactIsas) {
     if (!supported(isa)) continue;
     for (const DType dtype : kDTypes) check_dequantize(model, isa, dtype, false, "rounding");
   }
@@ -248,6 +282,11 @@ void check_errors() {
   check(linear_workspace_bytes(many) <= 192 * 128 * 4 + 64, "errors", "workspace grows without limit");
   args.workspace_bytes = workspace.size();
   check(linear(args, Isa::kPortable, kSerial) == kOk, "errors", "valid call");
+  std::vector<char> wide(linear_int8_workspace_bytes(args));
+  LinearArgs rounded = args;
+  rounded.workspace = wide.data(), rounded.workspace_bytes = wide.size() - 1;
+  check(linear_int8(rounded, Isa::kPortable, kSerial) == kErrorWorkspace, "errors", "short workspace of int8");
+  check(linear_int8_workspace_bytes(many) <= 192 * 128 * 4 + 256, "errors", "workspace of int8 grows without limit");
   const auto expect = [&](int want, auto change, const char* what) {
     Model copy = model;
     LinearArgs bad = args;
@@ -273,7 +312,7 @@ int main() {
   const int conversions = check_conversions(), roundings = check_rounding();
   check_errors();
   std::printf("best isa: %s\n", isa_name(best_isa()));
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kIsas) {
     std::printf("%s: %s\n", isa_name(isa), supported(isa) ? "checked" : "not supported here, skipped");
   }
   std::printf("%d uniform, %d segmented, %d many-token weights, %d conversions, %d roundings\n", uniform_cases,
