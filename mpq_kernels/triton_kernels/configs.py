@@ -52,6 +52,10 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "hip": (_DECODE, _SIXTEEN, replace(_MANY, num_stages=2), replace(_MANY, num_stages=2)),
 }
 
+# From this version on the compiler gives a lane of mma.sync two neighbouring columns, before it four (seen in the SASS of
+# 3.6, 3.7, 3.8 and 3.9: with the other order words are exchanged between lanes, 64 shuffles for each tile).
+NATURAL_MMA_SYNC = (3, 8)
+
 # Above so many tokens W is made dense for torch's own product. At 256 tokens and 8192 x 8192 decoding W once for each 32
 # tokens costs as much as decoding it once and a dense product: counts of instructions and bytes, not measured.
 DENSE_ABOVE = 256
@@ -65,11 +69,6 @@ class Device:
     arch: str
     units: int  # multiprocessors or compute units
 
-    @property
-    def natural(self) -> bool:
-        """Whether operand A is that of wgmma (unpack.py)."""
-        return self.arch == "cuda:90"
-
 
 def token_class(tokens: int) -> int:
     """Index of the row for so many tokens."""
@@ -81,6 +80,11 @@ def choose(device: Device, tokens: int, tuned: Mapping[str, tuple[Config, ...]] 
     tables = stored() if tuned is None else tuned
     rows = tables.get(device.name) or TABLE.get(device.arch) or TABLE.get(device.arch.partition(":")[0]) or TABLE["cuda"]
     return rows[token_class(tokens)]
+
+
+def natural_columns(arch: str, version: tuple[int, ...]) -> bool:
+    """Whether operand A has its columns in their natural order (unpack.py). version: of triton."""
+    return arch == "cuda:90" or (arch.startswith("cuda") and version >= NATURAL_MMA_SYNC)
 
 
 def cache_file() -> Path:

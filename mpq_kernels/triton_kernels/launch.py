@@ -21,8 +21,9 @@ from . import configs, work
 from .configs import Config, Device
 from .dense import dequantize_kernel, slow_kernel
 from .linear import linear_kernel, reduce_kernel
-from .unpack import BF16, FP16, WIDE
+from .unpack import BF16, FP16, PTX_BF16, PTX_FP16, WIDE
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SLOW_BLOCK_M = 16
 REDUCE_BLOCK_M = 4
@@ -144,8 +145,8 @@ def multiply(
     if fast:
         linear_kernel[grid](
             *inputs, *place, KINDS=tables.work.kinds, STEP=tables.work.step, S=tables.supertiles, BLOCK_M=config.block_m,
-            NATURAL=device.natural, EVEN=_even(packed.layout, tables.work.step),
-            MATH=WIDE if wide else FP16 if x.dtype == torch.float16 else BF16,
+            NATURAL=configs.natural_columns(device.arch, VERSION), EVEN=_even(packed.layout, tables.work.step),
+            MATH=_math(x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages, **flags, **FIXED,
         )  # fmt: skip
     else:
@@ -271,6 +272,15 @@ def _specs(layout: WeightLayout) -> dict[str, tuple[torch.dtype, torch.Size]]:
 def _even(layout: WeightLayout, step: int) -> bool:
     """Whether no step reaches over the end of a segment."""
     return all(s.cols % step == 0 for s in layout.segments)
+
+
+def _math(dtype: torch.dtype) -> int:
+    """How operand A is computed: unpack.py."""
+    if INTERPRETED:
+        return FP16 if dtype == torch.float16 else WIDE
+    if torch.version.hip is not None:
+        return FP16 if dtype == torch.float16 else BF16
+    return PTX_FP16 if dtype == torch.float16 else PTX_BF16
 
 
 def _token_blocks(tokens: int, experts: int, block_m: int) -> int:

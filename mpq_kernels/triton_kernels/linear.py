@@ -23,7 +23,6 @@ from .unpack import (
     column_of,
     inverse_unit,
     load_words,
-    math_dtype,
     operand,
     plane_widths,
     row_of,
@@ -31,6 +30,7 @@ from .unpack import (
     split4,
     symmetric_zero,
     unit,
+    word_of,
 )
 
 ZERO_INT = tl.constexpr(ZERO_KINDS.index("int"))
@@ -105,9 +105,11 @@ def step_words(
 
 
 @triton.jit
-def group_of(local, step, group_size, STEP: tl.constexpr):
-    """Group of scales of a step. local: the item's first column in its segment."""
-    return (local + step * STEP) // group_size
+def next_group(group, left, group_size, STEP: tl.constexpr):
+    """(group of scales, columns left of it) of the next step, without a division."""
+    left -= STEP
+    ends = left <= 0
+    return tl.where(ends, group + 1, group), tl.where(ends, left + group_size, left)
 
 
 @triton.jit
@@ -127,15 +129,14 @@ def step_zeros(zeros, group, item, mask, ZERO: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def addends(raw, BITS: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr, MATH: tl.constexpr):
-    """-zero * unit for `operand`: eight [S, 8, 4]."""
+    """Words of -zero * unit for `operand`: eight [S, 8, 4]."""
     if ZERO == ZERO_INT:
-        factor = tl.full((S, 128), -unit(MATH), tl.float32)
-        low = split4((raw[0].to(tl.float32) * factor).to(math_dtype(MATH)), S)
-        high = split4((raw[1].to(tl.float32) * factor).to(math_dtype(MATH)), S)
+        low = split4(word_of(raw[0].to(tl.float32) * -unit(MATH), MATH), S)
+        high = split4(word_of(raw[1].to(tl.float32) * -unit(MATH), MATH), S)
         out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])
     else:
         value: tl.constexpr = 0.0 if ZERO == ZERO_FLOAT else -symmetric_zero(BITS) * unit(MATH)
-        z = tl.full((S, 8, 4), value, math_dtype(MATH))
+        z = word_of(tl.full((S, 8, 4), value, tl.float32), MATH)
         out = (z, z, z, z, z, z, z, z)
     return out
 
@@ -183,12 +184,13 @@ def item_sums(
     bases = plane_bases(qweight, item, BITS, S)
     y = tl.zeros((64 * S, BLOCK_M), tl.float32)
 
+    group = local // group_size
+    group_left = group_size - local % group_size
     words = step_words(bases, 0, mask, BITS, STEP, S)
-    raw = step_zeros(zeros, group_of(local, 0, group_size, STEP), item, mask, ZERO, S)
+    raw = step_zeros(zeros, group, item, mask, ZERO, S)
     if not NATURAL:
         xs = tokens_at(x, perm, column, column_end, tokens, tokens_end, x_stride, STEP, NATURAL, HAS_PERM, EVEN, MATH)
     for step in range(steps):
-        group = group_of(local, step, group_size, STEP)
         scale = row_values(scales, first_scale, group, row_tiles, row_mask, S)
         if NATURAL:
             # The compiler keeps the next steps' x on its way to shared memory, where wgmma reads it.
@@ -199,18 +201,17 @@ def item_sums(
         a = operand(words, addends(raw, BITS, ZERO, S, MATH), BITS, STEP // 16, S, MATH, NATURAL)
         sums = tl.dot(a, xs, input_precision="ieee")
         if ZERO == ZERO_FLOAT:
-            zero = row_values(zeros, first_zero, group, row_tiles, row_mask, S)
-            sum_x = tl.sum(xs.to(tl.float32), axis=0)
-            sums = tl.fma(sums, tl.full(sums.shape, inverse_unit(MATH), tl.float32), -(zero[:, None] * sum_x[None, :]))
-            y = tl.fma(tl.broadcast_to(scale[:, None], y.shape), sums, y)
-        else:
-            # The power of two joins the scale: exact below 2^119.
-            y = tl.fma(tl.broadcast_to((scale * inverse_unit(MATH))[:, None], y.shape), sums, y)
+            zero = row_values(zeros, first_zero, group, row_tiles, row_mask, S) * -unit(MATH)
+            sum_x = tl.broadcast_to(tl.sum(xs.to(tl.float32), axis=0)[None, :], y.shape)
+            sums = tl.fma(tl.broadcast_to(zero[:, None], y.shape), sum_x, sums)
+        # The power of two joins the scale: exact below 2^119.
+        y = tl.fma(tl.broadcast_to((scale * inverse_unit(MATH))[:, None], y.shape), sums, y)
         # What the next step needs.
         rest = steps - 1 - step
         mask = tl.arange(0, S)[:, None] < tl.minimum(left, rest * S)
         words = step_words(bases, step + 1, mask, BITS, STEP, S)
-        raw = step_zeros(zeros, group_of(local, step + 1, group_size, STEP), item, mask, ZERO, S)
+        group, group_left = next_group(group, group_left, group_size, STEP)
+        raw = step_zeros(zeros, group, item, mask, ZERO, S)
         if not NATURAL:
             xs = tokens_at(
                 x, perm, column + step * STEP + STEP, column_end, tokens, tl.where(rest > 0, tokens_end, 0), x_stride, STEP,

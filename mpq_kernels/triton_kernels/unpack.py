@@ -20,11 +20,15 @@ the compiler gives a lane two neighbouring columns for wgmma (`NATURAL`: as they
 import triton
 import triton.language as tl
 
-from ..formats import FORMATS, bit_index
+from .. import formats
+from ..formats import FORMATS
 
-# How fields become numbers. WIDE is for the interpreter, which stores bf16 as integers and cannot compute with it: the
-# same constants, in fp32.
-FP16, BF16, WIDE = 0, 1, 2
+bit_index = triton.constexpr_function(formats.bit_index)
+
+# How fields become numbers. PTX: by one instruction for a pair, named outright, because LLVM finds it only where zero
+# points are constants. WIDE is for the interpreter, which stores bf16 as integers and cannot compute with it: the same
+# constants, in fp32.
+FP16, BF16, WIDE, PTX_FP16, PTX_BF16 = range(5)
 
 
 @triton.constexpr_function
@@ -62,6 +66,18 @@ def one_bit(t):
 
 
 @triton.constexpr_function
+def is_fp16(math):
+    """Whether operand A is fp16."""
+    return math in (FP16, PTX_FP16)
+
+
+@triton.constexpr_function
+def is_ptx(math):
+    """Whether pairs are computed by a PTX instruction."""
+    return math in (PTX_FP16, PTX_BF16)
+
+
+@triton.constexpr_function
 def is_wide(math):
     """Whether bf16 is computed in fp32."""
     return math == WIDE
@@ -70,25 +86,38 @@ def is_wide(math):
 @triton.constexpr_function
 def math_dtype(math):
     """What operand A is computed in."""
-    return (tl.float16, tl.bfloat16, tl.float32)[math]
+    return (tl.float16, tl.bfloat16, tl.float32, tl.float16, tl.bfloat16)[math]
 
 
 @triton.constexpr_function
 def lift(math, shift):
     """Factor that brings a field to `unit`."""
-    return 2.0 ** ((15 if math == FP16 else 127) - shift)
+    return 2.0 ** ((15 if math in (FP16, PTX_FP16) else 127) - shift)
+
+
+@triton.constexpr_function
+def lift_word(math, shift):
+    """`lift` in both halves of a word: a power of two is its exponent."""
+    half = (15 - shift + 15) << 10 if math == PTX_FP16 else (127 - shift + 127) << 7
+    return half * 0x00010001
+
+
+@triton.constexpr_function
+def pair_instruction(math):
+    """Multiply-add of pairs."""
+    return f"fma.rn.{'f16x2' if math == PTX_FP16 else 'bf16x2'} $0, $1, $2, $3;"
 
 
 @triton.constexpr_function
 def unit(math):
     """Power of two that operand A carries."""
-    return 2.0 ** (-9 if math == FP16 else -6)
+    return 2.0 ** (-9 if math in (FP16, PTX_FP16) else -6)
 
 
 @triton.constexpr_function
 def inverse_unit(math):
     """What brings sums of products with operand A back."""
-    return 2.0 ** (9 if math == FP16 else 6)
+    return 2.0 ** (9 if math in (FP16, PTX_FP16) else 6)
 
 
 @triton.constexpr_function
@@ -198,16 +227,40 @@ def merged(words, C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, CHUNKS: 
 
 
 @triton.jit
-def field(word, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MATH: tl.constexpr):
-    """Pairs of columns [S, 8, 4, 2] from words [S, 8, 4]. zero: -zero * unit, [S, 8, 4]."""
-    masked = word & pair_mask(BITS, SHIFT)
-    halves = tl.join(masked.to(tl.uint16), (masked >> 16).to(tl.uint16))
+def pair_of(word, MATH: tl.constexpr):
+    """The two halves of words [S, 8, 4] as numbers, [S, 8, 4, 2]."""
+    halves = tl.join(word.to(tl.uint16), (word >> 16).to(tl.uint16))
     if is_wide(MATH):
         pair = (halves.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         pair = halves.to(math_dtype(MATH), bitcast=True)
-    factor = tl.full(pair.shape, lift(MATH, SHIFT), math_dtype(MATH))
-    return tl.fma(pair, factor, tl.broadcast_to(zero[:, :, :, None], pair.shape))
+    return pair
+
+
+@triton.jit
+def word_of(value, MATH: tl.constexpr):
+    """A word with fp32 `value` in both halves; exact for values of 8 significant bits."""
+    if is_fp16(MATH):
+        half = value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        half = value.to(tl.uint32, bitcast=True) >> 16
+    return half | (half << 16)
+
+
+@triton.jit
+def field(word, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MATH: tl.constexpr):
+    """Pairs of columns [S, 8, 4, 2] from words [S, 8, 4]. zero: words of -zero * unit."""
+    masked = word & pair_mask(BITS, SHIFT)
+    if is_ptx(MATH):
+        factor = tl.full(word.shape, lift_word(MATH, SHIFT), tl.uint32)
+        lifted = tl.inline_asm_elementwise(
+            pair_instruction(MATH), "=r,r,r,r", [masked, factor, zero], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        out = pair_of(lifted, MATH)
+    else:
+        pair = pair_of(masked, MATH)
+        out = tl.fma(pair, tl.full(pair.shape, lift(MATH, SHIFT), pair.dtype), pair_of(zero, MATH))
+    return out
 
 
 @triton.jit
@@ -243,7 +296,7 @@ def operand(
 ):
     """Operand A [64 S, 16 CHUNKS] of one step: (code - zero) * unit.
 
-    words: `load_words`. zeros: -zero * unit, eight [S, 8, 4], four m16 tiles for each row half.
+    words: `load_words`. zeros: words of -zero * unit, eight [S, 8, 4]: four m16 tiles for each row half.
     """
     f = chunk(words, zeros, 0, BITS, CHUNKS, S, MATH)
     if CHUNKS == 1:
