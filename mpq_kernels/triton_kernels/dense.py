@@ -39,6 +39,12 @@ from .unpack import FP16, inverse_unit, operand, row_of, row_place, symmetric_ze
 CODES_IN = tl.constexpr(FP16)  # no zero points here, so no need of PTX
 
 
+@triton.constexpr_function
+def store_step():
+    """Columns of W that one step stores: 64 of fp32 need more registers than there are."""
+    return 32
+
+
 @triton.jit
 def values_at(values, first, group, row_tiles, mask, S: tl.constexpr):
     """Scales or zeros as fp32: [64 S, columns], or [64 S, 1] where `group` is a scalar for all of them."""
@@ -48,22 +54,23 @@ def values_at(values, first, group, row_tiles, mask, S: tl.constexpr):
 
 @triton.jit
 def dense_tile(
-    bases, scales, zeros, item, tile, BITS: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr, COARSE: tl.constexpr
-):
-    """W [64 S, 64] in fp32, columns as they are stored. COARSE: scales change at multiples of 64 columns at most."""
+    bases, scales, zeros, item, step, BITS: tl.constexpr, ZERO: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
+    COARSE: tl.constexpr,
+):  # fmt: skip
+    """W [64 S, STEP] in fp32, columns as they are stored. COARSE: scales change at multiples of STEP columns at most."""
     left, row_tiles, group_size = tl.load(item + TILES_LEFT), tl.load(item + ROW_TILES), tl.load(item + GROUP)
-    local = tl.load(item + LOCAL) + tile * 64
-    words = step_words(bases, tile, tl.arange(0, S)[:, None] < left, BITS, 64, S)
+    local = tl.load(item + LOCAL) + step * STEP
+    words = step_words(bases, step, tl.arange(0, S)[:, None] < left, BITS, STEP, S)
     nothing = addends((0, 0), BITS, ZERO_FLOAT, S, CODES_IN)
-    codes = operand(words, nothing, BITS, 4, S, CODES_IN, True).to(tl.float32) * inverse_unit(CODES_IN)
+    codes = operand(words, nothing, BITS, STEP // 16, S, CODES_IN, True).to(tl.float32) * inverse_unit(CODES_IN)
     rows = (row_place(S) // 64 < left)[:, None]
     if COARSE:
         group = tl.zeros((1, 1), tl.int32) + local // group_size
         mask = rows
     else:
-        k = local + tl.arange(0, 64)[None, :]
+        k = local + tl.arange(0, STEP)[None, :]
         group = k // group_size
-        mask = rows & (k < local - tile * 64 + tl.load(item + COLUMNS))
+        mask = rows & (k < local - step * STEP + tl.load(item + COLUMNS))
     scale = values_at(scales, tl.load(item + SCALES), group, row_tiles, mask, S)
     if ZERO == ZERO_INT or ZERO == ZERO_FLOAT:
         centred = codes - values_at(zeros, tl.load(item + ZEROS), group, row_tiles, mask, S)
@@ -77,13 +84,13 @@ def store_tiles(
     qweight, scales, zeros, perm, out, item, in_features, BITS: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr,
     COARSE: tl.constexpr, HAS_PERM: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one item, rounded to the dtype of `out`."""
+    """What one item holds, rounded to the dtype of `out`."""
     bases = plane_bases(qweight, item, BITS, S)
     row = tl.load(item + ROW0) + row_of(S)
     column, column_end = tl.load(item + COLUMN0), tl.load(item + COLUMN_END)
-    for tile in range(tl.cdiv(tl.load(item + COLUMNS), 64)):
-        w = dense_tile(bases, scales, zeros, item, tile, BITS, ZERO, S, COARSE)
-        k = column + tile * 64 + tl.arange(0, 64)
+    for step in range(tl.cdiv(tl.load(item + COLUMNS), store_step())):
+        w = dense_tile(bases, scales, zeros, item, step, BITS, ZERO, store_step(), S, COARSE)
+        k = column + step * store_step() + tl.arange(0, store_step())
         mask = (row < tl.load(item + ROW_END))[:, None] & (k < column_end)[None, :]
         if HAS_PERM:
             k = tl.load(perm + k, mask=k < column_end, other=0)
@@ -123,7 +130,7 @@ def slow_sums(
         if HAS_PERM:
             k = tl.load(perm + k, mask=k < column_end, other=0)
         xs = tl.load(x + tokens.to(tl.int64)[None, :] * x_stride + k[:, None], mask=mask, other=0.0).to(tl.float32)
-        w = dense_tile(bases, scales, zeros, item, tile, BITS, ZERO, S, False)
+        w = dense_tile(bases, scales, zeros, item, tile, BITS, ZERO, 64, S, False)
         y = tl.dot(w, xs, y, input_precision="ieee")
     return y
 

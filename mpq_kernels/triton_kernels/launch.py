@@ -19,7 +19,7 @@ from ..layout import Segment, WeightLayout, ceil_div
 from ..weights import DTYPE_NAMES, TORCH_DTYPES
 from . import configs, work
 from .configs import Config, Device
-from .dense import dequantize_kernel, slow_kernel
+from .dense import dequantize_kernel, slow_kernel, store_step
 from .linear import linear_kernel, reduce_kernel
 from .unpack import BF16, FP16, PTX_BF16, PTX_FP16, WIDE
 
@@ -169,7 +169,7 @@ def dequantize_packed(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     shape = (layout.out_features, layout.in_features)
     out = torch.empty(shape, dtype=torch.float32 if wide else dtype, device=device)
     tables = tables_for(layout, 1, Config(16, programs_per_unit=DEQUANTIZE_PROGRAMS), device)
-    coarse = all(s.group_size % TILE_K == 0 or s.group_size == s.cols for s in layout.segments)
+    coarse = all(s.group_size % store_step() == 0 or s.group_size == s.cols for s in layout.segments)
     dequantize_kernel[(tables.work.num_items,)](
         packed.qweight, packed.scales, _or(packed.zeros, out), _or(packed.perm, out), out, tables.items,
         layout.in_features, KINDS=tables.work.kinds, S=tables.supertiles, COARSE=coarse, HAS_PERM=packed.perm is not None,
