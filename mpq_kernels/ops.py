@@ -40,7 +40,7 @@ _load_library()
 
 @torch.library.register_fake("mpq::linear_int8")
 @torch.library.register_fake("mpq::linear")
-def _linear_fake(
+def linear_fake(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -58,7 +58,7 @@ def _linear_fake(
 
 @torch.library.register_fake("mpq::grouped_linear_int8")
 @torch.library.register_fake("mpq::grouped_linear")
-def _grouped_linear_fake(
+def grouped_linear_fake(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -76,7 +76,7 @@ def _grouped_linear_fake(
 
 
 @torch.library.register_fake("mpq::dequantize")
-def _dequantize_fake(
+def dequantize_fake(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from ..errors import UnsupportedError
 from ..layout import WeightLayout
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 from .base import ACTIVATIONS, Backend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda.BACKEND, cpu.BACKEND, reference.BACKEND)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)}
 
 
 def select(layout: WeightLayout, device_type: str, want: str | None = None, activations: str = "exact") -> Backend:
