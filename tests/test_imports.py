@@ -26,7 +26,8 @@ LAYERS = (
     ("linear", "fused", "experts"),
     ("pack_model", "pack_job", "replace"),
     ("hf",),
-    ("autoregister", "model", "evaluate", "benchmark", "synthetic"),
+    ("autoregister", "model", "evaluate", "divergence", "benchmark", "synthetic"),
+    ("allocate",),
     ("__init__",),
     ("cli", "__main__"),
 )
