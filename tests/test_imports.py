@@ -28,6 +28,7 @@ LAYERS = (
     ("hf",),
     ("autoregister", "model", "evaluate", "divergence", "benchmark", "synthetic"),
     ("allocate",),
+    ("sweep", "charts"),
     ("__init__",),
     ("cli", "__main__"),
 )

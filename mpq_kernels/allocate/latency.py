@@ -26,7 +26,7 @@ FIELDS = ("out_features", "in_features", "bits", "group_size")
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """device: in words. us: microseconds by (out_features, in_features, bits, group_size); 16 bits have group_size -1."""
+    """device: in words. us: microseconds of (out_features, in_features, bits, group_size); kept: -1."""
 
     device: str
     us: dict[Key, float]
