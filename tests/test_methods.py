@@ -142,6 +142,17 @@ def test_zd_is_smaller_where_the_tail_is_longer(tmp_path):
     assert METHODS["zd"].run(study)[unit][0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_losses_are_measured_against_is_the_dense_model_whenever_it_is_first_asked_for(tmp_path):
+    late, early = (make_study(tmp_path / name) for name in ("a", "b"))
+    moments = early.inputs.moments
+    unit = late.units[4]
+    with late.with_unit(unit, unit.choices[0]):
+        kl = late.kl()
+        assert torch.equal(late.reference.logp, early.reference.logp) and kl > 1e-6
+        assert all(torch.equal(late.inputs.moments[name], moments[name]) for name in moments)
+        assert late.kl() == kl  # the unit is still quantized
+
+
 def test_measured_is_the_divergence_with_one_unit_quantized(study, tables):
     unit, place = study.units[2], probes(study.units[2])[0]
     with study.with_unit(unit, unit.choices[place]):

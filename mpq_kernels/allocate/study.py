@@ -62,12 +62,14 @@ class Study:
     @cached_property
     def inputs(self) -> Inputs:
         """Second moments and extremes of what the linears read, of one pass over the tokens."""
-        return collect_inputs(self.model, self.tokens, allocated(self.linears))
+        with self.all_dense():
+            return collect_inputs(self.model, self.tokens, allocated(self.linears))
 
     @cached_property
     def reference(self) -> Reference:
         """What the dense model predicts on the tokens."""
-        return reference(self.model, self.tokens, TOP_K)
+        with self.all_dense():
+            return reference(self.model, self.tokens, TOP_K)
 
     def weight(self, cell: Cell) -> torch.Tensor:
         """Dense weights of a cell, fp32."""
@@ -124,6 +126,19 @@ class Study:
         for spec in allocated(self.linears):
             if names is None or spec.name in names:
                 weight_view(self.model, spec).copy_(self.dense[spec.name])
+
+    @contextmanager
+    def all_dense(self) -> Iterator[None]:
+        """The dense model, whatever is tried at present, which is put back."""
+        views = [weight_view(self.model, spec) for spec in allocated(self.linears)]
+        before = [view.clone() for view in views]
+        self.restore()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for view, weight in zip(views, before, strict=True):
+                    view.copy_(weight)
 
     @contextmanager
     def with_unit(self, unit: Unit, choice: Choice) -> Iterator[None]:
