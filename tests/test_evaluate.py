@@ -164,3 +164,26 @@ def test_generation_speed_decodes_as_generate_does(model, tokenizer):
 def test_generation_speed_refusals(prompt, kwargs, words, tokenizer):
     with pytest.raises(MPQError, match=words):
         generation_speed(Uniform(64), tokenizer, prompt, **kwargs)
+
+
+@torch.no_grad()
+def test_a_stride_predicts_every_token_once_with_more_context(model, tokenizer):
+    got = perplexity(model, tokenizer, TEXT, window=32, max_tokens=80, stride=16)
+    ids = torch.tensor(tokenizer(TEXT[:2000], add_special_tokens=False)["input_ids"][:80])
+    total, count, means = 0.0, 0, []
+    for start in range(0, 49, 16):
+        x = ids[start : start + 32]
+        logp = model(input_ids=x[None]).logits[0, :-1].double().log_softmax(-1)
+        losses = -logp[range(31), x[1:]]
+        losses = losses if start == 0 else losses[-16:]
+        total, count = total + float(losses.sum()), count + len(losses)
+        means.append(float(losses.mean()))
+    assert got.predicted == count == 79 and got.tokens == 80
+    assert got.nll == pytest.approx(total / count, rel=1e-5)
+    assert got.stderr == pytest.approx(got.ppl * float(torch.tensor(means).std()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("stride", [0, 33])
+def test_a_stride_that_leaves_tokens_out_is_refused(stride):
+    with pytest.raises(MPQError, match="not in 1..32"):
+        perplexity(Uniform(64), characters, "x" * 100, window=32, stride=stride)

@@ -26,7 +26,9 @@ LAYERS = (
     ("linear", "fused", "experts"),
     ("pack_model", "pack_job", "pack_parts", "pack_write", "replace"),
     ("hf",),
-    ("autoregister", "model", "evaluate", "benchmark", "synthetic"),
+    ("autoregister", "model", "evaluate", "divergence", "benchmark", "synthetic"),
+    ("allocate",),
+    ("sweep", "charts"),
     ("__init__",),
     ("cli", "__main__"),
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import bench, doctor, generate, inspect, pack, plan, ppl, verify
+from . import allocate, bench, doctor, generate, inspect, kld, pack, plan, ppl, sweep, verify
 from .output import fail
 
 app = typer.Typer(
@@ -21,12 +21,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+plan.app.command("allocate")(allocate.command)
+plan.app.command("methods")(allocate.methods)
+plan.app.command("sweep")(sweep.command)
 app.add_typer(plan.app, name="plan")
 app.command("pack")(pack.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("generate")(generate.command)
 app.command("ppl")(ppl.command)
+app.command("kld")(kld.command)
 app.command("bench")(bench.command)
 app.command("doctor")(doctor.command)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, MPQError, UnsupportedError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -26,6 +26,14 @@ def open_model(
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a packed or a dense directory. Raises as `load_model`."""
     return load_model(directory, device, dtype, backend, activations), _load_tokenizer(directory)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises MPQError for another encoding, OSError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MPQError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
 
 
 def load_model(directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact") -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model
+from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model, read_text
 from .output import AnyDir, JsonFlag, QuietFlag, print_json, progress
 
 
@@ -18,6 +18,9 @@ def command(
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window; the first of each is context only.")] = 256,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows, which then overlap; without it, all of a window.")
+    ] = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     activations: ActivationsOption = "exact",
@@ -26,22 +29,25 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """Perplexity over windows that do not overlap, without special tokens (docs/cli.md has the convention)."""
-    from ..errors import MPQError
     from ..evaluate import perplexity
 
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise MPQError(f"{text}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    content = read_text(text)
     model, tokenizer = open_model(directory, device, dtype, backend, activations)
     with progress("perplexity", hidden=as_json or quiet) as report:
         result = perplexity(
-            model, tokenizer, content, window=window, max_tokens=max_tokens, batch_size=batch_size, progress=report
+            model,
+            tokenizer,
+            content,
+            window=window,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            stride=stride,
+            progress=report,
         )
     if as_json:
         print_json({"path": str(directory), "text": str(text), "dtype": str(model.dtype), **asdict(result)})
         return
     print(
-        f"perplexity {result.ppl:.4f}  ({result.predicted:,} of {result.tokens:,} tokens predicted, windows of "
-        f"{result.window}, {result.seconds:.1f} s)"
+        f"perplexity {result.ppl:.4f} +- {result.stderr:.4f}  ({result.predicted:,} of {result.tokens:,} tokens "
+        f"predicted, windows of {result.window}, {result.seconds:.1f} s)"
     )
