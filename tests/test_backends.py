@@ -30,10 +30,12 @@ def test_a_refusal_lists_every_reason():
     with pytest.raises(UnsupportedError) as caught:
         select(layout, "cuda")
     text = str(caught.value)
-    assert "no backend for packed weights on cuda" in text and "cuda: " in text and "cpu: runs on cpu, not on cuda" in text
+    assert (
+        "no backend for packed weights on cuda" in text and "cuda: " in text and "cpu: runs on cpu, not on cuda" in text
+    )
     assert "reference: only when asked for" in text
     assert select(layout, "cuda", "reference").name == "reference"
-    with pytest.raises(UnsupportedError, match="there is no backend 'marlin'; there are cuda, cpu, reference"):
+    with pytest.raises(UnsupportedError, match="there is no backend 'marlin'; there are cuda, triton, cpu, reference"):
         select(layout, "cpu", "marlin")
     with pytest.raises(UnsupportedError, match="cpu: runs on cpu, not on cuda"):
         select(layout, "cuda", "cpu")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import bench, doctor, generate, inspect, pack, plan, ppl, verify
+from . import bench, doctor, generate, inspect, pack, plan, ppl, tune, verify
 from .output import fail
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("verify")(verify.command)
 app.command("generate")(generate.command)
 app.command("ppl")(ppl.command)
 app.command("bench")(bench.command)
+app.command("tune")(tune.command)
 app.command("doctor")(doctor.command)
 
 
