@@ -210,9 +210,7 @@ def layout_of(
     rows = [segments[i : i + 7] for i in range(0, len(segments), 7)]
     if any(not 0 <= row[6] < len(ZERO_KINDS) for row in rows):
         raise FormatError("segments name an unknown kind of zeros")
-    table = tuple(
-        Segment(n0, n1, k0, k1, bits, group, ZERO_KINDS[zero]) for n0, n1, k0, k1, bits, group, zero in rows
-    )
+    table = tuple(Segment(n0, n1, k0, k1, bits, group, ZERO_KINDS[zero]) for n0, n1, k0, k1, bits, group, zero in rows)
     return WeightLayout(out_features, in_features, table, scale_dtype, permuted)
 
 

@@ -211,7 +211,7 @@ def item_sums(
         if not NATURAL:
             xs = tokens_at(
                 x, perm, column + step * STEP + STEP, column_end, tokens, tl.where(rest > 0, tokens_end, 0), x_stride,
-                STEP,                 NATURAL, HAS_PERM, EVEN, MATH,
+                STEP, NATURAL, HAS_PERM, EVEN, MATH,
             )  # fmt: skip
     return y
 
@@ -274,7 +274,8 @@ def linear_kernel(
         for block in range(tl.program_id(1), tl.cdiv(end - begin, BLOCK_M), tl.num_programs(1)):
             one_block(
                 x, qweight, scales, zeros, perm, bias, y, partial, item, begin + block * BLOCK_M + lane, end,
-                num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM, HAS_BIAS, EVEN, MATH,
+                num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM,
+                HAS_BIAS, EVEN, MATH,
             )  # fmt: skip
     else:
         one_block(

@@ -13,8 +13,8 @@ is of no consequence, because none reaches them.
 
 Words come as [S, 128]: one supertile for each warp, 16 bytes for each lane, which is where the fragment of
 `mma.m16n8k16` and `wgmma` wants them. Rows of a tile of S supertiles are in the order (t, supertile, h, g), so that
-every warp keeps its own supertile and no word passes through shared memory. The order of columns depends on the instruction:
-the compiler gives a lane two neighbouring columns for wgmma (`NATURAL`: as they are in W), four for mma.sync.
+every warp keeps its own supertile and no word passes through shared memory. The order of columns depends on the
+compiler: it gives a lane two neighbouring columns (`NATURAL`: as they are in W) or four (configs.natural_columns).
 """
 
 import triton
