@@ -35,7 +35,7 @@ def test_a_refusal_lists_every_reason():
     )
     assert "reference: only when asked for" in text
     assert select(layout, "cuda", "reference").name == "reference"
-    with pytest.raises(UnsupportedError, match="there is no backend 'marlin'; there are cuda, cpu, reference"):
+    with pytest.raises(UnsupportedError, match="there is no backend 'marlin'; there are cuda, triton, cpu, reference"):
         select(layout, "cpu", "marlin")
     with pytest.raises(UnsupportedError, match="cpu: runs on cpu, not on cuda"):
         select(layout, "cuda", "cpu")

@@ -21,7 +21,7 @@ LAYERS = (
     ("plan", "resolve"),
     ("quantize",),
     ("checkpoint", "outdir", "manifest", "journal", "unfinished", "report", "weight_error", "blockwalk", "calibrate"),
-    ("ops", "cuda_ops"),
+    ("ops", "cuda_ops", "triton_kernels"),
     ("backends",),
     ("linear", "fused", "experts"),
     ("pack_model", "pack_job", "pack_parts", "pack_write", "replace"),

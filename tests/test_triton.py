@@ -13,9 +13,14 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "triton_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "triton_cases.py")]
     result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=TESTS.parent, capture_output=True, text=True, check=False
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout

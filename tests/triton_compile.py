@@ -36,14 +36,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
-    "x": "x", "qweight": "i32", "scales": "fp16", "zeros": "zeros", "perm": "i32", "bias": "x", "offsets": "i32", "y": "x",
-    "partial": "fp32", "items": "i32", "blocks": "i32", "out": "x",
+    "x": "x", "qweight": "i32", "scales": "fp16", "zeros": "zeros", "perm": "i32", "bias": "x", "offsets": "i32",
+    "y": "x", "partial": "fp32", "items": "i32", "blocks": "i32", "out": "x",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with its constants. kinds: (bits, kind of zeros) of the weight; several: one launch of mixed widths."""
+    """One kernel with its constants. kinds: (bits, kind of zeros); several: one launch of mixed widths."""
 
     name: str
     kernel: Any
@@ -103,17 +103,23 @@ def compile_case(case: Case, arch: str) -> Any:
     warps = 1 if case.kernel is slow_kernel else 4
     constants = {
         "KINDS": kinds, "STEP": case.step, "S": warps, "BLOCK_M": 4 if case.kernel is reduce_kernel else case.block_m,
-        "NATURAL": configs.natural_columns(key, VERSION), "HAS_PERM": False, "HAS_BIAS": True, "EVEN": True, "MATH": math,
-        "GROUPED": case.grouped, "COARSE": True,
+        "NATURAL": configs.natural_columns(key, VERSION), "HAS_PERM": False, "HAS_BIAS": True, "EVEN": True,
+        "MATH": math, "GROUPED": case.grouped, "COARSE": True,
     }  # fmt: skip
     zeros = {"int": "u8", "none": "fp16", "float": "fp16"}[case.kinds[0][1]]
     types = {"x": case.dtype, "zeros": zeros}
     signature = {
-        name: "constexpr" if name in constants else f"*{types.get(POINTERS[name], POINTERS[name])}" if name in POINTERS else "i32"
+        name: "constexpr"
+        if name in constants
+        else f"*{types.get(POINTERS[name], POINTERS[name])}"
+        if name in POINTERS
+        else "i32"
         for name in names
     }
     aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, name in enumerate(names) if signature[name] != "constexpr" and name != "num_tokens"}
+    attributes = {
+        (i,): aligned for i, name in enumerate(names) if signature[name] != "constexpr" and name != "num_tokens"
+    }
     source = ASTSource(
         fn=case.kernel, signature=signature, attrs=attributes,
         constexprs={name: constants[name] for name in names if name in constants},
@@ -183,8 +189,8 @@ def tool(name: str, *arguments: str) -> str:
 def table(arches: tuple[str, ...] = tuple(TARGETS), cases: tuple[Case, ...] = CASES) -> list[str]:
     """Markdown."""
     lines = [
-        "| architecture | kernel | registers | spilled bytes | shared memory, bytes | wgmma | operand A through shared memory "
-        "| stores to shared memory in the loop |",
+        "| architecture | kernel | registers | spilled bytes | shared memory, bytes | wgmma "
+        "| operand A through shared memory | stores to shared memory in the loop |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arch in arches:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import allocate, bench, doctor, generate, inspect, kld, pack, plan, ppl, sweep, verify
+from . import allocate, bench, doctor, generate, inspect, kld, pack, plan, ppl, sweep, tune, verify
 from .output import fail
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("generate")(generate.command)
 app.command("ppl")(ppl.command)
 app.command("kld")(kld.command)
 app.command("bench")(bench.command)
+app.command("tune")(tune.command)
 app.command("doctor")(doctor.command)
 
 

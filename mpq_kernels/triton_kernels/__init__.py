@@ -6,6 +6,7 @@
     linear.py   y = x W^T for groups of 16, 32 or a multiple of 64 columns (or the whole segment)
     dense.py    W itself, and y for every other group
     launch.py   tensors -> launches
+    tune.py     the measurement behind `mpq tune`
 
 Nothing here is imported before a layer runs on this backend: `import mpq_kernels` needs no triton.
 """

@@ -1,4 +1,4 @@
-"""How large the parts of the work are, by architecture: a table with the source of each row, and the user's tuned choices.
+"""How large the parts of the work are, by architecture: a table with a source for each row, and the user's choices.
 
 `mpq tune` measures on the device and writes the user's file; nothing is measured anywhere else.
 """
@@ -40,24 +40,25 @@ ALLOWED = {
     "programs_per_unit": (1, 2, 3, 4, 6, 8, 12, 16),
 }
 
-# Tokens up to which a row is meant. Sums of a program take 4 * block_m registers of each thread, so that 32 tokens leave
-# room for words without spilling (docs/triton.md); more programs on a multiprocessor keep more bytes on their way.
+# Tokens up to which a row is meant. Sums of a program take 4 * block_m registers of each thread: 32 tokens leave room
+# for words without spilling (docs/triton.md); more programs on a multiprocessor keep more bytes on their way.
 TOKEN_CLASSES = (4, 16, 32, 256)
 
-_DECODE, _SIXTEEN, _MANY = Config(16, programs_per_unit=4), Config(16, programs_per_unit=3), Config(32, programs_per_unit=2)
+# Programs: as many as the registers of docs/triton.md let a multiprocessor hold at a time.
+_FEW, _MANY = Config(16, programs_per_unit=3), Config(32, programs_per_unit=2)
 TABLE: dict[str, tuple[Config, ...]] = {
-    "cuda": (_DECODE, _SIXTEEN, _MANY, _MANY),
-    "cuda:90": (_DECODE, _SIXTEEN, _MANY, _MANY),
+    "cuda": (_FEW, _FEW, _MANY, _MANY),
+    "cuda:90": (_FEW, _FEW, _MANY, _MANY),
     # Wavefronts of 64 lanes: two supertiles each would fit, but the compiler moves words between lanes all the same.
-    "hip": (_DECODE, _SIXTEEN, replace(_MANY, num_stages=2), replace(_MANY, num_stages=2)),
+    "hip": (_FEW, _FEW, replace(_MANY, num_stages=2), replace(_MANY, num_stages=2)),
 }
 
-# From this version on the compiler gives a lane of mma.sync two neighbouring columns, before it four (seen in the SASS of
-# 3.6, 3.7, 3.8 and 3.9: with the other order words are exchanged between lanes, 64 shuffles for each tile).
+# From this version on the compiler gives a lane of mma.sync two neighbouring columns, before it four. Seen in the SASS
+# of 3.6, 3.7, 3.8 and 3.9: with the other order words are exchanged between lanes, 64 shuffles for each tile.
 NATURAL_MMA_SYNC = (3, 8)
 
-# Above so many tokens W is made dense for torch's own product. At 256 tokens and 8192 x 8192 decoding W once for each 32
-# tokens costs as much as decoding it once and a dense product: counts of instructions and bytes, not measured.
+# Above so many tokens W is made dense for torch's own product. At 256 tokens and 8192 x 8192 decoding W once for each
+# 32 tokens costs as much as decoding it once and a dense product: counts of instructions and bytes, not measured.
 DENSE_ABOVE = 256
 
 
@@ -78,7 +79,9 @@ def token_class(tokens: int) -> int:
 def choose(device: Device, tokens: int, tuned: Mapping[str, tuple[Config, ...]] | None = None) -> Config:
     """The user's tuned row for this device, else the row of its architecture, else of its vendor."""
     tables = stored() if tuned is None else tuned
-    rows = tables.get(device.name) or TABLE.get(device.arch) or TABLE.get(device.arch.partition(":")[0]) or TABLE["cuda"]
+    rows = (
+        tables.get(device.name) or TABLE.get(device.arch) or TABLE.get(device.arch.partition(":")[0]) or TABLE["cuda"]
+    )
     return rows[token_class(tokens)]
 
 
@@ -95,7 +98,7 @@ def cache_file() -> Path:
 
 @cache
 def stored() -> dict[str, tuple[Config, ...]]:
-    """Tuned choices of this user, read once; empty where there are none. Raises FormatError for a file that is damaged."""
+    """Tuned choices of this user, read once; empty where there are none. Raises FormatError for a damaged file."""
     path = cache_file()
     return read(path) if path.exists() else {}
 
@@ -112,7 +115,9 @@ def read(path: Path) -> dict[str, tuple[Config, ...]]:
             table[name] = tuple(Config(**row) for row in rows)
         return table
     except (ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
-        raise FormatError(f"{path} holds no tuned configurations ({error}): remove it, or run `mpq tune` again") from error
+        raise FormatError(
+            f"{path} holds no tuned configurations ({error}): remove it, or run `mpq tune` again"
+        ) from error
 
 
 def write(path: Path, table: Mapping[str, tuple[Config, ...]]) -> None:

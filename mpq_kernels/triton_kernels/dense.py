@@ -1,7 +1,7 @@
 """W itself, and y for groups that `linear.py` does not take.
 
-Both make (code - zero) * scale in fp32 from a scale for every element: any group, no power of two, one rounding for each
-of the two operations as in reference.py.
+Both make (code - zero) * scale in fp32 from a scale for every element: any group, no power of two, one rounding for
+each of the two operations as in reference.py.
 """
 
 import triton
@@ -57,7 +57,7 @@ def dense_tile(
     bases, scales, zeros, item, step, BITS: tl.constexpr, ZERO: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
     COARSE: tl.constexpr,
 ):  # fmt: skip
-    """W [64 S, STEP] in fp32, columns as they are stored. COARSE: scales change at multiples of STEP columns at most."""
+    """W [64 S, STEP] in fp32, columns as they are stored. COARSE: scales change at multiples of STEP columns."""
     left, row_tiles, group_size = tl.load(item + TILES_LEFT), tl.load(item + ROW_TILES), tl.load(item + GROUP)
     local = tl.load(item + LOCAL) + step * STEP
     words = step_words(bases, step, tl.arange(0, S)[:, None] < left, BITS, STEP, S)
@@ -154,7 +154,8 @@ def slow_kernel(
             if has_kind(KINDS, k):
                 if only_kind(KINDS, k) or kind == k:
                     sums = slow_sums(
-                        x, qweight, scales, zeros, perm, item, tokens, end, x_stride, bits_of(k), zero_of(k), S, BLOCK_M, HAS_PERM,
+                        x, qweight, scales, zeros, perm, item, tokens, end, x_stride, bits_of(k), zero_of(k), S,
+                        BLOCK_M, HAS_PERM,
                     )  # fmt: skip
                     store_rows(
                         sums, y, partial, bias, item, tokens, end, y_stride, num_tokens, rows_per_expert, S, HAS_BIAS

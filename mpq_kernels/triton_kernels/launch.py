@@ -1,7 +1,7 @@
 """Tensors of a packed weight -> launches. Importing this module imports triton.
 
-Tables of work are made at the first call of a layout and kept on its device, so a layer must have run once before it runs
-under graph capture. Nothing is measured here: choices come from configs.py.
+Tables of work are made at the first call of a layout and kept on its device, so a layer must have run once before it
+runs under graph capture. Nothing is measured here: choices come from configs.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def linear(
     out_features: int,
     in_features: int,
 ) -> torch.Tensor:
-    """x (..., K) fp16 or bf16 -> y (..., N), as `mpq::linear`. Raises FormatError for tensors that do not fit the layout."""
+    """x (..., K) fp16 or bf16 -> y (..., N), as `mpq::linear`. Raises FormatError for tensors that do not fit."""
     packed = _packed(qweight, scales, zeros, perm, segments, out_features, in_features)
     check_x(x, packed, bias)
     rows = x.reshape(-1, in_features)
@@ -87,7 +87,7 @@ def grouped(
     out_features: int,
     in_features: int,
 ) -> torch.Tensor:
-    """x (T, K) sorted by expert -> y (T, N / experts), as `mpq::grouped_linear`. offsets stay on the device, unread here."""
+    """x (T, K) sorted by expert -> y (T, N / experts), as `mpq::grouped_linear`. offsets are not read here."""
     packed = _packed(qweight, scales, zeros, perm, segments, out_features, in_features)
     check_x(x, packed, bias)
     if x.dim() != 2:
@@ -137,15 +137,24 @@ def multiply(
     tables = tables_for(packed.layout, experts, config, x.device)
     parts = tables.work.parts
     partial = torch.empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32, device=x.device)
-    inputs = (x, packed.qweight, packed.scales, _or(packed.zeros, x), _or(packed.perm, x), _or(bias, x), _or(offsets, x))
+    inputs = (
+        x,
+        packed.qweight,
+        packed.scales,
+        _or(packed.zeros, x),
+        _or(packed.perm, x),
+        _or(bias, x),
+        _or(offsets, x),
+    )
     blocks = _token_blocks(tokens, experts, config.block_m)
     flags = {"HAS_PERM": packed.perm is not None, "HAS_BIAS": bias is not None, "GROUPED": offsets is not None}
     place = (y, partial, tables.items, tokens, x.stride(0), y.stride(0), rows)
     grid = (tables.work.num_items, blocks)
     if fast:
         linear_kernel[grid](
-            *inputs, *place, KINDS=tables.work.kinds, STEP=tables.work.step, S=tables.supertiles, BLOCK_M=config.block_m,
-            NATURAL=configs.natural_columns(device.arch, VERSION), EVEN=_even(packed.layout, tables.work.step),
+            *inputs, *place, KINDS=tables.work.kinds, STEP=tables.work.step, S=tables.supertiles,
+            BLOCK_M=config.block_m, NATURAL=configs.natural_columns(device.arch, VERSION),
+            EVEN=_even(packed.layout, tables.work.step),
             MATH=_math(x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages, **flags, **FIXED,
         )  # fmt: skip
@@ -172,8 +181,8 @@ def dequantize_packed(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     coarse = all(s.group_size % store_step() == 0 or s.group_size == s.cols for s in layout.segments)
     dequantize_kernel[(tables.work.num_items,)](
         packed.qweight, packed.scales, _or(packed.zeros, out), _or(packed.perm, out), out, tables.items,
-        layout.in_features, KINDS=tables.work.kinds, S=tables.supertiles, COARSE=coarse, HAS_PERM=packed.perm is not None,
-        num_warps=tables.supertiles, **FIXED,
+        layout.in_features, KINDS=tables.work.kinds, S=tables.supertiles, COARSE=coarse,
+        HAS_PERM=packed.perm is not None, num_warps=tables.supertiles, **FIXED,
     )  # fmt: skip
     return out.to(dtype)
 
@@ -201,7 +210,7 @@ def layout_of(
     rows = [segments[i : i + 7] for i in range(0, len(segments), 7)]
     if any(not 0 <= row[6] < len(ZERO_KINDS) for row in rows):
         raise FormatError("segments name an unknown kind of zeros")
-    table = tuple(Segment(*row[:6], ZERO_KINDS[row[6]]) for row in rows)
+    table = tuple(Segment(n0, n1, k0, k1, bits, group, ZERO_KINDS[zero]) for n0, n1, k0, k1, bits, group, zero in rows)
     return WeightLayout(out_features, in_features, table, scale_dtype, permuted)
 
 
@@ -216,8 +225,8 @@ def tables_for(layout: WeightLayout, experts: int, config: Config, device: torch
     """Tables of work on their device."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
-            "a packed layer runs for the first time under graph capture, where its tables cannot be copied to the device: "
-            "run it once before the capture"
+            "a packed layer runs for the first time under graph capture, where its tables cannot be copied to the "
+            "device: run it once before the capture"
         )
     made = work.plan(layout, config.num_warps, device_of(device).units * config.programs_per_unit, experts)
     items = torch.tensor(made.items, dtype=torch.int32).to(device)

@@ -7,8 +7,8 @@ block of tokens. In each step it multiplies STEP columns, then adds the sums tim
     y[row][token] += scale * (sum(code x) - zero * sum(x))                 float zeros
 
 so that one-hot x gives fl32(fl32(code - zero) * scale), bit for bit. The words, zeros and scales of a step are loaded
-while the step before it is multiplied. Where an item is not alone in its block it writes its sums apart, and `reduce` adds
-them in the order of the columns: no atomics, the same bits every time.
+while the step before it is multiplied. Where an item is not alone in its block it writes its sums apart, and `reduce`
+adds them in the order of the columns: no atomics, the same bits every time.
 
 Experts: an item belongs to one, whose tokens are the rows offsets[e] .. offsets[e + 1] of x.
 """
@@ -94,14 +94,10 @@ def plane_bases(qweight, item, BITS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def step_words(
-    bases, step, mask, BITS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr
-):
+def step_words(bases, step, mask, BITS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr):
     """Words of one step: 64 columns, or a part of them."""
     STEPS_PER_TILE: tl.constexpr = 64 // STEP
-    return load_words(
-        bases, step // STEPS_PER_TILE, step % STEPS_PER_TILE * (STEP // 16), mask, BITS, STEP // 16, S
-    )
+    return load_words(bases, step // STEPS_PER_TILE, step % STEPS_PER_TILE * (STEP // 16), mask, BITS, STEP // 16, S)
 
 
 @triton.jit
@@ -114,7 +110,7 @@ def next_group(group, left, group_size, STEP: tl.constexpr):
 
 @triton.jit
 def step_zeros(zeros, group, item, mask, ZERO: tl.constexpr, S: tl.constexpr):
-    """Integer zeros of one step as [S, 128] for each row half, in the order of words: a lane finds the zeros of its rows."""
+    """Integer zeros of one step as [S, 128] for each row half, in the order of words."""
     if ZERO == ZERO_INT:
         s = tl.arange(0, S)[:, None]
         j = tl.arange(0, 128)[None, :]
@@ -214,8 +210,8 @@ def item_sums(
         raw = step_zeros(zeros, group, item, mask, ZERO, S)
         if not NATURAL:
             xs = tokens_at(
-                x, perm, column + step * STEP + STEP, column_end, tokens, tl.where(rest > 0, tokens_end, 0), x_stride, STEP,
-                NATURAL, HAS_PERM, EVEN, MATH,
+                x, perm, column + step * STEP + STEP, column_end, tokens, tl.where(rest > 0, tokens_end, 0), x_stride,
+                STEP, NATURAL, HAS_PERM, EVEN, MATH,
             )  # fmt: skip
     return y
 
@@ -245,13 +241,14 @@ def one_block(
     rows_per_expert, KINDS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
     NATURAL: tl.constexpr, HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """One item for one block of tokens: the code of its width and kind of zeros is chosen among those that the weight has."""
+    """One item for one block of tokens: the code is chosen by its width and kind of zeros."""
     kind = tl.load(item + KIND)
     for k in tl.static_range(num_kinds()):
         if has_kind(KINDS, k):
             if only_kind(KINDS, k) or kind == k:
                 sums = item_sums(
-                    x, qweight, scales, zeros, perm, item, tokens, tokens_end, x_stride, bits_of(k), zero_of(k), STEP, S, BLOCK_M, NATURAL, HAS_PERM, EVEN, MATH,
+                    x, qweight, scales, zeros, perm, item, tokens, tokens_end, x_stride, bits_of(k),
+                    zero_of(k), STEP, S, BLOCK_M, NATURAL, HAS_PERM, EVEN, MATH,
                 )  # fmt: skip
                 store_rows(
                     sums, y, partial, bias, item, tokens, tokens_end, y_stride, num_tokens, rows_per_expert, S, HAS_BIAS
@@ -276,8 +273,9 @@ def linear_kernel(
         begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
         for block in range(tl.program_id(1), tl.cdiv(end - begin, BLOCK_M), tl.num_programs(1)):
             one_block(
-                x, qweight, scales, zeros, perm, bias, y, partial, item, begin + block * BLOCK_M + lane, end, num_tokens,
-                x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM, HAS_BIAS, EVEN, MATH,
+                x, qweight, scales, zeros, perm, bias, y, partial, item, begin + block * BLOCK_M + lane, end,
+                num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM,
+                HAS_BIAS, EVEN, MATH,
             )  # fmt: skip
     else:
         one_block(
@@ -325,6 +323,6 @@ def reduce_kernel(
             )  # fmt: skip
     else:
         reduce_block(
-            partial, bias, y, block, tl.program_id(1) * BLOCK_M + lane, num_tokens, num_tokens, y_stride, rows_per_expert,
-            S, HAS_BIAS,
+            partial, bias, y, block, tl.program_id(1) * BLOCK_M + lane, num_tokens, num_tokens, y_stride,
+            rows_per_expert, S, HAS_BIAS,
         )  # fmt: skip

@@ -8,13 +8,13 @@ power of two, `unit`, and subtracts the zero point:
     bf16: fma(field, 2^(127 - shift), -zero * 2^-6)   = (code - zero) * 2^-6
 
 Both are exact: code - zero is an integer, or with the zero of symmetric 1-bit weights a half, of at most 8 bits. The
-multiply-add takes subnormal operands (PTX ISA, fma.f16x2 and fma.bf16x2; AMD's default mode); whether tensor cores do is
-of no consequence, because none reaches them.
+multiply-add takes subnormal operands (PTX ISA, fma.f16x2 and fma.bf16x2; AMD's default mode); whether tensor cores do
+is of no consequence, because none reaches them.
 
 Words come as [S, 128]: one supertile for each warp, 16 bytes for each lane, which is where the fragment of
-`mma.m16n8k16` and `wgmma` wants them. Rows of a tile of S supertiles are in the order (t, supertile, h, g), so that every
-warp keeps its own supertile and no word passes through shared memory. The order of columns depends on the instruction:
-the compiler gives a lane two neighbouring columns for wgmma (`NATURAL`: as they are in W), four for mma.sync.
+`mma.m16n8k16` and `wgmma` wants them. Rows of a tile of S supertiles are in the order (t, supertile, h, g), so that
+every warp keeps its own supertile and no word passes through shared memory. The order of columns depends on the
+compiler: it gives a lane two neighbouring columns (`NATURAL`: as they are in W) or four (configs.natural_columns).
 """
 
 import triton
@@ -122,7 +122,7 @@ def inverse_unit(math):
 
 @triton.constexpr_function
 def place(bits, width, index, chunks):
-    """Where `load_words` puts word tensor `index` of a plane: both planes of width 4 by chunk, width 2 by pair, width 1."""
+    """Where `load_words` puts word tensor `index` of a plane: width 4 by chunk (and plane), 2 by pair of chunks, 1."""
     fours = FORMATS[bits].planes.count(4) * chunks
     twos = FORMATS[bits].planes.count(2) * max(chunks // 2, 1)
     return {4: 0, 2: fours, 1: fours + twos}[width] + index
@@ -279,9 +279,7 @@ def tile_rows(
 
 
 @triton.jit
-def chunk(
-    words, zeros, C: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr, MATH: tl.constexpr
-):
+def chunk(words, zeros, C: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr, MATH: tl.constexpr):
     """[S, g, q, e, h, m, t & 1, t >> 1] of k16 chunk C."""
     t0 = tile_rows(words, zeros, C, 0, BITS, CHUNKS, S, MATH)
     t1 = tile_rows(words, zeros, C, 1, BITS, CHUNKS, S, MATH)

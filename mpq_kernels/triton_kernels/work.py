@@ -21,8 +21,8 @@ from ..formats import FORMATS, TILE_K, TILE_N, ZERO_KINDS
 from ..layout import DTYPE_BYTES, Segment, SegmentOffsets, WeightLayout, ceil_div
 
 # Columns of a row of the table of items.
-(KIND, ROW0, ROW_END, COLUMN0, COLUMN_END, LOCAL, COLUMNS, PLANE0, PLANE1, PLANE2, TILE_STRIDE, TILES_LEFT, SCALES, ZEROS,
- ROW_TILES, GROUP, PART, PARTS, EXPERT) = range(19)  # fmt: skip
+(KIND, ROW0, ROW_END, COLUMN0, COLUMN_END, LOCAL, COLUMNS, PLANE0, PLANE1, PLANE2, TILE_STRIDE, TILES_LEFT, SCALES,
+ ZEROS, ROW_TILES, GROUP, PART, PARTS, EXPERT) = range(19)  # fmt: skip
 ITEM_INTS = 20
 # Columns of a row of the table of blocks that have several parts.
 BLOCK_ROW0, BLOCK_ROW_END, BLOCK_PARTS, BLOCK_EXPERT = range(4)
@@ -85,9 +85,7 @@ def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1)
     scale_bytes = DTYPE_BYTES[layout.scale_dtype]
     offsets = iter(layout.offsets)
     bands = [(band, [next(offsets) for _ in band]) for band in layout.bands()]
-    total = sum(
-        ceil_div(s.row_tiles, supertiles) * s.col_tiles * tile_cost(s, scale_bytes) for s in layout.segments
-    )
+    total = sum(ceil_div(s.row_tiles, supertiles) * s.col_tiles * tile_cost(s, scale_bytes) for s in layout.segments)
     share = total / max(programs, 1)
     items: list[int] = []
     blocks: list[int] = []

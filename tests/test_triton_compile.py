@@ -1,0 +1,54 @@
+"""The Triton kernels compile for devices that are not there, without spills; on sm_90 weights stay in registers."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # says nothing new: every launch passes its own choice
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
+
+import triton_compile
+from triton_compile import CASES, TARGETS, compile_case, count
+
+from mpq_kernels.triton_kernels.dense import slow_kernel
+from mpq_kernels.triton_kernels.linear import linear_kernel
+
+# On every other architecture than sm_90, where everything is compiled.
+OTHERS = ("linear 4 bits, int zeros, bf16, 16", "linear 7 bits, int zeros, bf16, 32", "any", "dequantize", "reduce")
+SELECTED = [("sm_90", case) for case in CASES] + [
+    (arch, case)
+    for arch in TARGETS
+    if arch != "sm_90"
+    for case in CASES
+    if case.label.startswith(
+        ("linear 4 bits, int zeros, bf16, 16", "linear 7 bits, int zeros, bf16, 32", "any", "deq", "red")
+    )
+]
+
+
+@pytest.mark.parametrize(("arch", "case"), SELECTED, ids=[f"{arch} {case.label}" for arch, case in SELECTED])
+def test_compiles_without_spills(arch, case):
+    counts = count(compile_case(case, arch), arch)
+    assert counts.spills == 0 and 0 < counts.registers <= 255, counts
+    if case.kernel is not linear_kernel:
+        assert case.kernel is slow_kernel or counts.operand_moves == 0, counts
+        return
+    if arch == "sm_90":
+        # 16 chunks of k16 x m64 for 64 columns of 256 rows, by each width. Stores in the loop: one for the scales of
+        # 256 rows in 128 threads; float zeros add theirs and the sums of x. Operand A of one step would take 16.
+        assert counts.wgmma == len(case.kinds) * case.step // 4, counts
+    if not arch.startswith("gfx") and arch != "sm_100":
+        assert counts.operand_moves == 0, counts
+        assert counts.stores_in_loop <= (8 if case.kinds[0][1] == "float" else 2), counts
+
+
+def test_the_counters_see_a_round_trip():
+    """The count of stores is no constant: sm_100's tensor cores take operand A from outside the registers."""
+    case = next(case for case in CASES if case.kernel is linear_kernel and case.kinds == ((4, "int"),))
+    assert count(compile_case(case, "sm_100"), "sm_100").stores_in_loop >= 16
+    assert (
+        triton_compile.operand_moves("%a = ttg.local_load %x : t -> tensor<ttg.dot_op<{opIdx = 0, parent = #mma}>>")
+        == 1
+    )
