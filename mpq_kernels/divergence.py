@@ -19,7 +19,7 @@ import torch
 
 from .errors import CheckpointError, MPQError
 from .evaluate import LOGITS_IN_FLIGHT, standard_error
-from .safetensors_io import storage_order, write_safetensors
+from .files import fsync_directory, write_new_file
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 TENSORS = {"rows": torch.int64, "ids": torch.int32, "logp": torch.float32, "nll": torch.float32}
@@ -40,10 +40,17 @@ class Reference:
     nll: torch.Tensor
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file."""
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in TENSORS}
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_safetensors(path, specs, ((name, tensors[name]) for name in storage_order(specs)))
+        """Write a safetensors file; one that is there stays as it is until the new one is complete."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        part = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            write_new_file(part, save({name: getattr(self, name).cpu().contiguous() for name in TENSORS}))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        fsync_directory(path.parent)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Reference:

@@ -195,7 +195,7 @@ def test_generation_measures_and_writes(space, tmp_path, capsys):
     assert [(row["bits"], row["activations"]) for row in rows] == [(16, "exact"), (3, "exact"), (3, "int8")]
     assert all(len(row[test]["seconds"]) == 2 for row in rows for test in ("pp4", "tg2"))
     for row in rows[1:]:
-        assert 0 < row["ms_without_products"]["tg2"] and row["packed_bytes"] > 0
+        assert row["ms_without_products"]["tg2"] > 0 and row["packed_bytes"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
