@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,14 +44,14 @@ class Reference:
         """Write a safetensors file; one that is there stays as it is until the new one is complete."""
         from safetensors.torch import save
 
-        path = Path(path)
-        part = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        to = Path(path)
+        part = to.with_name(f".{to.name}.partial-{os.getpid()}")
         try:
             write_new_file(part, save({name: getattr(self, name).cpu().contiguous() for name in TENSORS}))
-            os.replace(part, path)
+            os.replace(part, to)
         finally:
             part.unlink(missing_ok=True)
-        fsync_directory(path.parent)
+        fsync_directory(to.parent)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Reference:
