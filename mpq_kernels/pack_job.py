@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import packing
+from .autoround import LearnedRounding
 from .calibrate import Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
@@ -87,7 +88,7 @@ class PackJob:
         resolved: ResolvedPlan,
         quantizer: str,
         progress: Progress | None,
-        calibrator: Calibrator | None = None,
+        calibrator: Calibrator | LearnedRounding | None = None,
     ) -> None:
         self.source = source
         self.resolved = resolved
@@ -181,18 +182,21 @@ class PackJob:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         weight = self.source.weight(spec)
-        hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
-        if hessian is not None and perm is None and member.layout.permuted:
-            perm = activation_order(hessian)
         try:
-            quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
+            if isinstance(self.calibrator, LearnedRounding):
+                quantized = self.calibrator.weight(spec.name)
+            else:
+                hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
+                if hessian is not None and perm is None and member.layout.permuted:
+                    perm = activation_order(hessian)
+                quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
         except QuantizeError as error:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
         restored = dequantize(quantized)
         self.errors[spec.name] = relative_error(weight, restored)
-        if self.calibrator is not None:
+        if isinstance(self.calibrator, Calibrator):
             self.calibrator.set_weight(spec.name, restored)
         self._advance(self._weight_bytes(spec), spec.name)
         return quantized

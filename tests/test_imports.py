@@ -20,7 +20,7 @@ LAYERS = (
     ("packing", "reference", "safetensors_io", "shards", "schema", "mixture", "modelmap", "source"),
     ("plan", "resolve"),
     ("quantize",),
-    ("checkpoint", "outdir", "report", "blockwalk", "calibrate"),
+    ("checkpoint", "outdir", "report", "blockwalk", "calibrate", "autoround"),
     ("ops", "cuda_ops"),
     ("backends",),
     ("linear", "fused", "experts"),
