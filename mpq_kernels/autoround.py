@@ -49,8 +49,8 @@ def check_plan(resolved: ResolvedPlan) -> None:
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise QuantizeError(
-            f"quantizer={QUANTIZER!r} cannot do {', '.join(refused[:SHOWN])}{more}: change the plan there, keep them as "
-            f"they are (bits={KEPT_BITS}), or choose 'gptq' or 'hqq'"
+            f"quantizer={QUANTIZER!r} cannot do {', '.join(refused[:SHOWN])}{more}: change the plan there, keep them "
+            f"as they are (bits={KEPT_BITS}), or choose 'gptq' or 'hqq'"
         )
 
 
