@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import packing
+from .autoround import LearnedRounding
 from .calibrate import Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
@@ -45,7 +46,7 @@ class PackJob:
         resolved: ResolvedPlan,
         quantizer: str,
         progress: Progress | None,
-        calibrator: Calibrator | None = None,
+        calibrator: Calibrator | LearnedRounding | None = None,
     ) -> None:
         self.source = source
         self.resolved = resolved
@@ -141,7 +142,7 @@ class PackJob:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
             self.perm = (weight.name, tensors[f"{weight.name}.perm"])
-        if self.calibrator is not None:
+        if isinstance(self.calibrator, Calibrator):
             keys = [key for key in member.layout.tensor_specs() if key != "perm"]
             own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
             if member.layout.permuted:
@@ -164,16 +165,19 @@ class PackJob:
         """The quantized weight [N, K] and its relative error."""
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-        hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
-        if hessian is not None and perm is None and member.layout.permuted:
-            perm = activation_order(hessian)
         try:
-            quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
+            if isinstance(self.calibrator, LearnedRounding):
+                quantized = self.calibrator.weight(spec.name)
+            else:
+                hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
+                if hessian is not None and perm is None and member.layout.permuted:
+                    perm = activation_order(hessian)
+                quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
         except QuantizeError as error:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        if self.calibrator is not None:
+        if isinstance(self.calibrator, Calibrator):
             self.calibrator.set_weight(spec.name, dequantize(quantized))
         return quantized, weight_error(weight, quantized).relative
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from . import autoround
 from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
@@ -74,7 +75,12 @@ def pack(
     if calibrated is not None and calibrated.act_order:
         resolved = in_free_order(resolved)
     out = check_output(out_dir, source.path, overwrite, resume is True)
-    calibrator = None if calibrated is None or not resolved.weights else Calibrator(source, calibrated)
+    calibrator: Calibrator | autoround.LearnedRounding | None = None
+    if calibrated is not None and resolved.weights:
+        if quantizer_row(quantizer).whole_model:
+            calibrator = autoround.LearnedRounding(source, resolved, calibrated, quiet=progress is None)
+        else:
+            calibrator = Calibrator(source, calibrated)
     job = PackJob(source, resolved, quantizer, progress, calibrator)
     shards = job.shards(max_shard_bytes)
     texts = {CONFIG_FILE: json_bytes(job.config())}
@@ -136,7 +142,7 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
 
 
 def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
-    """Raise QuantizeError when a plan gives widths to experts and the quantizer is one that is calibrated."""
+    """Raise QuantizeError when a calibrated quantizer cannot do what the plan asks: widths of experts, and others."""
     experts = [member.spec.name for weight in resolved.weights for member in weight.members if member.spec.expert]
     if experts and quantizer_row(quantizer).needs_calibration:
         raise QuantizeError(
@@ -144,6 +150,8 @@ def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
             f"{len(experts)} linears of experts ({experts[0]}, ...), which are none: choose 'hqq' or 'rtn', or keep "
             f'the experts with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
         )
+    if quantizer_row(quantizer).whole_model:
+        autoround.check_plan(resolved)
 
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:

@@ -43,7 +43,7 @@ def test_pack_with_calibration(run, tmp_path):
     for wrong, word in (
         (words, "needs --calibration"),
         ([*words[:4], *given[:2]], "uses no calibration"),
-        ([*words[:4], "--act-order"], "hqq is not"),
+        ([*words[:4], "--act-order"], "--act-order goes with --quantizer gptq, not with hqq"),
         ([*words[:4], "--calibration-tokens", 3], "goes with --calibration"),
     ):
         err = run("pack", "dense", tmp_path / "p", *wrong, code=2).err

@@ -240,7 +240,7 @@ def test_nan_and_inf_are_refused_with_module_place_and_count() -> None:
 BAD_CALLS = {
     "method": (
         lambda: quantize_block(weights(), BlockSpec(4), "gptq2"),
-        "no quantizer 'gptq2'; choose one of gptq, hqq, rtn",
+        "no quantizer 'gptq2'; choose one of auto-round, gptq, hqq, rtn",
     ),
     "integers": (lambda: quantize_block(torch.ones(4, 64, dtype=torch.int8), BlockSpec(4)), "floating weight"),
     "one dimension": (lambda: quantize_block(torch.ones(64), BlockSpec(4)), "not float32 \\[64\\]"),
@@ -302,4 +302,4 @@ def test_scales_out_of_range_are_refused_with_the_cure(case: str, method: str, z
 
 def test_table_is_complete() -> None:
     for name, row in QUANTIZERS.items():
-        assert row.name == name and row.summary and row.needs_calibration == (name == "gptq")
+        assert row.name == name and row.summary and row.needs_calibration == (name in ("gptq", "auto-round"))

@@ -31,9 +31,11 @@ def command(
     lm_head: HeadOption = 16,
     quantizer: Annotated[
         str,
-        typer.Option(help="rtn (round to nearest), hqq (search for scales and zeros) or gptq (needs --calibration)."),
+        typer.Option(
+            help="rtn (round to nearest), hqq (search for scales and zeros), gptq or auto-round (need --calibration)."
+        ),
     ] = "hqq",
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that the quantizer gptq reads.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read.")] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
     ] = None,
@@ -106,13 +108,14 @@ def _check_calibration(
     """--calibration with the quantizers that need it, and only with them; sizes can be asked for without it."""
     from ..quantize import quantizer as quantizer_row
 
-    needed = quantizer_row(quantizer).needs_calibration
+    row = quantizer_row(quantizer)
+    needed = row.needs_calibration
     if needed and calibration is None and not dry_run:
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
     if not needed and calibration is not None:
         raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
-    if act_order and not needed:
-        raise typer.BadParameter(f"--act-order goes with a quantizer that is calibrated, and {quantizer} is not")
+    if act_order and (row.whole_model or not needed):
+        raise typer.BadParameter(f"--act-order goes with --quantizer gptq, not with {quantizer}")
     if tokens is not None and calibration is None:
         raise typer.BadParameter("--calibration-tokens goes with --calibration")
 

@@ -28,11 +28,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A method. run: (finite weight [n, k], spec) -> codes; None for one that sees whole weights and their Hessian."""
+    """A method. run: (finite weight [n, k], spec) -> codes; None for one that is calibrated.
+
+    whole_model: it sees all weights at once and is run by `pack` alone; other calibrated ones see a weight's Hessian.
+    """
 
     name: str
     run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock] | None
     summary: str
+    whole_model: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -50,6 +54,12 @@ QUANTIZERS: dict[str, Quantizer] = {
             "scale and zero of least squared error: clip grid and half-quadratic steps",
         ),
         Quantizer("gptq", None, "column by column, errors made up for by later columns; needs calibration"),
+        Quantizer(
+            "auto-round",
+            None,
+            "rounding learned block by block, by the library auto-round; needs calibration",
+            whole_model=True,
+        ),
     )
 }
 
@@ -97,7 +107,7 @@ def quantize_weight(
     """
     if hessian is None:
         require_no_calibration(method)
-    elif not quantizer(method).needs_calibration:
+    elif not quantizer(method).needs_calibration or quantizer(method).whole_model:
         raise QuantizeError(f"{name}: quantizer={method!r} uses no Hessian; leave it out")
     shape = (layout.out_features, layout.in_features)
     if tuple(weight.shape) != shape:

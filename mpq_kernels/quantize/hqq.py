@@ -20,8 +20,12 @@ Perplexity of TinyStories-656K, groups of 64, integer zeros, geometric mean over
     this search                             54.42   65.85   180.6
     this search, float zeros                55.29   66.78   135.1
 
-Judging by |error|**p with p = 1.5, 2.4, 3 or 4, adding a penalty on the sum of errors, weighting columns by their
-norm, or un-shrinking the scale afterwards moved single figures by less than these deviations, or made them worse.
+One order, such as the columns' own, says little: there, on 60,000 tokens, the clip grid has 52.19 and this search 53.60
+at 3 bits, and over it and three random orders 52.75 and 52.65 (50.7 to 54.8 and 50.8 to 53.6; HQQ, float zeros: 55.14).
+
+Judging by |error|**p, p = 1.5, 2.4, 2.5, 3, 4, adding a penalty on the sum of errors, flipping codes near a tie so that
+it vanishes, weighting columns by their norm or by the gain of the norm before them (squared), or un-shrinking the scale
+afterwards moved single figures by less than these deviations, or made them worse.
 """
 
 from __future__ import annotations
