@@ -87,7 +87,7 @@ def test_experts_of_several_bands_and_column_segments(isa):
     check(torch.randn(8, 320), packed, offsets_of([5, 0, 3]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [n for n, b in BACKENDS.items() if not b.devices or "cpu" in b.devices])
 def test_backends_agree(name):
     packed = stacked(70, 128, [(3, 64, "int"), (4, 32, "int")])
     x, offsets, bias = torch.randn(7, 128), offsets_of([3, 4]), torch.randn(140)

@@ -12,6 +12,7 @@ if find_spec("triton") is None:
 import triton_compile
 from triton_compile import CASES, TARGETS, compile_case, count
 
+from mpq_kernels.triton_kernels.configs import natural_columns
 from mpq_kernels.triton_kernels.dense import slow_kernel
 from mpq_kernels.triton_kernels.linear import linear_kernel
 
@@ -41,7 +42,10 @@ def test_compiles_without_spills(arch, case):
         assert counts.wgmma == len(case.kinds) * case.step // 4, counts
     if not arch.startswith("gfx") and arch != "sm_100":
         assert counts.operand_moves == 0, counts
-        assert counts.stores_in_loop <= (8 if case.kinds[0][1] == "float" else 2), counts
+        # x in another order than in memory is stored two bytes at a time: 64 columns of block_m tokens by 128 threads.
+        natural = natural_columns(f"cuda:{TARGETS[arch].arch}", triton_compile.VERSION)
+        of_x = 0 if natural else case.block_m // 2
+        assert counts.stores_in_loop <= of_x + (8 if case.kinds[0][1] == "float" else 2), counts
 
 
 def test_the_counters_see_a_round_trip():

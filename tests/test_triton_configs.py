@@ -59,6 +59,13 @@ def test_choices_are_by_device_then_architecture_then_vendor():
     assert all(row.source for rows in configs.TABLE.values() for row in rows)
 
 
+def test_columns_by_compiler():
+    assert configs.natural_columns("cuda:90", (3, 6)) and not configs.natural_columns("cuda:80", (3, 7))
+    assert configs.natural_columns("cuda:120", (3, 8)) and not configs.natural_columns("hip:gfx942", (3, 9))
+    assert configs.widest_step("cuda:80", (3, 6), 32) == 32 and configs.widest_step("cuda:80", (3, 6), 16) == 64
+    assert configs.widest_step("cuda:80", (3, 9), 32) == configs.widest_step("cuda:90", (3, 6), 32) == 64
+
+
 def test_tuning_takes_the_fastest_and_stores_it():
     def measure(config, tokens):
         if config.num_stages == 4:

@@ -101,8 +101,9 @@ def compile_case(case: Case, arch: str) -> Any:
     ptx = target.backend == "cuda"
     math = (PTX_FP16 if ptx else FP16) if case.dtype == "fp16" else (PTX_BF16 if ptx else BF16)
     warps = 1 if case.kernel is slow_kernel else 4
+    step = min(case.step, configs.widest_step(key, VERSION, case.block_m))
     constants = {
-        "KINDS": kinds, "STEP": case.step, "S": warps, "BLOCK_M": 4 if case.kernel is reduce_kernel else case.block_m,
+        "KINDS": kinds, "STEP": step, "S": warps, "BLOCK_M": 4 if case.kernel is reduce_kernel else case.block_m,
         "NATURAL": configs.natural_columns(key, VERSION), "HAS_PERM": False, "HAS_BIAS": True, "EVEN": True,
         "MATH": math, "GROUPED": case.grouped, "COARSE": True,
     }  # fmt: skip

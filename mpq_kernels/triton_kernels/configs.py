@@ -90,6 +90,12 @@ def natural_columns(arch: str, version: tuple[int, ...]) -> bool:
     return arch == "cuda:90" or (arch.startswith("cuda") and version >= NATURAL_MMA_SYNC)
 
 
+def widest_step(arch: str, version: tuple[int, ...], block_m: int) -> int:
+    """Most columns of a step. Where x waits in registers (not natural), 64 columns of 32 tokens spill at 7 bits."""
+    waits = arch.startswith("cuda") and not natural_columns(arch, version)
+    return 32 if waits and block_m > 16 else 64
+
+
 def cache_file() -> Path:
     """Where tuned choices are: $XDG_CACHE_HOME/mpq_kernels/triton.json, by default under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -151,10 +151,11 @@ def multiply(
     place = (y, partial, tables.items, tokens, x.stride(0), y.stride(0), rows)
     grid = (tables.work.num_items, blocks)
     if fast:
+        step = min(tables.work.step, configs.widest_step(device.arch, VERSION, config.block_m))
         linear_kernel[grid](
-            *inputs, *place, KINDS=tables.work.kinds, STEP=tables.work.step, S=tables.supertiles,
+            *inputs, *place, KINDS=tables.work.kinds, STEP=step, S=tables.supertiles,
             BLOCK_M=config.block_m, NATURAL=configs.natural_columns(device.arch, VERSION),
-            EVEN=_even(packed.layout, tables.work.step),
+            EVEN=_even(packed.layout, step),
             MATH=_math(x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages, **flags, **FIXED,
         )  # fmt: skip
