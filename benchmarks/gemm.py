@@ -118,9 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of packed's x")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--backend", help="backend of the packed layers; the first that serves without it")
-    parser.add_argument(
-        "--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)"
-    )
+    parser.add_argument("--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")
     parser.add_argument("--seconds", type=float, help="time for each number; on CUDA for each of its two timings")
