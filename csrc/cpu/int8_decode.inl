@@ -7,8 +7,8 @@
 namespace mpq::cpu {
 namespace {
 
-// 4 KB ahead in each plane. Best times of one thread, 1024 x 4096 from memory, AMD EPYC, without and with: 2 bits 57 and
-// 51 us, 3 bits 78 and 64, 4 bits 90 and 77.
+// 4 KB ahead in each plane. Best times of one thread, 1024 x 4096 from memory, AMD EPYC, without and with: 2 bits 57
+// and 51 us, 3 bits 78 and 64, 4 bits 90 and 77.
 constexpr int64_t kPrefetchWords = 1024;
 // Scales of later groups lie far apart: no hardware prefetcher sees them coming.
 constexpr int64_t kPrefetchGroups = 4;
