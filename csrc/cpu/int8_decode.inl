@@ -7,8 +7,11 @@
 namespace mpq::cpu {
 namespace {
 
+// 4 KB ahead in each plane. Best times of one thread, 1024 x 4096 from memory, AMD EPYC, without and with: 2 bits 57
+// and 51 us, 3 bits 78 and 64, 4 bits 90 and 77.
 constexpr int64_t kPrefetchWords = 1024;
-constexpr int64_t kPrefetchGroups = 4;  // scales of later groups lie far apart: no hardware prefetcher sees them coming
+// Scales of later groups lie far apart: no hardware prefetcher sees them coming.
+constexpr int64_t kPrefetchGroups = 4;
 
 // Powers of two that bring the sums of a row half back when its codes were multiplied where they lay in the byte.
 template <int Bits>
