@@ -224,7 +224,7 @@ def test_the_library_knows_its_layout():
     assert simulated.library().mpq_layout_id().decode() == LAYOUT_ID
 
 
-def refused(change, status, text):
+def check_refused(change, status, text):
     """mpq_linear with one argument changed is refused before anything runs."""
     lib = simulated.library()
     lib.mpq_sim_reset()
@@ -271,7 +271,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_come_before_any_work(name):
     path, value, status, text = REFUSALS[name]
-    refused(setter(path, value), status, text)
+    check_refused(setter(path, value), status, text)
 
 
 def test_a_short_workspace_is_refused():
