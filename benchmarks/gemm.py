@@ -10,9 +10,12 @@ is wrong gets no number.
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -58,34 +61,46 @@ def packed_calls(layout: WeightLayout, args: argparse.Namespace, copies: int) ->
     return layers, layers[0].dequantize()
 
 
-def measure(row: Row, calls: list[Call], x: torch.Tensor, wanted: torch.Tensor, args: argparse.Namespace) -> Row:
-    """Check the first and the last copy against x @ W.T in fp32, then time; a wrong result leaves the row empty."""
-    exact = x.float() @ wanted.T
-    row.error = worst_error([call(x) for call in (calls[0], calls[-1])], [exact, exact])
-    if not row.error <= TOLERANCE[x.dtype]:  # NaN is not
-        row.reason = f"wrong by {row.error:.2g} of the largest output: not timed"
-        return row
-    row.set_times(time_calls([partial(call, x) for call in calls], x.device, args.seconds), args.bandwidth)
-    return row
+@dataclass
+class Cell:
+    """A row and what fills it: calls over the copies of a weight, x, microseconds of each round's calls."""
+
+    row: Row
+    calls: list[Call]
+    x: torch.Tensor
+    rounds: list[list[float]] = field(default_factory=list)
+
+    def check(self, wanted: torch.Tensor) -> None:
+        """Compare the first and the last copy with x @ W.T in fp32; a wrong result has a reason and is not timed."""
+        exact = self.x.float() @ wanted.T
+        self.row.error = worst_error([call(self.x) for call in (self.calls[0], self.calls[-1])], [exact, exact])
+        if not self.row.error <= TOLERANCE[self.x.dtype]:  # NaN is not
+            self.row.reason = f"wrong by {self.row.error:.2g} of the largest output: not timed"
+
+    def time(self, seconds: float) -> None:
+        """One more round."""
+        if self.row.reason is None:
+            self.rounds.append(time_calls([partial(call, self.x) for call in self.calls], self.x.device, seconds))
+
+    def over(self, other: Cell) -> float | None:
+        """The median over rounds of the other's median in a round over this one's."""
+        medians = [[statistics.median(times) for times in cell.rounds] for cell in (other, self)]
+        return statistics.median(a / b for a, b in zip(*medians, strict=True)) if all(medians) else None
 
 
-def run_shape(shape: str, args: argparse.Namespace) -> Iterator[Row]:
-    """All layers of a shape, dense ones first; one weight lives at a time."""
+def make_cells(shape: str, args: argparse.Namespace) -> Iterator[Cell]:
+    """All layers of a shape at every number of tokens, checked, dense ones first."""
     rows, cols = SHAPES[shape]
     dense = torch.randn(sum(rows), cols, device=args.device, generator=torch.Generator(args.device).manual_seed(1))
     dense *= cols**-0.5
-    bf16: dict[int, float | None] = {}
 
-    def cells(name: str, dtype: torch.dtype, nbytes: int, calls: list[Call], wanted: torch.Tensor) -> Iterator[Row]:
+    def cells(name: str, dtype: torch.dtype, nbytes: int, calls: list[Call], wanted: torch.Tensor) -> Iterator[Cell]:
         for tokens in args.tokens:
             x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(2)).to(args.device, dtype)
             row = Row(shape, tokens, name, str(dtype).removeprefix("torch."), nbytes, len(calls))
-            measure(row, calls, x, wanted, args)
-            if name == "bf16":
-                bf16[tokens] = row.us_median
-            base = bf16.get(tokens)
-            row.over_bf16 = base / row.us_median if base and row.us_median else None
-            yield row
+            cell = Cell(row, calls, x)
+            cell.check(wanted)
+            yield cell
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         weight = dense.to(dtype)
@@ -102,10 +117,26 @@ def run_shape(shape: str, args: argparse.Namespace) -> Iterator[Row]:
             nbytes = layout.size().total_bytes
             layers, wanted = packed_calls(layout, args, copies_for(nbytes, args.total_mb, 2))
             for activations in args.activations:
-                for layer in layers:
-                    layer.set_activations(activations)
+                # Both modes over the same tensors: the modules are copied, their buffers are not.
+                views = [copy.copy(layer) for layer in layers]
+                for view in views:
+                    view.set_activations(activations)
                 name = f"packed {width}" if activations == "exact" else f"packed {width} {activations}"
-                yield from cells(name, args.dtype, nbytes, list(layers), wanted)
+                yield from cells(name, args.dtype, nbytes, list(views), wanted)
+
+
+def run_shape(shape: str, args: argparse.Namespace) -> list[Row]:
+    """All layers of a shape, timed in turns: a minute in which the machine is slower is one for all of them."""
+    cells = list(make_cells(shape, args))
+    for _ in range(args.rounds):
+        for cell in cells:
+            cell.time(args.seconds / args.rounds)
+    bases = {cell.row.tokens: cell for cell in cells if cell.row.layer == "bf16"}
+    for cell in cells:
+        if cell.rounds:
+            cell.row.set_times([us for times in cell.rounds for us in times], args.bandwidth)
+            cell.row.over_bf16 = cell.over(bases[cell.row.tokens])
+    return [cell.row for cell in cells]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,6 +153,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")
     parser.add_argument("--seconds", type=float, help="time for each number; on CUDA for each of its two timings")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that make up the time of a number (CPU)")
     parser.add_argument("--json", type=Path, help="file to write; on CUDA again after every layer")
     gpu_command.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -140,6 +172,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bits = [part for width in args.widths for part in width.split("|")]
     if not all(part.isdigit() and 1 <= int(part) <= 8 for part in bits):
         parser.error(f"--widths: 1 to 8, not {','.join(args.widths)} ({KEPT_BITS} bits are always measured)")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
     args.activations = args.activations.split(",")
     if not set(args.activations) <= set(ACTIVATIONS):
         parser.error(f"--activations {','.join(args.activations)}: of {', '.join(ACTIVATIONS)}")
@@ -152,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print one line for each number as it comes, write the JSON. 1 when a result was wrong."""
+    """Measure, print one line for each number, shape by shape, write the JSON. 1 when a result was wrong."""
     started = time.monotonic()
     args = parse(argv)
     if args.device.type == "cuda" or args.dry_run:
@@ -161,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     about = facts(args.device) | {
         "group_size": args.group, "total_mb": args.total_mb, "seconds_per_cell": args.seconds,
+        "rounds": args.rounds,
     }  # fmt: skip
     args.bandwidth = about["read_gbytes_per_s"] = read_bandwidth(args.device)
     print(

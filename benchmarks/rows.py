@@ -28,7 +28,7 @@ DENSE = ("bf16", "fp16")
 
 @dataclass
 class Row:
-    """One layer at one number of tokens. us: microseconds of a call. over_bf16: bf16's median / this median."""
+    """One layer at one number of tokens. us: microseconds of a call. over_bf16: bf16's time / this time."""
 
     shape: str
     tokens: int
