@@ -63,3 +63,6 @@ def test_the_counters_see_a_round_trip():
         triton_compile.operand_moves("%a = ttg.local_load %x : t -> tensor<ttg.dot_op<{opIdx = 0, parent = #mma}>>")
         == 1
     )
+    amd = [".LBB0_1:", "\tds_write_b16 v1, v2", "\tv_mfma_f32_16x16x16_bf16 v[0:3]", "\ts_cbranch_scc0 .LBB0_1"]
+    loop = triton_compile.smallest_loop("\n".join([*amd, "\tds_write_b32 v0, v1"]))
+    assert len(loop) == 3 and triton_compile.stores_of(loop) == 1
