@@ -148,7 +148,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of packed's x")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--backend", help="backend of the packed layers; the first that serves without it")
+    parser.add_argument(
+        "--backend", help="of packed layers; without it the first that serves, on CUDA each of cuda,triton that works"
+    )
     parser.add_argument("--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")

@@ -1,6 +1,5 @@
-"""The measurements of a GPU: what is measured, in which order, within which time.
+"""The measurements of a GPU, each layer's made, checked and timed within a time. What and in which order: gpu_plan.py.
 
-    plan(args) -> [Unit ...]      most important first; a unit is one layer of one shape at every number of tokens
     load_of(unit) -> Load         the calls of one graph, and the W that each multiplies by
     Bench.run(units)              one unit after the other until the time is up; JSON after each
 
@@ -14,58 +13,25 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_plan import Unit
 from benchmarks.peers import Peer, held_calls, packed_layers
 from benchmarks.rows import GpuRow
-from benchmarks.shapes import SHAPES, TOKENS, fits, make_layout, member_layouts, parts_of, same_bytes_layout
+from benchmarks.shapes import SHAPES, TOKENS, make_layout, member_layouts, parts_of, same_bytes_layout
 from benchmarks.timing import TOLERANCE, Call, Run, checked_error, copies_for
 from mpq_kernels import reference
 
 LEAST_COPIES = 8
 LEAST_CALLS = 32  # of a graph below FEW_TOKENS, so that the start of a graph weighs little
 FEW_TOKENS = 256
-TOKEN_PASS_MAX = 16  # a pass over all layers is measured up to so many tokens
-MODES = ("packed", "apart", "same bytes", "peer")
-
-# The less, the sooner: a unit's place is the sum of its shape's and its layer's number.
-SHAPE_RANK = {"8192x8192": 0, "llama-8b-token": 1, "llama-8b-gate-up": 2, "llama-8b-qkv": 2, "llama-8b-down": 3}
-LAYER_RANK = {"bf16": 0, "packed 4": 0, "packed 2": 0.1, "packed 3": 0.2, "packed 8": 0.3, "packed 4|3|8": 0.3}
-LAYER_RANK |= {"packed 1": 0.5, "packed 5": 0.6, "packed 6": 0.6, "packed 7": 0.6, "packed 4 fp16": 0.9}
-LAYER_RANK |= {"humming 4": 1, "humming 2": 1.1, "tinygemm 4": 1, "marlin 4": 1, "fp16": 1, "humming 3": 1.4}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One layer of one shape at all numbers of tokens. mode: of MODES. dtype: of x."""
-
-    shape: str
-    mode: str
-    name: str
-    width: str
-    dtype: torch.dtype
-    tokens: tuple[int, ...]
-    peer: str = ""
-
-    @property
-    def key(self) -> str:
-        """Unique in a plan."""
-        return f"{self.shape} {self.name}"
-
-    @property
-    def rank(self) -> float:
-        """Place in the plan."""
-        later = 2.0 if self.name.startswith("packed") else 3.0
-        if self.peer in ("gemlite", "bnb nf4", "bnb int8 (x in int8)", "torchao", "hqq"):
-            later = 4.0
-        shape = SHAPE_RANK.get(self.shape, 6.0 if "70b" in self.shape else 4.0)
-        return shape + LAYER_RANK.get(self.name, later if self.mode in ("packed", "peer") else 0.4)
+COMPILING_BACKENDS = ("triton",)  # at the first call, into a cache on disk that a second process finds
 
 
 @dataclass
@@ -88,53 +54,6 @@ class OutOfTime(Exception):
     """A unit took longer than it may."""
 
 
-def plan(
-    shapes: Sequence[str], widths: Sequence[str], tokens: Sequence[int], peers: dict[str, Peer], dtype: torch.dtype
-) -> list[Unit]:
-    """Every unit, most important first."""
-    units: list[Unit] = []
-    for shape in shapes:
-        counts = tuple(m for m in tokens if shape not in TOKENS or m <= TOKEN_PASS_MAX)
-        if not counts:
-            continue
-        add = partial(_add, units, shape, counts)
-        for peer in peers.values():
-            for width in peer.widths:
-                if not width or width in widths:
-                    add("peer", peer.label(width), width, peer.dtype, peer.name, peer.tokens)
-        for width in widths:
-            if fits(shape, width):
-                add("packed", f"packed {width}", width, dtype)
-                if "|" in width:
-                    add("apart", f"packed {width} apart", width, dtype)
-                    add("same bytes", f"packed 4 as {width}", width, dtype)
-                elif shape == "8192x8192" and dtype == torch.bfloat16:
-                    add("packed", f"packed {width} fp16", width, torch.float16)
-    return sorted(units, key=lambda unit: unit.rank)
-
-
-def without_absent(units: Sequence[Unit], reasons: Mapping[str, str | None]) -> list[Unit]:
-    """A plan in which a peer that is not available stands once, for its reason."""
-    seen: set[str] = set()
-    kept = []
-    for unit in units:
-        if not reasons.get(unit.peer):
-            kept.append(unit)
-        elif unit.peer not in seen:
-            seen.add(unit.peer)
-            kept.append(dataclasses.replace(unit, tokens=unit.tokens[:1]))
-    return kept
-
-
-def _add(
-    units: list[Unit], shape: str, counts: tuple[int, ...], mode: str, name: str, width: str, dtype: torch.dtype,
-    peer: str = "", only: tuple[int, ...] | None = None,
-) -> None:  # fmt: skip
-    counts = tuple(m for m in counts if only is None or m in only)
-    if counts and (shape not in TOKENS or mode in ("packed", "peer")):
-        units.append(Unit(shape, mode, name, width, dtype, counts, peer))
-
-
 @dataclass
 class Bench:
     """How units are run. start_run: GraphRun, or EagerRun where there are no graphs."""
@@ -143,12 +62,12 @@ class Bench:
     group: int
     total_mb: float
     seconds: float  # for each of the two timings of a number
-    backend: str | None
     peers: dict[str, Peer]
     reasons: dict[str, str | None]  # of peers that are not available
     start_run: Callable[..., Run]
     copy_bandwidth: float
     tflops: float | None = None
+    backends: dict[str, str | None] = field(default_factory=dict)  # wanted for packed layers; why one is not available
     least_copies: int = LEAST_COPIES
     clock: Callable[[], float] = time.monotonic
     deadline: float = float("inf")
@@ -235,7 +154,7 @@ class Bench:
             nbytes = sum(layout.size().total_bytes for layout in layouts)
             copies = copies_for(nbytes, self.total_mb, self.least_copies)
             members = [
-                packed_layers(layout, self.device, unit.dtype, self.backend, copies, seed)
+                packed_layers(layout, self.device, unit.dtype, unit.backend, copies, seed)
                 for seed, layout in enumerate(layouts)
             ]
             weights = [reference.dequantize(layers[0].packed) for layers in members]
@@ -248,7 +167,8 @@ class Bench:
         """Let every unit compile what it needs; (unit, what happened) of each that does so at its first call."""
         for unit in units:
             left = self.deadline - self.clock()
-            if not unit.peer or not self.peers[unit.peer].compiles or left <= 0:
+            compiles = self.peers[unit.peer].compiles if unit.peer else unit.backend in COMPILING_BACKENDS
+            if not compiles or left <= 0:
                 continue
             reason = self.reasons.get(unit.peer) or self._refusal(unit)
             try:
@@ -280,7 +200,7 @@ class Bench:
             layout = same_bytes_layout(layout, 4, self.group)
         nbytes = layout.size().total_bytes
         count = copies or copies_for(nbytes, self.total_mb, self.least_copies)
-        layers = packed_layers(layout, self.device, unit.dtype, self.backend, count)
+        layers = packed_layers(layout, self.device, unit.dtype, unit.backend, count)
         return list(layers), reference.dequantize(layers[0].packed), nbytes
 
     def _refusal(self, unit: Unit) -> str | None:
@@ -296,7 +216,7 @@ class Bench:
 
     def _row(self, unit: Unit, tokens: int, nbytes: int = 0, copies: int = 0) -> GpuRow:
         dtype = str(unit.dtype).removeprefix("torch.")
-        return GpuRow(unit.shape, tokens, unit.name, dtype, nbytes, copies, width=unit.width)
+        return GpuRow(unit.shape, tokens, unit.name, dtype, nbytes, copies, width=unit.width, backend=unit.backend)
 
     def _without(self, unit: Unit, done: Sequence[GpuRow], reason: str) -> list[GpuRow]:
         """Rows with a reason for the numbers of tokens that have none yet."""

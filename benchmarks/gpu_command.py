@@ -6,19 +6,21 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import LEAST_COPIES, Bench, Broken, Unit, plan, without_absent
+from benchmarks.gpu import LEAST_COPIES, Bench, Broken
+from benchmarks.gpu_plan import PACKED_BACKENDS, Unit, plan, without_absent
 from benchmarks.installed_peers import all_peers, look_into_site
 from benchmarks.peers import NO_DEVICE, Peer
 from benchmarks.plot import plot
 from benchmarks.rows import DENSE, GPU_HEADS, GpuRow, facts, gpu_line, read_json, set_ratios, write_json
 from benchmarks.shapes import SHAPES, TOKENS, make_layout, parts_of
 from benchmarks.timing import EagerRun, GraphRun, copies_for, cuda_ceilings
+from mpq_kernels.backends import BACKENDS
 
 SMALL_ROWS, SMALL_COLS, SMALL_TOKENS = 192, 512, (1, 3)  # of a dry run's weights
 DRY_WIDTHS = ("1", "2", "3", "4", "5", "6", "7", "8", "4|3|8")
@@ -49,16 +51,22 @@ def main(args: argparse.Namespace, words: list[str], started: float) -> int:
         print(f"gemm.py: no peer {', '.join(unknown)}; there are {', '.join(peers)}", file=sys.stderr)
         return 2
     peers = {name: peers[name] for name in chosen}
-    units = plan(args.shapes, args.widths, args.tokens, peers, args.dtype)
+    wanted = PACKED_BACKENDS if args.backend is None else tuple(args.backend.split(","))
+    unknown = [name for name in wanted if name not in BACKENDS]
+    if unknown:
+        print(f"gemm.py: no backend {', '.join(unknown)}; there are {', '.join(BACKENDS)}", file=sys.stderr)
+        return 2
     if args.dry_run:
-        return dry_run(units, peers, args)
+        return dry_run(plan(args.shapes, args.widths, args.tokens, peers, args.dtype, wanted), peers, args)
     if not torch.cuda.is_available():
         print("gemm.py: no CUDA device; --dry-run does what needs none", file=sys.stderr)
         return 2
+    backends = {name: BACKENDS[name].available() for name in wanted}
     reasons = {name: peer.available() for name, peer in peers.items()}
+    units = plan(args.shapes, args.widths, args.tokens, peers, args.dtype, working(backends))
     units = without_absent(units, reasons)
     bench = Bench(
-        args.device, args.group, args.total_mb, args.seconds, args.backend, peers, reasons, GraphRun, 1.0,
+        args.device, args.group, args.total_mb, args.seconds, peers, reasons, GraphRun, 1.0, backends=backends,
         deadline=started + args.budget_s,
     )  # fmt: skip
     if args.warm:
@@ -67,6 +75,11 @@ def main(args: argparse.Namespace, words: list[str], started: float) -> int:
             print(f"{unit.key}: {result}", flush=True)
         return 0
     return Session(args, words, started, bench, units).run()
+
+
+def working(reasons: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Backends that work; all where none does, so that rows say why."""
+    return tuple(name for name, reason in reasons.items() if reason is None) or tuple(reasons)
 
 
 class Session:
@@ -93,7 +106,8 @@ class Session:
             "protocol": "CUDA graph replay, cold L2: benchmarks/README.md",
             "group_size": args.group, "total_mb": args.total_mb, "least_copies": LEAST_COPIES,
             "seconds_per_timing": args.seconds, "budget_s": args.budget_s,
-            "peers": self.bench.reasons, "processes": 1, "done": [], "left_out": [], "complete": False,
+            "backends": self.bench.backends, "peers": self.bench.reasons,
+            "processes": 1, "done": [], "left_out": [], "complete": False,
         }  # fmt: skip
 
     def run(self) -> int:
@@ -143,7 +157,7 @@ class Session:
             f"copy {about['copy_gbytes_per_s']:.0f} GB/s, read {about['read_gbytes_per_s']:.0f} GB/s, "
             f"bf16 product {about['bf16_tflops']:.0f} TFLOP/s"
         )
-        for name, reason in self.bench.reasons.items():
+        for name, reason in (self.bench.backends | self.bench.reasons).items():
             print(f"{name}: {reason or 'available'}")
         print(f"{'shape':18} {'M':>4} {'layer':20} {'x':8} {GPU_HEADS}", flush=True)
 
@@ -173,7 +187,7 @@ def dry_run(units: Sequence[Unit], peers: dict[str, Peer], args: argparse.Namesp
     small = [Unit("small", mode, f"{mode} {width}", width, torch.bfloat16, SMALL_TOKENS) for mode, width in modes]
     dense = [peers[name] for name in DENSE if name in peers]
     small += [Unit("small", "peer", peer.name, "", peer.dtype, SMALL_TOKENS, peer.name) for peer in dense]
-    bench = Bench(torch.device("cpu"), args.group, 0.1, 0.001, None, peers, {}, EagerRun, 1.0, least_copies=2)
+    bench = Bench(torch.device("cpu"), args.group, 0.1, 0.001, peers, {}, EagerRun, 1.0, least_copies=2)
     rows: list[GpuRow] = []
     bench.run(small, args.unit_s, lambda unit, made: rows.extend(made))
     for row in rows:

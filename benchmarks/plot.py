@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = 3
+STYLES = {"cuda": ("o", "-"), "triton": ("^", "-."), "peer": ("x", "--")}  # marker and line
 
 
 def series(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -21,6 +22,13 @@ def series(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[
         if row.get("of_floor") is not None:
             out.setdefault(row["shape"], {}).setdefault(row["layer"], []).append((row["tokens"], row["of_floor"]))
     return {shape: {layer: sorted(points) for layer, points in layers.items()} for shape, layers in out.items()}
+
+
+def style(layer: str) -> str:
+    """Whose kernels a layer of the table runs: a key of STYLES."""
+    if not layer.startswith("packed"):
+        return "peer"
+    return "triton" if "triton" in layer else "cuda"
 
 
 def plot(data: dict[str, Any], path: Path) -> str | None:
@@ -39,10 +47,8 @@ def plot(data: dict[str, Any], path: Path) -> str | None:
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 4.2 * rows), squeeze=False)
     for axis, (shape, layers) in zip(axes.flat, shapes.items(), strict=False):
         for layer, points in layers.items():
-            own = layer.startswith("packed")
-            axis.plot(
-                *zip(*points, strict=True), label=layer, marker="o" if own else "x", ls="-" if own else "--", lw=1
-            )
+            marker, line = STYLES[style(layer)]
+            axis.plot(*zip(*points, strict=True), label=layer, marker=marker, ls=line, lw=1)
         axis.set(title=shape, xlabel="M (tokens)", ylabel="weight bytes / copy bandwidth / time", xscale="log")
         axis.set_ylim(0, 1.05)
         axis.grid(alpha=0.3)

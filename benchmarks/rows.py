@@ -58,9 +58,11 @@ class GpuRow(Row):
 
     us_again: median of a second timing of the same graph. spread: |us_again - us_median| / us_median. floor_us:
     weight_bytes at that bandwidth. of_floor: floor_us / us_median. over: layer -> its us_median / this us_median.
+    backend: of packed layers, None for the first that serves.
     """
 
     width: str = ""
+    backend: str | None = None
     replays: int = 0
     us_again: float | None = None
     spread: float | None = None

@@ -30,7 +30,7 @@ site=$scratch/site
 wheels=${WHEELS:-$PWD/wheels}
 log=$out/log.txt
 steps=$scratch/steps.tsv
-warm=
+warm= # processes that compile
 mkdir -p "$site"
 : >"$log"
 : >"$steps"
@@ -39,7 +39,7 @@ export PYTHONPATH=$PWD PEERS_SITE=$site PYTHONUNBUFFERED=1
 export HUMMING_CACHE_DIR=$scratch/humming TRITON_CACHE_DIR=$scratch/triton
 
 finish() {
-  [[ -n $warm ]] && kill "$warm" 2>/dev/null
+  [[ -n $warm ]] && kill $warm 2>/dev/null
   rm -rf "$scratch"
 }
 trap finish EXIT
@@ -170,15 +170,17 @@ if ((dry)); then
   for name in probe warm gpu_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
 else
   step probe 40 probe
-  # Kernels that a peer compiles at its first call are compiled while the device does little else.
-  "$python" benchmarks/gemm.py --device cuda --warm --peers humming --budget-s 150 >"$scratch/warm.log" 2>&1 &
+  # Kernels that are compiled at their first call are compiled while the device does little else.
+  "$python" benchmarks/gemm.py --device cuda --warm --peers humming --backend cuda --budget-s 150 >"$scratch/warm_humming.log" 2>&1 &
   warm=$!
+  "$python" benchmarks/gemm.py --device cuda --warm --peers bf16 --budget-s 150 >"$scratch/warm_triton.log" 2>&1 &
+  warm+=" $!"
   step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20'
   if command -v compute-sanitizer >/dev/null; then step sanitize 75 "sanitize 75"; else skip sanitize "no compute-sanitizer"; fi
-  kill "$warm" 2>/dev/null
-  wait "$warm" 2>/dev/null
+  kill $warm 2>/dev/null
+  wait $warm 2>/dev/null
   warm=
-  { echo "== warm" && cat "$scratch/warm.log"; } >>"$log"
+  { echo "== warm" && cat "$scratch"/warm_*.log; } >>"$log"
   budget=$(($(left) - 45))
   LINES_SHOWN=2 step gemm $((budget + 30)) \
     "\"\$python\" benchmarks/gemm.py --device cuda --budget-s $budget --json \"\$out/gemm.json\" --plot \"\$out/gemm.png\""

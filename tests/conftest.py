@@ -32,6 +32,14 @@ def int8_isa(request):
     yield from _use(request.param)
 
 
+@pytest.fixture
+def int8_isas():
+    """The same in one test, which sets each in turn, so that what it compares with is computed once."""
+    before = torch.ops.mpq.cpu_isa()
+    yield ISAS
+    torch.ops.mpq.set_cpu_isa(before)
+
+
 def _use(name):
     before = torch.ops.mpq.cpu_isa()
     torch.ops.mpq.set_cpu_isa(name)

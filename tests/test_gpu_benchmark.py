@@ -1,52 +1,20 @@
-"""The GPU side of benchmarks/, without a GPU: arithmetic, order, budget, failures, files, refusals, the dry run."""
+"""Layers of benchmarks/gpu.py and their plan, without a GPU: arithmetic, order, running, failures, budget."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_cases import CPU, bench, row, small_shapes, unit  # noqa: F401  (a fixture)
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import gemm, gpu, gpu_command, installed_peers, plot, rows, shapes, summary, timing  # noqa: E402
-from benchmarks.gpu import Bench, Broken, OutOfTime, Unit, plan, time_limit, without_absent  # noqa: E402
-from benchmarks.installed_peers import all_peers  # noqa: E402
-from benchmarks.peers import Dense, Peer, symmetric_codes, symmetric_values  # noqa: E402
-from benchmarks.rows import GpuRow, set_ratios  # noqa: E402
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_shapes(monkeypatch):
-    """Shapes that a test can afford, and a "model" of two of them."""
-    monkeypatch.setitem(shapes.SHAPES, "one", ((128,), 256))
-    monkeypatch.setitem(shapes.SHAPES, "fused", ((64, 64, 64), 128))
-    monkeypatch.setitem(shapes.TOKENS, "tiny-token", (3, ("one", "fused")))
-
-
-def unit(shape="one", mode="packed", width="4", tokens=(1, 3), peer="", dtype=torch.bfloat16):
-    return Unit(shape, mode, f"{mode} {width or peer}", width, dtype, tokens, peer)
-
-
-def bench(peers=None, reasons=None, **words):
-    """A Bench on the CPU, whose "graphs" are plain calls."""
-    return Bench(CPU, 64, 0.05, 0.001, None, peers or {}, reasons or {}, timing.EagerRun, 2.0, least_copies=2, **words)
-
-
-def row(layer, us, tokens=1, width="", shape="s", nbytes=4000):
-    made = GpuRow(shape, tokens, layer, "bfloat16", nbytes, 8, width=width)
-    if us is not None:
-        made.set_graph_times([us * 8] * 3, [us * 8.4] * 3, 8, 4.0)
-    return made
-
+from benchmarks import gemm, gpu, gpu_plan, rows, shapes, timing
+from benchmarks.gpu import OutOfTime, time_limit
+from benchmarks.gpu_plan import plan, without_absent
+from benchmarks.installed_peers import all_peers
+from benchmarks.peers import Dense, Peer
+from benchmarks.rows import GpuRow, set_ratios
 
 # Arithmetic
 
@@ -205,19 +173,43 @@ def test_nan_does_not_spoil_the_file(tmp_path):
 # The plan
 
 
-def test_the_plan_has_every_unit_once_and_the_important_ones_first():
+def default_plan(backends):
+    """The plan of a run that names nothing on its command line."""
     defaults = gemm.DEFAULTS["cuda"]
     tokens = [int(m) for m in defaults["tokens"].split(",")]
-    units = plan(defaults["shapes"].split(","), defaults["widths"].split(","), tokens, all_peers(128), torch.bfloat16)
+    shapes_of, widths = defaults["shapes"].split(","), defaults["widths"].split(",")
+    return plan(shapes_of, widths, tokens, all_peers(128), torch.bfloat16, backends)
+
+
+def test_the_plan_has_every_unit_once_and_the_important_ones_first():
+    defaults = gemm.DEFAULTS["cuda"]
+    units = default_plan(gpu_plan.PACKED_BACKENDS)
     keys = [u.key for u in units]
     assert len(set(keys)) == len(keys) and [u.rank for u in units] == sorted(u.rank for u in units)
     assert keys[:2] == ["8192x8192 bf16", "8192x8192 packed 4"]
     assert {f"8192x8192 {layer}" for layer in ("packed 1", "packed 7", "fp16", "humming 8", "tinygemm 4")} <= set(keys)
-    assert {u.mode for u in units if u.shape == "llama-8b-qkv"} == set(gpu.MODES)
-    assert all(max(u.tokens) <= gpu.TOKEN_PASS_MAX for u in units if u.shape in shapes.TOKENS)
+    assert {u.mode for u in units if u.shape == "llama-8b-qkv"} == set(gpu_plan.MODES)
+    assert all(max(u.tokens) <= gpu_plan.TOKEN_PASS_MAX for u in units if u.shape in shapes.TOKENS)
     assert next(u for u in units if u.peer == "gemlite").tokens == (1, 16, 64)
     names = {part for shape in defaults["shapes"].split(",") for part in shapes.parts_of(shape)}
     assert names <= set(shapes.SHAPES)
+
+
+def test_triton_stands_beside_cuda_at_every_width_and_alone_without_it():
+    units = default_plan(gpu_plan.PACKED_BACKENDS)
+    place = {u.key: i for i, u in enumerate(units)}
+    backend = {u.key: u.backend for u in units}
+    for u in [u for u in units if u.mode == "packed" and u.backend == "cuda" and not u.name.endswith("fp16")]:
+        assert backend[f"{u.key} triton"] == "triton" and place[u.key] < place[f"{u.key} triton"]
+    assert {u.backend for u in units if u.mode in ("apart", "same bytes")} == {"cuda"}
+    assert all(u.backend is None for u in units if u.mode == "peer")
+    first = [u.name for u in units if u.shape == "8192x8192"][:9]
+    assert first[:5] == ["bf16", "packed 4", "packed 2", "packed 3", "packed 8"]
+    assert set(first[5:]) == {f"packed {width} triton" for width in "4238"}
+    alone = default_plan(("triton",))
+    assert {u.backend for u in alone} == {"triton", None} and {u.mode for u in alone} == set(gpu_plan.MODES)
+    packed = [u for u in alone if u.backend]
+    assert all("triton" in u.name for u in packed) and len({u.key for u in alone}) == len(alone)
 
 
 def test_a_peer_that_is_absent_stands_once():
@@ -228,6 +220,40 @@ def test_a_peer_that_is_absent_stands_once():
 
 
 # Running
+
+
+@pytest.mark.parametrize("mode", ["packed", "apart"])
+def test_layers_run_on_the_backend_of_their_unit(mode):
+    asked = dataclasses.replace(unit("fused", mode, "4|3|8"), backend="reference")
+    assert {layer.backend for layer in bench().load_of(asked).calls} == {"reference"}
+    assert {layer.backend for layer in bench().load_of(unit("fused", mode, "4|3|8")).calls} == {"cpu"}
+    assert bench()._row(asked, 1).backend == "reference"
+    wrong = dataclasses.replace(unit(), backend="cuda")
+    seen = []
+    bench().run([wrong], 60, lambda u, made: seen.extend(made))
+    assert len(seen) == 2 and all("cuda: runs on cuda, not on cpu" in r.reason for r in seen)
+
+
+def test_what_compiles_at_its_first_call_is_called_beforehand(monkeypatch):
+    class Compiling(Dense):
+        """Notes the number of tokens of each call."""
+
+        compiles, seen = True, []
+
+        def call(self, held, tensors):
+            right = super().call(held, tensors)
+            return lambda x: self.seen.append(len(x)) or right(x)
+
+    monkeypatch.setattr(gpu, "COMPILING_BACKENDS", ("reference",))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    peers = {"dense": Dense("dense", torch.bfloat16), "compiling": Compiling("compiling", torch.bfloat16)}
+    units = [unit(mode="peer", width="", peer=name) for name in peers]
+    units += [dataclasses.replace(unit(), backend=name) for name in ("cpu", "reference")]
+    words = {"deadline": time.monotonic() + 60}
+    assert list(bench(peers, **words).warm(units)) == [(units[1], "ready"), (units[3], "ready")]
+    assert Compiling.seen == [1, 3]
+    b = bench(peers, {"compiling": "not installed"}, **words)
+    assert list(b.warm(units[1:2])) == [(units[1], "not installed")]
 
 
 @pytest.mark.parametrize("mode", ["packed", "apart", "same bytes"])
@@ -326,205 +352,3 @@ def test_a_time_limit_is_taken_back():
     time.sleep(0.06)
     with pytest.raises(OutOfTime), time_limit(0.05):
         time.sleep(5)
-
-
-# Files
-
-
-@pytest.fixture
-def session(tmp_path, monkeypatch):
-    """Makes Sessions over the same three units and files; words change the arguments."""
-    ceilings = {"copy_gbytes_per_s": 4.0, "read_gbytes_per_s": 3.0, "bf16_tflops": 0.5}
-    monkeypatch.setattr(gpu_command, "cuda_ceilings", lambda device: ceilings)
-    units = [unit(width=w, tokens=(1,)) for w in "432"]
-
-    def make(bench_words=None, **words):
-        args = {"device": CPU, "json": tmp_path / "out" / "gemm.json", "plot": None, "resume": False, "group": 64}
-        args |= {"total_mb": 0.05, "seconds": 0.001, "budget_s": 60.0, "unit_s": 60.0} | words
-        return gpu_command.Session(
-            argparse.Namespace(**args), ["--device", "cuda"], time.monotonic(), bench(**bench_words or {}), list(units)
-        )
-
-    return make
-
-
-def test_a_run_that_is_stopped_leaves_a_file_and_can_be_resumed(session, capsys):
-    ticks = iter([0, 0, 99])
-    one = session({"clock": lambda: next(ticks), "deadline": 10})
-    assert one.run() == 0
-    data = json.loads(one.args.json.read_text())
-    assert not data["complete"] and data["done"] == ["one packed 4"]
-    assert data["left_out"] == ["one packed 3", "one packed 2"]
-    assert data["results"][0]["floor_us"] == pytest.approx(data["results"][0]["weight_bytes"] / 4.0 / 1e3)
-    assert data["results"][0]["arithmetic_us"] == pytest.approx(2 * 128 * 256 / 0.5e6)
-    two = session(resume=True)
-    assert two.run() == 0
-    data = json.loads(one.args.json.read_text())
-    assert data["complete"] and data["processes"] == 2 and data["left_out"] == [] and len(data["results"]) == 3
-    assert {"packages", "commit", "date", "peers", "gpus"} <= set(data)
-    assert "one packed 2" not in capsys.readouterr().err
-
-
-def test_the_file_is_written_after_every_unit(session, monkeypatch):
-    sizes = []
-    one = session()
-    right = gpu_command.write_json
-    monkeypatch.setattr(gpu_command, "write_json", lambda *words: (right(*words), sizes.append(len(words[2]))))
-    one.run()
-    assert sizes == [0, 1, 2, 3, 3] and not list(one.args.json.parent.glob("*.part"))
-
-
-def test_a_lost_context_starts_the_program_anew(session, monkeypatch):
-    started = []
-    monkeypatch.setattr(gpu_command.os, "execv", lambda path, words: started.append(words))
-    one = session()
-
-    def lost(u):
-        raise Broken(f"{u.key}: an illegal memory access")
-
-    monkeypatch.setattr(one.bench, "_check_context", lost)
-    one.run()
-    (words,) = started
-    assert words[1].endswith("gemm.py") and words[2:5] == ["--device", "cuda", "--resume"]
-    assert words[5] == "--budget-s" and 50 <= int(words[6]) <= 60
-    assert json.loads(one.args.json.read_text())["done"] == ["one packed 4"]  # written before, so not tried again
-    short = session(budget_s=5.0)  # too little time is left for another process
-    monkeypatch.setattr(short.bench, "_check_context", lost)
-    assert short.run() == 1 and len(started) == 1
-
-
-def test_a_failed_packed_layer_is_a_failed_run(session, monkeypatch):
-    one = session()
-    monkeypatch.setitem(timing.TOLERANCE, torch.bfloat16, 0.0)
-    assert one.run() == 1
-
-
-def test_plot_takes_what_has_a_number(tmp_path, monkeypatch):
-    table = [vars(row("packed 4", us, tokens=m, width="4")) for m, us in ((2, 10.0), (1, 8.0))]
-    table.append(vars(row("marlin 4", None, width="4")))
-    found = plot.series(table)
-    assert found == {"s": {"packed 4": [(1, 1000 / 8e3), (2, 1000 / 10e3)]}}
-    assert plot.plot({"results": []}, tmp_path / "p.png") == "no row has a fraction of the floor"
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in plot.plot({"results": table}, tmp_path / "p.png")
-
-
-def test_plot_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    table = [vars(row("packed 4", 10.0, tokens=m, width="4")) for m in (1, 2)]
-    assert plot.plot({"results": table}, tmp_path / "p.png") is None
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_summary_says_what_failed(tmp_path, capsys):
-    steps = "facts\tpassed\t3\nbuild\tfailed (124)\t240\nprobe\tleft out: no time left\t0\n"
-    (tmp_path / "steps.tsv").write_text(steps)
-    table = [row("bf16", 40.0), row("packed 4", 10.0, width="4")]
-    set_ratios(table)
-    about = {"gpus": ["x"], "done": ["a"], "left_out": [], "copy_gbytes_per_s": 4.0}
-    rows.write_json(tmp_path / "gemm.json", about, table)
-    (tmp_path / "probe.json").write_text("not json")
-    assert summary.main(tmp_path, tmp_path / "steps.tsv") == 1
-    data = json.loads((tmp_path / "summary.json").read_text())
-    assert data["failed"] == ["build"] and data["gemm"]["rows"] == 2 and data["probe"] == {"unreadable": "not json"}
-    out = capsys.readouterr().out
-    assert "10.00 us" in out and "bf16 4.00x" in out and "failed: build" in out
-
-
-# Peers
-
-
-def test_without_a_device_every_peer_says_why(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert all(peer.available() for peer in all_peers(128).values())
-
-
-def test_with_a_device_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("VLLM_LIB", raising=False)
-    for module in ("humming", "gemlite", "bitsandbytes"):
-        monkeypatch.setitem(sys.modules, module, None)
-    reasons = {name: peer.available() for name, peer in all_peers(128).items()}
-    assert reasons["bf16"] is reasons["fp16"] is reasons["tinygemm"] is None
-    assert "VLLM_LIB" in reasons["marlin"] and "tinygemm" in reasons["torchao"] and "gemlite" in reasons["hqq"]
-    for name, module in (("humming", "humming"), ("gemlite", "gemlite"), ("bnb nf4", "bitsandbytes")):
-        assert reasons[name].startswith(f"{module}") and "does not import" in reasons[name]
-    monkeypatch.setenv("VLLM_LIB", "/nowhere.so")
-    assert reasons["marlin"] != all_peers(128)["marlin"].available() is not None
-
-
-def test_shapes_that_a_peer_cannot_hold():
-    peers = all_peers(128)
-    assert peers["tinygemm"].refuses(8192, 8192, "4") is None and peers["marlin"].refuses(8192, 8192, "4") is None
-    assert "K % 128" in peers["tinygemm"].refuses(8192, 4160, "4")
-    assert "N % 64" in peers["marlin"].refuses(100, 4096, "4")
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_codes_of_a_peer_mean_what_they_say(bits):
-    dense = torch.randn(16, 128)
-    codes, scale = symmetric_codes(dense, bits, 32, torch.float16)
-    values = symmetric_values(codes, scale, bits, 32)
-    assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << bits and scale.shape == (16, 4)
-    inside = dense <= ((1 << (bits - 1)) - 1) * scale.float().repeat_interleave(32, 1)  # the top code is one below
-    error = (dense - values).abs() / scale.float().repeat_interleave(32, 1)
-    assert error[inside].max() <= 0.51 and error.max() <= 1.01
-
-
-def test_words_of_gptq_and_scales_of_marlin():
-    codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
-    words = installed_peers.gptq_words(codes, 4)
-    assert words.shape == (16, 64) and words.dtype == torch.int32
-    assert all((int(words[2, 5]) >> (4 * i)) & 15 == codes[5, 16 + i] for i in range(8))
-    scale = torch.arange(128.0).view(64, 2)
-    permuted = installed_peers.marlin_scales(scale)
-    order = [i + 8 * j for i in range(8) for j in range(8)]
-    assert torch.equal(permuted, scale.T[:, order])
-
-
-def test_numbers_of_vllm_types():
-    # Bit fields of csrc/core/scalar_type.hpp: exponent 8, mantissa 8, sign 1, bias 32, finite 1, NaN 8.
-    assert installed_peers.vllm_unsigned(4, 8) == 1125899907892224
-    assert installed_peers.vllm_unsigned(8, 128) >> 17 & (1 << 32) - 1 == 128
-
-
-def test_an_operator_is_called_by_the_names_of_its_schema():
-    op = torch.ops.aten.clamp.default  # (Tensor self, Scalar? min=None, Scalar? max=None)
-    x = torch.tensor([-1.0, 3.0])
-    given = installed_peers.by_name(op, {"self": x, "max": 2.0, "unknown to it": 1})
-    assert given.tolist() == [-1.0, 2.0]
-    with pytest.raises(TypeError, match="argument other"):
-        installed_peers.by_name(torch.ops.aten.mul.Tensor, {"self": x})
-
-
-def test_kernels_of_humming_are_asked_for_by_interval():
-    text = installed_peers._intervals(
-        lambda config, shape_m: {"block": 8 if shape_m <= 8 else 16}, None, (16, 1, 8, 64)
-    )
-    assert json.loads(text) == [[0, 8, {"block": 8}], [8, 64, {"block": 16}]]
-    assert installed_peers._intervals(lambda config, shape_m: {"kind": object()}, None, (1,)) is None
-
-
-# Commands
-
-
-def test_the_dry_run_plans_and_tries_every_width(capsys):
-    assert gemm.main(["--device", "cuda", "--dry-run", "--shapes", "8192x8192,llama-8b-token", "--peers", "bf16"]) == 0
-    out = capsys.readouterr().out
-    assert "8192x8192          packed 7" in out and "32 x " in out and "no figure above is a time" in out
-    assert all(f"small packed {bits} M=3: right" in out for bits in range(1, 9)) and "wrong" not in out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
-def test_without_a_device_only_the_dry_run_works(capsys):
-    assert gemm.main(["--device", "cuda"]) == 2 and "--dry-run" in capsys.readouterr().err
-    assert gemm.main(["--device", "cuda", "--peers", "nonsense"]) == 2
-    with pytest.raises(SystemExit):
-        gemm.main(["--device", "cpu", "--shapes", "llama-8b-token"])
-
-
-def test_the_script_is_bash_and_wants_a_directory():
-    script = ROOT / "benchmarks" / "run_gpu.sh"
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    done = subprocess.run(["bash", script, "--dry-run"], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "usage" in done.stderr

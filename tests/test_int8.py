@@ -24,42 +24,48 @@ def product(x, packed, bias=None):
     return torch.ops.mpq.linear_int8(x, *weight, bias, *shape)
 
 
-def check(packed, dtype=torch.float32, bias=None, tokens=TOKENS):
+def check(isas, packed, dtype=torch.float32, bias=None, tokens=TOKENS):
     """Within the bound of rounding x of the exact product, and within fp32 roundings of the product with rounded x."""
     x = torch.randn(max(tokens), packed.layout.in_features).to(dtype)
     exact, near = reference.linear(x, packed, bias), reference_int8.linear_int8(x, packed, bias)
     wide, narrow = reference_int8.error_bound(x, packed, bias), reference_int8.accumulation_bound(x, packed, bias)
-    whole = product(x, packed, bias)
-    for count in tokens:
-        y = product(x[:count], packed, bias)
-        assert y.dtype == dtype and torch.equal(y, whole[:count]), f"{count} tokens give other bits"
-        assert ((y.double() - near[:count]).abs() <= narrow[:count]).all()
-        assert ((y.double() - exact[:count]).abs() <= wide[:count]).all()
+    for isa in isas:
+        torch.ops.mpq.set_cpu_isa(isa)
+        whole = product(x, packed, bias)
+        for count in tokens:
+            y = product(x[:count], packed, bias)
+            assert y.dtype == dtype and torch.equal(y, whole[:count]), f"{isa}: {count} tokens give other bits"
+            assert ((y.double() - near[:count]).abs() <= narrow[:count]).all(), isa
+            assert ((y.double() - exact[:count]).abs() <= wide[:count]).all(), isa
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("k", "group_size"), COLUMNS)
-def test_every_width_and_group(int8_isa, bits, k, group_size):
+def test_every_width_and_group(int8_isas, bits, k, group_size):
     zero = ("int", "none", "float")[(bits + k) % 3]
-    check(packing.pack(random_weight((70, 64, 1)[bits % 3], k, bits, group_size, zero, permuted=bits % 2 == 1)))
+    check(
+        int8_isas, packing.pack(random_weight((70, 64, 1)[bits % 3], k, bits, group_size, zero, permuted=bits % 2 == 1))
+    )
 
 
 @pytest.mark.parametrize(("bits", "zero", "scale_dtype"), support_matrix())
-def test_every_kind_of_weight(int8_isa, bits, zero, scale_dtype):
+def test_every_kind_of_weight(int8_isas, bits, zero, scale_dtype):
     k, group_size = ((128, 16), (128, 64), (172, 43))[(bits + len(zero) + len(scale_dtype)) % 3]
-    check(packing.pack(random_weight(70, k, bits, group_size, zero, scale_dtype, permuted=True)), tokens=(1, 5))
+    check(
+        int8_isas, packing.pack(random_weight(70, k, bits, group_size, zero, scale_dtype, permuted=True)), tokens=(1, 5)
+    )
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_segments_of_different_widths_in_one_call(int8_isa, dtype, permuted):
+def test_segments_of_different_widths_in_one_call(int8_isas, dtype, permuted):
     packed = packing.pack(mixed_weight("bfloat16", permuted))
-    check(packed, dtype)
-    check(packed, dtype, torch.randn(200).to(dtype))
+    check(int8_isas, packed, dtype)
+    check(int8_isas, packed, dtype, torch.randn(200).to(dtype))
 
 
-def test_a_large_weight_and_many_tokens(int8_isa):
-    check(packing.pack(random_weight(70, 4096, 3, 64)), tokens=(1, 401))
+def test_a_large_weight_and_many_tokens(int8_isas):
+    check(int8_isas, packing.pack(random_weight(70, 4096, 3, 64)), tokens=(1, 401))
 
 
 def integer_weight(bits, k, group_size, codes):
@@ -72,7 +78,7 @@ def integer_weight(bits, k, group_size, codes):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("k", "group_size"), [(256, 64), (384, 128), (384, 384), (172, 43), (320, 160)])
-def test_integer_sums_are_exact(int8_isa, bits, k, group_size):
+def test_integer_sums_are_exact(int8_isas, bits, k, group_size):
     torch.manual_seed(bits * k)
     top = (1 << bits) - 1
     codes = torch.randint(0, top + 1, (66, k), dtype=torch.uint8)
@@ -87,8 +93,9 @@ def test_integer_sums_are_exact(int8_isa, bits, k, group_size):
     expected = x.long()[:, weight.perm.long()] @ (codes.long() - zeros).T
     assert expected.abs().max() < 2**24, "would not be exact in fp32"
     packed = packing.pack(weight)
-    for count in (1, 2, 3, 4, 7):
-        assert torch.equal(product(x[:count], packed).long(), expected[:count])
+    for isa, count in itertools.product(int8_isas, (1, 2, 3, 4, 7)):
+        torch.ops.mpq.set_cpu_isa(isa)
+        assert torch.equal(product(x[:count], packed).long(), expected[:count]), isa
 
 
 def test_ties_go_to_even(int8_isa):

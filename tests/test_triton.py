@@ -1,4 +1,4 @@
-"""The Triton backend: tests/triton_cases.py in a process under the interpreter, and what needs no triton at all."""
+"""The Triton backend under the interpreter: tests/triton_cases.py and agreement_cases.py in processes of their own."""
 
 import os
 import subprocess
@@ -16,20 +16,34 @@ def versions(package):
     return tuple(int(part) for part in version(package).split(".")[:2])
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is not None and versions("triton") < (3, 7) and versions("numpy") >= (2, 4),
-    reason="the interpreter of triton 3.6 makes ints of one-element arrays, which numpy 2.4 refuses (numpy<2.4)",
-)
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
-def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "triton_cases.py")]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("triton") is not None and versions("triton") < (3, 7) and versions("numpy") >= (2, 4),
+        reason="the interpreter of triton 3.6 makes ints of one-element arrays, which numpy 2.4 refuses (numpy<2.4)",
+    ),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)"),
+]
+FILES = ("triton_cases.py", "agreement_cases.py")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """File -> pytest over it, all at once: the interpreter keeps one processor busy."""
+    running = {}
+    for file in FILES:
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        running[file] = subprocess.Popen(
+            command, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    yield running
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_under_the_interpreter(processes, file):
+    output, _ = processes[file].communicate()
+    assert processes[file].returncode == 0, output[-8000:]
+    assert " passed" in output and "skipped" not in output

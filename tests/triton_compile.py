@@ -34,6 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 POINTERS = {
     "x": "x", "qweight": "i32", "scales": "fp16", "zeros": "zeros", "perm": "i32", "bias": "x", "offsets": "i32",
@@ -97,7 +98,7 @@ def compile_case(case: Case, arch: str) -> Any:
     kinds = 0
     for bits, zero in case.kinds:
         kinds |= 1 << ((bits - 1) * len(ZERO_KINDS) + ZERO_KINDS.index(zero))
-    key = "hip:gfx942" if target.backend == "hip" else f"cuda:{target.arch}"
+    key = f"{target.backend}:{target.arch}"
     ptx = target.backend == "cuda"
     math = (PTX_FP16 if ptx else FP16) if case.dtype == "fp16" else (PTX_BF16 if ptx else BF16)
     warps = 1 if case.kernel is slow_kernel else 4
@@ -137,7 +138,8 @@ def count(compiled: Any, arch: str) -> Counts:
         text = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
-        return Counts(registers, spills, compiled.metadata.shared, 0, moves, 0)
+        stores = stores_of(smallest_loop(text))
+        return Counts(registers, spills, compiled.metadata.shared, 0, moves, stores)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -146,7 +148,7 @@ def count(compiled: Any, arch: str) -> Counts:
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loop = smallest_loop(sass)
     spills = numbers["LOCAL"] + numbers["STACK"]
-    stores = sum(bool(re.search(r"\b(STS|STSM)\b", line)) for line in loop)
+    stores = stores_of(loop)
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
     return Counts(numbers["REG"], spills, compiled.metadata.shared, wgmma, moves, stores)
 
@@ -162,21 +164,26 @@ def operand_moves(ttgir: str) -> int:
     )
 
 
-def smallest_loop(sass: str) -> list[str]:
-    """Instructions of the shortest loop with a tensor-core instruction."""
+def stores_of(code: list[str]) -> int:
+    """How many instructions write shared memory."""
+    return sum(bool(re.search(r"\b(STS|STSM)\b|\bds_write", line)) for line in code)
+
+
+def smallest_loop(assembly: str) -> list[str]:
+    """Instructions of the shortest loop with a tensor-core instruction, of SASS or of AMD's assembly."""
     labels: dict[str, int] = {}
     code: list[str] = []
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+|\.LBB\d+_\d+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            code.append(instruction[1])
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);|\t([a-z]\w+\s.*)", line):
+            code.append(instruction[1] or instruction[2])
     loops = []
     for end, text in enumerate(code):
-        branch = re.search(r"BRA.*?(\.L_x_\d+)", text)
+        branch = re.search(r"(?:BRA|s_c?branch).*?(\.L_x_\d+|\.LBB\d+_\d+)", text)
         if branch and labels.get(branch[1], end + 1) <= end:
             body = code[labels[branch[1]] : end + 1]
-            if any("MMA" in line for line in body):
+            if any("MMA" in line or "mfma" in line for line in body):
                 loops.append(body)
     return min(loops, key=len, default=[])
 
@@ -197,8 +204,7 @@ def table(arches: tuple[str, ...] = tuple(TARGETS), cases: tuple[Case, ...] = CA
     for arch in arches:
         for case in cases:
             c = count(compile_case(case, arch), arch)
-            loop = "" if arch.startswith("gfx") else str(c.stores_in_loop)
-            values = (arch, case.label, c.registers, c.spills, c.shared, c.wgmma, c.operand_moves, loop)
+            values = (arch, case.label, c.registers, c.spills, c.shared, c.wgmma, c.operand_moves, c.stores_in_loop)
             lines.append(f"| {' | '.join(map(str, values))} |")
     return lines
 

@@ -19,11 +19,6 @@ OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 LIBRARY = torch.library.Library("mpq_triton", "DEF")
-_WEIGHT = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm"
-_SHAPE = "int[] segments, int out_features, int in_features"
-LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}) -> Tensor")
-LIBRARY.define(f"grouped_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor offsets, {_SHAPE}) -> Tensor")
-LIBRARY.define(f"dequantize({_WEIGHT}, {_SHAPE}, ScalarType dtype) -> Tensor")
 
 
 def _linear(*args: Any) -> torch.Tensor:
@@ -49,6 +44,8 @@ for _name, _run, _fake in (
     ("grouped_linear", _grouped, ops.grouped_linear_fake),
     ("dequantize", _dequantize, ops.dequantize_fake),
 ):
+    # The schema of mpq::, which stands in csrc/torch/ops.cpp, under this name.
+    LIBRARY.define(str(getattr(torch.ops.mpq, _name).default._schema).partition("::")[2])
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq_triton::{_name}", _fake, lib=LIBRARY)
 
