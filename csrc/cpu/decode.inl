@@ -8,6 +8,12 @@
 namespace mpq::cpu {
 namespace {
 
+// Where the words are in planes of which one has 4 bits. Best times of one thread, 1024 x 4096 from memory, AMD EPYC,
+// without and with: 5 bits 162 and 172 us, 6 bits 166 and 169, 7 bits 361 and 230; medians 394 and 196, 406 and 265,
+// 522 and 296. The other widths lost as much as they won.
+template <int Bits>
+constexpr bool kPrefetch = Bits > 4 && kPlaneCount[Bits] > 1;
+
 constexpr int64_t kSpanChunks = 8;  // long groups are cut so that the words of a span stay in the first-level cache
 
 // Token m's x: chunks[m * stride + 16 * chunk + 4 * j + q], fp32, zero beyond the true columns.
@@ -119,6 +125,7 @@ void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile,
     const int64_t last = (group + 1) * group_chunks;
     for (int64_t begin = group * group_chunks; begin < last; begin += kSpanChunks) {
       const int64_t end = begin + kSpanChunks < last ? begin + kSpanChunks : last;
+      if constexpr (kPrefetch<Bits>) prefetch_words<Bits>(stripe, begin, end - begin);
       add_span<Bits, M>(stripe, columns, begin, end, params, totals);
     }
   }

@@ -7,6 +7,7 @@
 #include "cpu/blocks.inl"
 #include "cpu/int8_plan.h"
 #include "cpu/int8_x.inl"
+#include "cpu/prefetch.inl"
 #include "cpu/int8_decode.inl"
 #include "cpu/int8_tile.inl"
 // clang-format on

@@ -5,6 +5,7 @@
 #include "cpu/codes.inl"
 #include "cpu/convert.inl"
 #include "cpu/blocks.inl"
+#include "cpu/prefetch.inl"
 #include "cpu/decode.inl"
 #include "cpu/tile.inl"
 // clang-format on
