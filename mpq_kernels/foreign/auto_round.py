@@ -61,9 +61,8 @@ def read_auto_round(document: Document, draft: Draft, options: Options) -> None:
     chosen = _choose(draft, rules, inside)
     kept: list[str] = []
     for name in dict.fromkeys((*inside, *chosen)):
-        key = chosen.get(name)
-        place = "the config" if key is None else f"extra_config[{short(key)}]"
-        rule = base | ({} if key is None else rules[key])
+        place = f"extra_config[{short(chosen[name])}]" if name in chosen else "the config"
+        rule = base | (rules[chosen[name]] if name in chosen else {})
         if _is_float(draft, rule, place, options):
             kept.append(name)
             rule = rule | {"bits": KEPT_BITS}
@@ -77,14 +76,14 @@ def read_auto_round(document: Document, draft: Draft, options: Options) -> None:
 
 def _blocks(draft: Draft, config: dict[str, Any]) -> list[str]:
     """The linears of the blocks that are quantized: whose names begin as one of theirs."""
-    said = next((config[key] for key in BLOCKS if config.get(key)), None)
+    said: Any = next((config[key] for key in BLOCKS if config.get(key)), None)
     if said is None:
         return [name for name, spec in draft.specs.items() if not spec.is_head and layer_of(name) is not None]
     if isinstance(said, str):
         starts = [part.strip() for part in said.split(",")]
     elif isinstance(said, list):
         each = [names(draft, part if isinstance(part, list) else [part], BLOCKS[0]) for part in said]
-        starts = [str(os.path.commonprefix(part)).rstrip(".") for part in each]
+        starts = [os.path.commonprefix(part).rstrip(".") for part in each]
     else:
         raise draft.fail(BLOCKS[0], f"{short(said)} is neither text nor a list")
     found = [name for name in draft.specs if name.startswith(tuple(starts))]
@@ -124,8 +123,8 @@ def _is_float(draft: Draft, rule: dict[str, Any], place: str, options: Options) 
     if not options.keep_floats:
         raise draft.fail(
             f"{place}.data_type",
-            f"{short(rule['data_type'])} is not a plain integer type ({', '.join(INTEGERS)}); this package has no others. "
-            f"keep_floats (--keep-floats) keeps such weights in {KEPT_BITS} bits",
+            f"{short(rule['data_type'])} is not a plain integer type ({', '.join(INTEGERS)}); this package has no "
+            f"others. keep_floats (--keep-floats) keeps such weights in {KEPT_BITS} bits",
         )
     return True
 

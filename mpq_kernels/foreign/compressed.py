@@ -95,9 +95,9 @@ def _choose(draft: Draft, targets: list[str]) -> dict[str, str]:
     unknown = [t for t in plain if t not in draft.specs and t not in CLASSES]
     if unknown:
         raise draft.fail(
-            f"target {short(unknown[0])}", f"is neither a linear of the model nor the class Linear"
-            f"{close_names(unknown[0], [*CLASSES, *draft.specs])}"
-        )  # fmt: skip
+            f"target {short(unknown[0])}",
+            f"is neither a linear of the model nor the class Linear{close_names(unknown[0], [*CLASSES, *draft.specs])}",
+        )
     chosen: dict[str, str] = {}
     for target in sorted(plain):
         if target in draft.specs:
@@ -144,9 +144,10 @@ def _wanted(draft: Draft, weights: Any, place: str, options: Options) -> Wanted 
         if kind == "float" and options.keep_floats:
             return kind
         raise draft.fail(
-            f"{place}.type", f"{short(weights['type'])}: this package stores integers alone, not fp8, nvfp4 or mxfp4"
-            + (f"; keep_floats (--keep-floats) keeps such weights in {KEPT_BITS} bits" if kind == "float" else "")
-        )  # fmt: skip
+            f"{place}.type",
+            f"{short(weights['type'])}: this package stores integers alone, not fp8, nvfp4 or mxfp4"
+            + (f"; keep_floats (--keep-floats) keeps such weights in {KEPT_BITS} bits" if kind == "float" else ""),
+        )
     if weights.get("dynamic") not in (None, False):
         raise draft.fail(f"{place}.dynamic", "weights whose scales are made while the model runs cannot be packed")
     if weights.get("actorder") in COLUMN_ORDERS:

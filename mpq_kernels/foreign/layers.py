@@ -54,9 +54,10 @@ def read_slim(document: Document, draft: Draft, options: Options) -> None:
             k = draft.spec(name).in_features
             if len(columns) != -(-k // group):
                 raise draft.fail(
-                    place, f"{len(columns)} widths, and K={k} has {-(-k // group)} groups of {group} columns; is the "
-                    "file for another model, or made with another group size (group_size=, --group-size)?"
-                )  # fmt: skip
+                    place,
+                    f"{len(columns)} widths, and K={k} has {-(-k // group)} groups of {group} columns; is the "
+                    "file for another model, or made with another group size (group_size=, --group-size)?",
+                )
             if KEPT_BITS in columns:
                 raise draft.fail(place, f"a group of columns cannot be kept in {KEPT_BITS} bits")
             draft.want(name, Wanted(max(columns), group, columns=columns))
@@ -99,9 +100,10 @@ def read_mc_moe(document: Document, draft: Draft, options: Options) -> None:
     missing = sorted(set(experts) - seen)
     if missing:
         raise draft.fail(
-            f"block {missing[0][0]}", f"expert {missing[0][1]} has no width, nor have {len(missing) - 1} others; "
-            "MC-MoE's tables name all experts of all blocks: is it for another model?"
-        )  # fmt: skip
+            f"block {missing[0][0]}",
+            f"expert {missing[0][1]} has no width, nor have {len(missing) - 1} others; "
+            "MC-MoE's tables name all experts of all blocks: is it for another model?",
+        )
     chosen = "MC-MoE's default" if options.attention_bits is None else "as chosen"
     draft.note("reinterpreted", f"the file is about experts alone: q, k, v and o get {attention} bits ({chosen})")
     draft.note("changed", f"routers stay in {KEPT_BITS} bits; MC-MoE's program gives them the bits of attention")

@@ -78,9 +78,9 @@ def read_quantmoe(document: Document, draft: Draft, options: Options) -> None:
 def _whole(draft: Draft, text: str) -> dict[str, int]:
     if text not in WHOLE:
         raise draft.fail(
-            f"word 1 at character 0, {short(text)}", "the DeepSeek program knows no such string"
-            f"{close_names(text, list(WHOLE))}; it knows {', '.join(WHOLE)}"
-        )  # fmt: skip
+            f"word 1 at character 0, {short(text)}",
+            f"the DeepSeek program knows no such string{close_names(text, list(WHOLE))}; it knows {', '.join(WHOLE)}",
+        )
     experts, shared, other = WHOLE[text]
     if text in SWAPPED:
         draft.note(
