@@ -17,7 +17,7 @@ from ..errors import CheckpointError, PlanError
 from ..files import parse_json, short
 
 MAX_BYTES = 64 * 2**20  # as for our own plans
-MAX_YAML_BYTES = 4 * 2**20  # PyYAML reads about 1 MB in a second or two; the longest plan known has 51 kB
+MAX_YAML_BYTES = 4 * 2**20  # about six seconds of PyYAML; the longest plan of MixDQ has 51 kB
 MAX_DEPTH = 100  # of YAML collections
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".p")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")

@@ -15,7 +15,7 @@ quantize_gptq_mixtral.py and quantize_gptq_deepseek.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..files import short
 from ..plan import close_names
@@ -49,7 +49,8 @@ WORDS = {
     "keyword": re.compile(r"keyword__(\w+)__(\d+)"),
 }
 FORMS = "main_B, attn_B, exp_l<L>e<E>_B, layer_<L>_B, keyword__<TEXT>__B"
-Found = dict[str, list[tuple[str, tuple[str, ...]]]]  # word -> (place, its parts) of every use
+Use = tuple[str, tuple[str, ...]]  # where a word stands, and its parts
+Found = dict[str, list[Use]]  # kind of word -> every use of it
 
 
 def is_quantmoe(document: Document) -> bool:
@@ -114,20 +115,24 @@ def _words(draft: Draft, text: str) -> dict[str, int]:
         elif inside is not None and ATTENTION.fullmatch(inside[1]):
             out[name] = attention
 
-    def put(use: tuple[str, tuple[str, ...]], chosen: Callable[[str, tuple[int, int] | None], bool]) -> None:
-        names = [name for name in out if chosen(name, _expert(draft, name))]
+    experts = {name: place for name in out if (place := _expert(draft, name)) is not None}
+    of_layer: dict[int, list[str]] = {}
+    of_expert: dict[tuple[int, int], list[str]] = {}
+    for name, (layer, expert) in experts.items():
+        of_layer.setdefault(layer, []).append(name)
+        of_expert.setdefault((layer, expert), []).append(name)
+
+    def put(use: Use, names: list[str]) -> None:
         if not names:
             raise draft.fail(use[0], "there is no such thing in the model among attention and experts")
         out.update(dict.fromkeys(names, _bits(draft, use)))
 
     for use in found["exp"]:
-        wanted = int(use[1][0]), int(use[1][1])
-        put(use, lambda name, expert, wanted=wanted: expert == wanted)  # type: ignore[misc]
+        put(use, of_expert.get((int(use[1][0]), int(use[1][1])), []))
     for use in found["layer"]:
-        layer = int(use[1][0])
-        put(use, lambda name, expert, layer=layer: expert is not None and expert[0] == layer)  # type: ignore[misc]
+        put(use, of_layer.get(int(use[1][0]), []))
     for use in found["keyword"]:
-        put(use, lambda name, expert, part=use[1][0]: part in name)  # type: ignore[misc]
+        put(use, [name for name in out if use[1][0] in name])
     return out
 
 
@@ -153,7 +158,7 @@ def _split(text: str) -> Iterator[tuple[int, str]]:
         start += len(word) + 1
 
 
-def _bits(draft: Draft, use: tuple[str, tuple[str, ...]], single: bool = False) -> int:
+def _bits(draft: Draft, use: Use, single: bool = False) -> int:
     """The width at the end of a word. single: the program reads one digit here, so that 16 would be 1."""
     place, parts = use
     digits = parts[-1]
