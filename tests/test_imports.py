@@ -19,6 +19,7 @@ LAYERS = (
     ("linearspec",),
     ("packing", "reference", "reference_int8", "safetensors_io", "shards", "schema", "mixture", "modelmap", "source"),
     ("plan", "resolve"),
+    ("foreign",),
     ("quantize",),
     ("checkpoint", "outdir", "manifest", "journal", "unfinished", "report", "weight_error"),
     ("blockwalk", "calibrate", "autoround"),
