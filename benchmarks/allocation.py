@@ -7,7 +7,7 @@ with the same quantizer:
 
     allocated   the plan of least loss by a method
     uniform     the best, by its perplexity, of all uniform plans of at most the budget: every width and group size
-    random      the choices of the allocated plan, shuffled among the linears of equal shape and stored bytes: the same
+    random      the choices of the allocated plan, shuffled among the units of equal shape and stored bytes: the same
                 choices as often, the same bytes; mean of so many shuffles
 
 Results are kept in the JSON file as they come, and what it holds already is not measured again.
@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan
 from mpq_kernels.allocate.fill import Split
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study
+from mpq_kernels.allocate.units import GRANULARITIES
 from mpq_kernels.divergence import divergence, reference
 from mpq_kernels.evaluate import token_windows
 from mpq_kernels.plan import Plan
@@ -37,10 +39,12 @@ from mpq_kernels.replace import list_linears
 
 
 class Results:
-    """Measured plans by name, in a JSON file that is rewritten after each."""
+    """Measured plans by name, in a JSON file that is rewritten after each. Losses and plans lie in one beside it."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
+        self.beside = path.with_suffix(".work.json")
+        self.work: dict[str, Any] = json.loads(self.beside.read_text()) if self.beside.exists() else {}
         held = json.loads(path.read_text()) if path.exists() else {"settings": settings, "points": {}}
         if held["settings"] != settings:
             raise SystemExit(f"{path} was made with other settings; choose another file or remove it")
@@ -53,10 +57,20 @@ class Results:
     def put(self, name: str, value: Any) -> Any:
         """Keep a point."""
         self.data["points"][name] = value
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-        temporary.replace(self.path)
+        self._write(self.path, json.dumps(self.data, indent=1))
         return value
+
+    def keep(self, name: str, value: Any) -> Any:
+        """Keep what is needed to go on, or to look at, and is no result."""
+        self.work[name] = value
+        self._write(self.beside, json.dumps(self.work))
+        return value
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
 
 
 def shuffled(
@@ -87,6 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", default="2.5,2.75,3,3.5,4")
     parser.add_argument("--method", default="measured", choices=list(METHODS))
+    parser.add_argument("--granularity", default="row", choices=list(GRANULARITIES))
+    parser.add_argument("--span", type=int, default=64, help="rows or columns of a unit, where it is part of a linear")
     parser.add_argument("--bits", default="1,2,3,4,5,6")
     parser.add_argument("--group-sizes", default="32,64,128")
     parser.add_argument("--quantizer", default="hqq")
@@ -95,18 +111,23 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=20)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     linears = list_linears(model)
     bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
-    units = list(make_units(linears, "linear", make_choices(bits, sizes)))
+    units = list(make_units(linears, args.granularity, make_choices(bits, sizes), span=args.span))
     rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
     text = token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens)
-    names = ("method", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
-    results = Results(args.out, {"model": args.model.name, **{name: getattr(args, name) for name in names}})
+    names = ("method", "granularity", "span", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
+    settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
+    results = Results(args.out, settings | {name: getattr(args, name) for name in names})
     study = Study(model, linears, units, rows, args.quantizer)
     original = reference(model, text, 64)
-    losses = results.get("losses") or results.put("losses", METHODS[args.method].run(study))
+    started = time.monotonic()
+    if "losses" not in results.work:
+        results.keep("losses", METHODS[args.method].run(study))
+        results.data["method_seconds"] = round(time.monotonic() - started, 1)
+    losses = results.work["losses"]
     weights = sum(unit.weights for unit in units)
     seen: dict[str, Any] = {}  # few units of one shape have few orders: the same plan is measured once
 
@@ -125,13 +146,13 @@ def main() -> None:
     for value in [float(v) for v in args.budgets.split(",")]:
         got = allocate(linears, units, losses, Budget("bits", value), model=args.model.name)
         ours = measure(f"{value:g} allocated", got.plan, got.bytes)
-        results.put(f"{value:g} plan", json.loads(got.plan.to_json()))
+        results.keep(f"{value:g} plan", json.loads(got.plan.to_json()))
         uniform = [
             (f"uniform {c.text}", [u.choices.index(c) for u in units])
             for c in units[0].choices
             if sum(u.bytes[u.choices.index(c)] for u in units) * 8 <= value * weights
         ]
-        near = sorted(uniform, key=lambda item: -sum(u.bytes[p] for u, p in zip(units, item[1], strict=True)))[:4]
+        near = sorted(uniform, key=lambda item: -sum(u.bytes[p] for u, p in zip(units, item[1], strict=True)))[:6]
         flat = [
             measure(name, make_plan(linears, units, picks), sum(u.bytes[p] for u, p in zip(units, picks, strict=True)))
             for name, picks in near

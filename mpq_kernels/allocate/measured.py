@@ -1,6 +1,6 @@
 """Measured losses: the divergence from the dense model on calibration tokens when units are really quantized.
 
-    measured   one unit at a time, all others dense: exact for it, blind to how errors add up
+    measured   one unit at a time (parts of one linear together), all others dense: blind to how errors add up
     greedy     units are lowered one after the other and stay so: each step is measured where it happens
     refine     around a finished plan: each unit one step up, all others as the plan says; losses are rescaled, the
                knapsack is solved again, and the plan with the least measured divergence is kept
@@ -12,7 +12,8 @@ other has the loss of the nearest probe times the ratio of their predicted losse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
@@ -44,17 +45,41 @@ def probes(unit: Unit) -> list[int]:
 
 
 def measured_losses(study: Study) -> list[list[float]]:
-    """KL of the model with one unit under one choice, in nats a token."""
+    """KL of the model with one unit under one choice, in nats a token.
+
+    Units that are parts of one linear are lowered together and share what that costs in the ratio of their predicted
+    losses: hundreds of passes fewer, and differences that are above the noise.
+    """
     shape = predicted_losses(study)
-    table = []
+    together: dict[tuple[str, ...], list[int]] = {}
     for index, unit in enumerate(study.units):
-        found = {}
-        for place in probes(unit):
-            with study.with_unit(unit, unit.choices[place]):
-                found[place] = max(study.kl(), LEAST)
-        table.append(spread(unit, found, shape[index]))
-        study.report(index + 1, "measured")
-    return table
+        together.setdefault(tuple(dict.fromkeys(cell.spec.name for cell in unit.cells)), []).append(index)
+    table: dict[int, list[float]] = {}
+    for done, members in enumerate(together.values(), start=1):
+        found: dict[int, dict[int, float]] = {index: {} for index in members}
+        units = {index: study.units[index] for index in members}
+        places = {index: {unit.choices[i].bits: i for i in probes(unit)} for index, unit in units.items()}
+        for bits in sorted({bits for by_bits in places.values() for bits in by_bits}):
+            lowered = {index: by_bits[bits] for index, by_bits in places.items() if bits in by_bits}
+            with ExitStack() as stack:
+                for index, place in lowered.items():
+                    stack.enter_context(study.with_unit(units[index], units[index].choices[place]))
+                cost = max(study.kl(), LEAST)
+            for index, share in _shares(study, lowered, shape).items():
+                found[index][lowered[index]] = cost * share
+        for index in members:
+            table[index] = spread(units[index], found[index], shape[index])
+        study.report(done, "measured")
+    return [table[index] for index in range(len(study.units))]
+
+
+def _shares(study: Study, lowered: Mapping[int, int], shape: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Each unit's part of what all cost together: as predicted, or by its weights where no loss is predicted."""
+    parts = {index: shape[index][place] for index, place in lowered.items()}
+    if not sum(parts.values()) > 0:
+        parts = {index: float(study.units[index].weights) for index in lowered}
+    whole = sum(parts.values())
+    return {index: part / whole for index, part in parts.items()}
 
 
 def spread(unit: Unit, found: dict[int, float], shape: Sequence[float]) -> list[float]:
