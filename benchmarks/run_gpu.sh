@@ -167,7 +167,7 @@ if ((dry)); then
   step plan 120 '"$python" benchmarks/gemm.py --device cuda --dry-run'
   step cases_on_cpu 120 '"$python" benchmarks/sanitize_cases.py --device cpu'
   step gpu_tests_collect 120 '"$python" -m pytest tests -q -m gpu --collect-only -p no:cacheprovider'
-  for name in probe warm gpu_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
+  for name in probe warm gpu_tests triton_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
 else
   step probe 40 probe
   # Kernels that are compiled at their first call are compiled while the device does little else.
@@ -175,7 +175,8 @@ else
   warm=$!
   "$python" benchmarks/gemm.py --device cuda --warm --peers bf16 --budget-s 150 >"$scratch/warm_triton.log" 2>&1 &
   warm+=" $!"
-  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20'
+  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20 --ignore tests/test_gpu_triton.py'
+  step triton_tests 60 '"$python" -m pytest tests/test_gpu_triton.py -q -p no:cacheprovider'
   if command -v compute-sanitizer >/dev/null; then step sanitize 75 "sanitize 75"; else skip sanitize "no compute-sanitizer"; fi
   kill $warm 2>/dev/null
   wait $warm 2>/dev/null
