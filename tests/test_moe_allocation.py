@@ -56,7 +56,7 @@ def test_the_model_has_learned_and_its_router_prefers_some_experts(mixture, unif
     assert max(shares) > 0.6 and min(shares) < 0.05  # 2 of 8: 0.25 for all, were it balanced
 
 
-# Other seeds (0 to 4, docs/reproductions.md) stand for other processors, on which the model comes out a little different.
+# Other seeds (0 to 4, docs/reproductions.md) stand for other processors, where the model comes out a little different.
 @pytest.mark.parametrize(("method", "limit", "margin"), [("router", 0.95, -2), ("measured", 0.75, -4)])
 def test_widths_for_experts_lose_less_than_one_width_in_as_many_bytes(mixture, uniform, method, limit, margin):
     part, errors = added(mixture, uniform, METHODS[method].run(mixture.study))

@@ -73,8 +73,11 @@ class Experiment:
         )  # fmt: skip
         self.dense = self.point("original", None)
 
-    def point(self, name: str, plan: Plan | None, stored: int | None = None) -> dict[str, Any]:
-        """A plan measured, or the model as it stands; stored: its bytes where the plan cannot tell."""
+    def point(self, name: str, plan: Plan | None, stored: int | None = None, brief: bool = False) -> dict[str, Any]:
+        """A plan measured, or the model as it stands; stored: its bytes where the plan cannot tell.
+
+        brief: without the losses of its windows, for the many points of a curve.
+        """
         found = self.results.get(name)
         if found is None:
             if plan is None:
@@ -83,7 +86,10 @@ class Experiment:
                 stored = plan_bytes(plan, self.linears, 2)
                 with self.study.with_plan(plan):
                     losses = window_losses(self.model, self.text)
-            found = self.results.put(name, summary(losses, stored, self.weights))
+            found = summary(losses, stored, self.weights)
+            if brief:
+                del found["windows"]
+            self.results.put(name, found)
             print(f"{name:40} ppl {found['ppl']:.3f} bpw {found['bpw']}", flush=True)
         return found
 
