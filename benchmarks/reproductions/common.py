@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.allocation import Results
 from benchmarks.rows import facts
-from mpq_kernels.allocate import Choice, Unit, make_choices, make_units, plan_bytes
-from mpq_kernels.allocate.study import Study
+from mpq_kernels.allocate import Choice, Knapsack, Unit, make_choices, make_units, plan_bytes
+from mpq_kernels.allocate.fast import solve_fast
+from mpq_kernels.allocate.study import Study, weight_view
 from mpq_kernels.allocate.units import allocated
 from mpq_kernels.evaluate import standard_error, token_windows
 from mpq_kernels.plan import Plan
@@ -73,8 +74,10 @@ class Experiment:
         )  # fmt: skip
         self.dense = self.point("original", None)
 
-    def point(self, name: str, plan: Plan | None, stored: int | None = None, brief: bool = False) -> dict[str, Any]:
-        """A plan measured, or the model as it stands; stored: its bytes where the plan cannot tell.
+    def point(
+        self, name: str, plan: Plan | Mapping[str, torch.Tensor] | None, stored: int | None = None, brief: bool = False
+    ) -> dict[str, Any]:
+        """A plan measured, or weights [N, K] by name that no plan can give (stored: their bytes), or the dense model.
 
         brief: without the losses of its windows, for the many points of a curve.
         """
@@ -82,16 +85,40 @@ class Experiment:
         if found is None:
             if plan is None:
                 losses = window_losses(self.model, self.text)
-            else:
+            elif isinstance(plan, Plan):
                 stored = plan_bytes(plan, self.linears, 2)
                 with self.study.with_plan(plan):
                     losses = window_losses(self.model, self.text)
+            else:
+                for spec in allocated(self.linears):
+                    weight_view(self.model, spec).copy_(plan[spec.name])
+                losses = window_losses(self.model, self.text)
+                self.study.restore()
             found = summary(losses, stored, self.weights)
             if brief:
                 del found["windows"]
             self.results.put(name, found)
             print(f"{name:40} ppl {found['ppl']:.3f} bpw {found['bpw']}", flush=True)
         return found
+
+
+def solve(
+    units: Sequence[Unit],
+    losses: Sequence[Sequence[float]],
+    limit: float,
+    costs: Sequence[Sequence[float]] | None = None,
+) -> tuple[tuple[int, ...], int, float]:
+    """(picks, bytes, loss) of least loss with whole units only; limit and costs: bytes unless costs are given."""
+    sizes = [[float(b) for b in unit.bytes] for unit in units]
+    problem = Knapsack.of(costs or sizes, losses, limit)
+    picks = solve_fast(problem)
+    stored = sum(unit.bytes[pick] for unit, pick in zip(units, picks, strict=True))
+    return picks, stored, problem.loss_of(picks)
+
+
+def compare(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """ "-0.0123 +- 0.0004": the difference of losses in words."""
+    return "{:+.4f} +- {:.4f}".format(*difference(one, other))
 
 
 def windows_of(tokenizer: Any, path: Path, tokens: int) -> torch.Tensor:
