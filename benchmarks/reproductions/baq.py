@@ -108,12 +108,15 @@ def main() -> None:
         return {key: losses for key, (_, losses) in found.items()}
 
     def packed(name: str, layout_of: Callable[[str, torch.Tensor], tuple[WeightLayout, torch.Tensor | None]]) -> None:
-        values, size = {}, 0
+        values, size, permutations = {}, 0, 0
         for key, weight in study.dense.items():
             layout, perm = layout_of(key, weight)
             values[key] = dequantize(quantize_with_hessian(weight, layout, perm, hessians[key], key))
             size += layout.size().total_bytes
-        experiment.point(name, values, size)
+            permutations += layout.size().metadata
+        point = experiment.point(name, values, size)
+        point["permutation_bpw"] = permutations / experiment.weights
+        experiment.results.put(name, point)
 
     for bits in [int(value) for value in args.bits.split(",")]:
         losses = nominal(f"{bits} gptq", {k: torch.full((w.shape[1],), 2.0**bits) for k, w in study.dense.items()})
