@@ -95,9 +95,7 @@ class Experiment:
                 losses = window_losses(self.model, self.text)
                 self.study.restore()
             found = summary(losses, stored, self.weights)
-            if brief:
-                del found["windows"]
-            self.results.put(name, found)
+            found = self.results.put(name, without_windows(found) if brief else found)
             print(f"{name:40} ppl {found['ppl']:.3f} bpw {found['bpw']}", flush=True)
         return found
 
@@ -158,6 +156,11 @@ def summary(losses: torch.Tensor, stored: int | None, weights: int) -> dict[str,
         "bpw": None if stored is None else round(8 * stored / weights, 5),
         "windows": " ".join(f"{value:.5f}" for value in losses.tolist()),
     }  # fmt: skip
+
+
+def without_windows(point: dict[str, Any]) -> dict[str, Any]:
+    """A point without the losses of its windows, where there are many."""
+    return {key: value for key, value in point.items() if key != "windows"}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:

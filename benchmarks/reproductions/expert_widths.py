@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from benchmarks.allocation import Results
-from benchmarks.reproductions.common import described, difference, open_results, summary, window_losses
+from benchmarks.reproductions.common import described, difference, open_results, summary, window_losses, without_windows
 from mpq_kernels import Plan, replace_linears
 from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan, make_units
 from mpq_kernels.allocate.methods import METHODS
@@ -70,6 +69,7 @@ class Mixture:
     model: Any
     held: torch.Tensor
     study: Study
+    units: Sequence[Unit]
 
     @classmethod
     def of(cls, model: Any, calibration: torch.Tensor, held: torch.Tensor, bits: Sequence[int]) -> Mixture:
@@ -79,12 +79,7 @@ class Mixture:
             least={".*self_attn.*": ATTENTION_BITS}, most={".*self_attn.*": ATTENTION_BITS, ".*experts.*": max(bits)}
         )
         units = make_units(linears, "expert", make_choices([*bits, ATTENTION_BITS], [GROUP]), limits=limits)
-        return cls(model, held, Study(model, linears, units, calibration))
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        """Of the study."""
-        return self.study.units
+        return cls(model, held, Study(model, linears, units, calibration), units)
 
     def uniform(self, bits: int) -> tuple[Plan, int]:
         """The plan with one width for all experts, and its bytes."""
@@ -131,14 +126,14 @@ def main() -> None:
     for seed in [int(value) for value in args.seeds.split(",")]:
         model = train(rows, args.steps, seed)
         dense = summary(window_losses(model, held), None, 1)
-        keep(results, f"seed {seed} original", dense)
+        results.put(f"seed {seed} original", without_windows(dense))
         for bits, palette in ((2, (1, 2, 3)), (2, (1, 2, 3, 4)), (3, (1, 2, 3, 4, 5))):
             mixture = Mixture.of(model, rows[:128], held, palette)
             weights = sum(unit.weights for unit in mixture.units)
             plan, size = mixture.uniform(bits)
             name = f"seed {seed} {bits} of {','.join(map(str, palette))}"
             flat = summary(mixture.packed_losses(plan), size, weights)
-            keep(results, f"{name} uniform", flat)
+            results.put(f"{name} uniform", without_windows(flat))
             for method in ("router", "hessian", "measured"):
                 losses = METHODS[method].run(mixture.study)
                 for word, table in (("", losses), (" backwards", backwards(mixture.units, losses))):
@@ -147,13 +142,8 @@ def main() -> None:
                     gap, error = difference(point, flat)
                     part = (point["nll"] - dense["nll"]) / (flat["nll"] - dense["nll"])
                     more = {"minus_uniform": gap, "minus_uniform_stderr": error, "of_what_uniform_adds": part}
-                    keep(results, f"{name} {method}{word}", point | more)
+                    results.put(f"{name} {method}{word}", without_windows(point | more))
                     print(f"{name} {method}{word}: {gap:+.4f} +- {error:.4f}, {part:.0%} of uniform's loss", flush=True)
-
-
-def keep(results: Results, name: str, point: dict[str, Any]) -> None:
-    """A point without the losses of its many windows."""
-    results.put(name, {key: value for key, value in point.items() if key != "windows"})
 
 
 if __name__ == "__main__":
