@@ -26,9 +26,13 @@ from mpq_kernels.allocate import Choice, Knapsack, Unit, make_choices, make_unit
 from mpq_kernels.allocate.fast import solve_fast
 from mpq_kernels.allocate.study import Study, weight_view
 from mpq_kernels.allocate.units import allocated
+from mpq_kernels.calibrate import damped
 from mpq_kernels.evaluate import standard_error, token_windows
 from mpq_kernels.plan import Plan
+from mpq_kernels.quantize.gptq import quantize_with_hessian
+from mpq_kernels.reference import dequantize
 from mpq_kernels.replace import list_linears
+from mpq_kernels.resolve import resolve
 
 WINDOW = 256
 BATCH = 8
@@ -98,6 +102,21 @@ class Experiment:
             found = self.results.put(name, without_windows(found) if brief else found)
             print(f"{name:40} ppl {found['ppl']:.3f} bpw {found['bpw']}", flush=True)
         return found
+
+    def gptq_point(self, name: str, plan: Plan) -> dict[str, Any]:
+        """A plan measured with the package's GPTQ: Hessians of the dense model for all linears at once, 1% damping."""
+        found: dict[str, Any] | None = self.results.get(name)
+        if found is not None:
+            return found
+        values = {}
+        for weight in resolve(plan, self.linears).weights:
+            for member in weight.members:
+                key = member.spec.name
+                hessian = damped(self.study.inputs.moments[key].clone(), 0.01).double()
+                values[key] = dequantize(
+                    quantize_with_hessian(self.study.dense[key], member.layout, None, hessian, key)
+                )
+        return self.point(name, values, plan_bytes(plan, self.linears, 2))
 
 
 def solve(
