@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.rows import facts
 from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan, make_units, plan_bytes
 from mpq_kernels.allocate.fill import Split
 from mpq_kernels.allocate.methods import METHODS
@@ -121,6 +122,7 @@ def main() -> None:
     names = ("method", "granularity", "span", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
     settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})
+    results.data.setdefault("about", facts(torch.device("cpu")))
     study = Study(model, linears, units, rows, args.quantizer)
     original = reference(model, text, 64)
     started = time.monotonic()

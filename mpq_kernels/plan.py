@@ -26,7 +26,6 @@ import difflib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,7 +42,7 @@ from pydantic import (
 )
 
 from .errors import CheckpointError, PlanError
-from .files import create_file, fsync_directory, parse_json, short, write_all
+from .files import parse_json, replace_file, short
 from .formats import KEPT_BITS, TILE_K
 
 if TYPE_CHECKING:
@@ -287,15 +286,7 @@ class Plan(_Rules):
 
         Raises OSError; whatever was at `path` is then untouched.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with create_file(temporary) as descriptor:
-                write_all(descriptor, self.to_json().encode())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_directory(path.parent)
+        replace_file(Path(path), self.to_json().encode())
 
 
 def close_names(name: str, known: Sequence[str]) -> str:

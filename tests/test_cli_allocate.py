@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mpq_kernels import Plan
+from mpq_kernels.allocate import LatencyTable
 
 TEXT = ["--calibration", "text.txt", "--calibration-tokens", "1024", "--quantizer", "rtn"]
 
@@ -137,3 +138,27 @@ def test_ppl_has_an_error_bar_and_a_stride(run):
     assert 0 < plain["stderr"] < plain["ppl"] and plain["predicted"] == 4 * 127
     assert strided["predicted"] == 127 + 6 * 64
     assert "is not in 1..128" in run(*words, "--stride", "300", code=1).err
+
+
+def test_latency_measures_a_table_that_allocate_takes(run):
+    words = ["--bits", "3,4,16", "--group-sizes", "32,64", "--rounds", "2", "--seconds", "0.001", "-o", "us.json"]
+    found = run("plan", "latency", "dense/config.json", *words, "--json").json()
+
+    shapes = {(entry["out_features"], entry["in_features"]) for entry in found["entries"]}
+    assert len(found["entries"]) == 5 * len(shapes) and all(entry["us"] > 0 for entry in found["entries"])
+    assert "1 token" in found["device"] and found["spread"] >= 0
+    table = LatencyTable.from_file("us.json")
+    assert {(bits, size) for *_, bits, size in table.us} == {(3, 32), (3, 64), (4, 32), (4, 64), (16, -1)}
+    limit = sum(table.us.values()) * 100
+    choices = ["--bits", "3,4,16", "--group-sizes", "32,64", "--latency", "us.json"]
+    got = run("plan", "allocate", "dense", "--budget", f"{limit}us", "--method", "frobenius", *choices, "-o", "l.json",
+              "--quantizer", "rtn", "--json").json()  # fmt: skip
+    assert 0 < got["us"] <= limit and got["loss"] == 0  # so much time is given that every weight is kept
+
+
+def test_latency_refuses(run):
+    assert "--dtype 'int4'" in run("plan", "latency", "dense", "--dtype", "int4", "-o", "x.json", code=1).err
+    assert (
+        "none of the group sizes [7]"
+        in run("plan", "latency", "dense", "--group-sizes", "7", "-o", "x.json", code=1).err
+    )

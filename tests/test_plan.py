@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from mpq_kernels import files
 from mpq_kernels import plan as plan_module
 from mpq_kernels.errors import PlanError
 from mpq_kernels.plan import FusePlan, Plan, SegmentPlan, WeightPlan
@@ -170,7 +171,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(plan_module, "write_all", fail)
+    monkeypatch.setattr(files, "write_all", fail)
     with pytest.raises(OSError, match="disk full"):
         full_plan().to_file(path)
     assert path.read_bytes() == before

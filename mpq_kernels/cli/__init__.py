@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import allocate, bench, doctor, foreign, generate, inspect, kld, pack, plan, ppl, sweep, tune, verify
+from . import allocate, bench, doctor, foreign, generate, inspect, kld, latency, pack, plan, ppl, sweep, tune, verify
 from .output import fail
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ plan.app.command("allocate")(allocate.command)
 plan.app.command("methods")(allocate.methods)
 plan.app.command("sweep")(sweep.command)
 plan.app.command("import")(foreign.command)
+plan.app.command("latency")(latency.command)
 app.add_typer(plan.app, name="plan")
 app.command("pack")(pack.command)
 app.command("inspect")(inspect.command)
