@@ -32,7 +32,8 @@ def counts_of(arch, index):
 def counts(request):
     """(arch, case) -> a future Counts, of the tests that were asked for: two compilers at a time."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        asked = [item.callspec.params for item in request.session.items if "counts" in item.fixturenames]
+        items = [item for item in request.session.items if item.module is request.module]
+        asked = [item.callspec.params for item in items if "counts" in item.fixturenames]
         yield {(p["arch"], p["case"]): pool.submit(counts_of, p["arch"], CASES.index(p["case"])) for p in asked}
 
 

@@ -185,6 +185,7 @@ def test_error_of_a_weight_in_several_chunks(monkeypatch):
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children begin with it ignored
 import mpq_kernels.pack_job
 from mpq_kernels.cli import main
 real, names = mpq_kernels.pack_job.quantize_weight, []
