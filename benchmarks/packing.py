@@ -261,7 +261,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--json", type=Path, help="file to write or to bring up to date")
-    parser.add_argument("--quantizers", help="speed: which; memory and kills: the first.  [default: all; rtn]")
+    parser.add_argument(
+        "--quantizers", help="speed: which; memory and kills: the first.  [default: all that take one weight; rtn]"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each, the median counts")
     parser.add_argument("--work", type=Path, help="memory, kills: where to write.  [default: the system's]")
     parser.add_argument("--count", type=int, default=20, help="kills: of each model")
@@ -270,7 +272,8 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="kills: of the random moments")
     args = parser.parse_args()
-    args.quantizers = (args.quantizers or (",".join(QUANTIZERS) if args.section == "speed" else "rtn")).split(",")
+    single = ",".join(name for name, row in QUANTIZERS.items() if not row.whole_model)
+    args.quantizers = (args.quantizers or (single if args.section == "speed" else "rtn")).split(",")
     args.work = args.work or Path(tempfile.gettempdir())
     about = facts(torch.device("cpu"))
     result = SECTIONS[args.section](args)
