@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--json", type=Path, help="file to write or to bring up to date")
     parser.add_argument(
-        "--quantizers", help="speed: which; memory and kills: the first.  [default: all that take one weight; rtn]"
+        "--quantizers", help="speed: which; memory, kills: the first.  [default: all of one weight; rtn]"
     )
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each, the median counts")
     parser.add_argument("--work", type=Path, help="memory, kills: where to write.  [default: the system's]")
