@@ -93,21 +93,27 @@ def shuffled(
     return out, cut
 
 
-def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def model_parser(text: str) -> argparse.ArgumentParser:
+    """What every measurement over a model, a text and a calibration text is told."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--group-sizes", default="32,64,128")
+    parser.add_argument("--quantizer", default="hqq")
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    return parser
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = model_parser(__doc__)
     parser.add_argument("--budgets", default="2.5,2.75,3,3.5,4")
     parser.add_argument("--method", default="measured", choices=list(METHODS))
     parser.add_argument("--granularity", default="row", choices=list(GRANULARITIES))
     parser.add_argument("--span", type=int, default=64, help="rows or columns of a unit, where it is part of a linear")
     parser.add_argument("--bits", default="1,2,3,4,5,6")
-    parser.add_argument("--group-sizes", default="32,64,128")
-    parser.add_argument("--quantizer", default="hqq")
-    parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--random", type=int, default=20)
     args = parser.parse_args()

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.allocation import Results
+from benchmarks.allocation import Results, model_parser
 from benchmarks.rows import facts
 from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
 from mpq_kernels.allocate.methods import METHODS
@@ -30,17 +29,10 @@ from mpq_kernels.replace import list_linears
 
 def main() -> None:
     """Measure, and print a line for each method as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = model_parser(__doc__)
     parser.add_argument("--budget", type=float, default=3.0, help="stored bits for each weight")
     parser.add_argument("--granularity", default="linear", choices=list(GRANULARITIES))
     parser.add_argument("--bits", default="2,3,4,5,6")
-    parser.add_argument("--group-sizes", default="32,64,128")
-    parser.add_argument("--quantizer", default="hqq")
-    parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=10240)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
