@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import sass  # noqa: E402
+import sass_files  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by benchmarks/sass.py -->", "<!-- end -->"
@@ -67,7 +68,7 @@ def cost_table(kernel: sass.Kernel) -> Iterator[str]:
 
 def report(library: Path) -> Iterator[str]:
     """The tables, in Markdown."""
-    kernels = sass.read_kernels(library)
+    kernels = sass_files.read_kernels(library)
     yield "Registers of a thread; no kernel has a stack frame, spills or local memory:"
     yield ""
     yield from resource_table(kernels)
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("library", nargs="?", type=Path, default=ROOT / "mpq_kernels" / "_cuda.so")
     parser.add_argument("--update", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     args = parser.parse_args()
-    missing = [tool for tool in ("cuobjdump", "nvdisasm") if not sass.find_tool(tool)]
+    missing = [tool for tool in ("cuobjdump", "nvdisasm") if not sass_files.find_tool(tool)]
     if missing or not args.library.exists():
         sys.exit(
             f"{args.library} was not built" if not missing else f"no {' and no '.join(missing)}: pip install triton"

@@ -78,6 +78,7 @@ def _commits(file: NewFile, journal: Journal) -> Iterator[Callable[[], None]]:
     due = 0.0
 
     def now() -> None:
+        """Put all that is finished on disk, the file before the journal that vouches for it."""
         nonlocal due
         start = time.monotonic()
         file.sync()

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from mpq_kernels import reference
 from mpq_kernels.formats import FORMATS, SCALE_DTYPES, ZERO_KINDS
 from mpq_kernels.layout import Segment
 from mpq_kernels.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
@@ -74,3 +75,11 @@ def mixed_weight(scale_dtype="float16", permuted=False, seed=0) -> QuantizedWeig
 def support_matrix():
     """(bits, zero, scale dtype) of every kind of weight."""
     return list(itertools.product(BITS, ZEROS, SCALE_DTYPES))
+
+
+def check_experts(y, x, weight, offsets, rows, margin=4):
+    """y of stacked experts of `rows` rows against fp64; see error_bound for `margin`: tensor cores truncate."""
+    for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        wanted = reference.linear(x[begin:end], weight)[:, e * rows : (e + 1) * rows]
+        bound = margin * reference.error_bound(x[begin:end], weight)[:, e * rows : (e + 1) * rows]
+        assert ((y[begin:end].double() - wanted).abs() <= bound).all()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sass
+import sass_files
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "mpq_kernels" / "_cuda.so"
@@ -41,11 +42,11 @@ def kernels():
     if not LIBRARY.exists():
         pytest.skip(f"{LIBRARY.name} was not built (no nvcc, or MPQ_CUDA_ARCHS=none)")
     for tool in ("cuobjdump", "nvdisasm"):
-        if not sass.find_tool(tool):
+        if not sass_files.find_tool(tool):
             pytest.skip(
                 f"{tool} is neither in the triton package, nor in CUDA_HOME, nor on the PATH: pip install triton"
             )
-    return sass.read_kernels(LIBRARY)
+    return sass_files.read_kernels(LIBRARY)
 
 
 def collect(kernels, check):
@@ -140,7 +141,7 @@ def test_architectures(kernels):
     if "MPQ_CUDA_ARCHS" in os.environ:
         pytest.skip("MPQ_CUDA_ARCHS is set: not the default build")
     wanted = re.search(r'^CUDA_ARCHS = "(.*)"$', (ROOT / "setup.py").read_text(), re.M)[1].split(";")
-    elf, ptx = sass.list_codes(LIBRARY)
+    elf, ptx = sass_files.list_codes(LIBRARY)
     assert elf == {k.arch for k in kernels} == {int(re.match(r"\d+", a)[0]) for a in wanted}
     assert bool(ptx) == any(a.endswith("+PTX") for a in wanted)
     # PTX of one architecture runs on every later one: the newest machine code is not older than it.
@@ -196,8 +197,8 @@ def made_up(change=lambda text: text, **resources):
             "        /*0f20*/                   BRA `(.L_x_999) ;",
         ]
     )
-    ((symbol, parsed),) = sass.parse(change(text)).items()
-    return sass.Kernel(sass.kernel_name(symbol), 90, parsed, RESOURCES | resources, 384)
+    ((symbol, parsed),) = sass_files.parse(change(text)).items()
+    return sass.Kernel(sass_files.kernel_name(symbol), 90, parsed, RESOURCES | resources, 384)
 
 
 def test_made_up_kernel_passes():
@@ -289,4 +290,4 @@ def test_resource_usage_is_read():
     text = (
         f"arch = sm_90\n\nResource usage:\n Function {NAME}:\n  REG:154 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:3984\n"
     )
-    assert sass.parse_resources(text) == {NAME: {90: RESOURCES | {"STACK": 8}}}
+    assert sass_files.parse_resources(text) == {NAME: {90: RESOURCES | {"STACK": 8}}}

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import ZEROS, mixed_weight, random_block, random_weight
+from cases import ZEROS, check_experts, mixed_weight, random_block, random_weight
 
 from mpq_kernels import packing, reference
 from mpq_kernels.backends import BACKENDS
@@ -82,7 +82,4 @@ def test_experts_of_different_widths():
         x.cuda(), packed.qweight, packed.scales, packed.zeros, None, None, offsets.cuda(),
         packed.layout.segment_ints(), rows * 5, k,
     ).cpu()  # fmt: skip
-    for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        wanted = reference.linear(x[begin:end], weight)[:, e * rows : (e + 1) * rows]
-        bound = 4 * reference.error_bound(x[begin:end], weight)[:, e * rows : (e + 1) * rows]
-        assert ((y[begin:end].double() - wanted).abs() <= bound).all()
+    check_experts(y, x, weight, offsets, rows)

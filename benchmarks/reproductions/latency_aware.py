@@ -17,50 +17,36 @@ import copy
 import json
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import packed_layers
 from benchmarks.reproductions.common import Experiment, compare, parser, solve
 from benchmarks.rows import facts
-from benchmarks.timing import copies_for
 from mpq_kernels import MixedLinear, Plan, replace_linears
-from mpq_kernels.allocate import Choice, LatencyTable, Unit, make_choices, make_plan
-from mpq_kernels.allocate.latency import Key, costs
+from mpq_kernels.allocate import Choice, LatencyTable, make_choices, make_plan
+from mpq_kernels.allocate.latency import costs
 from mpq_kernels.allocate.methods import METHODS
+from mpq_kernels.allocate.timing import measure_latencies
 from mpq_kernels.benchmark import time_calls
-from mpq_kernels.layout import WeightLayout
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 ROUNDS, COPIES_MB = 3, 8
 
 
-def measured_table(units: Sequence[Unit], choices: Sequence[Choice], seconds: float) -> tuple[LatencyTable, float]:
-    """(table, the largest deviation between rounds of one entry, as a part of it)."""
-    shapes = sorted({(cell.rows, cell.cols) for unit in units for cell in unit.cells})
-    times: dict[Key, list[float]] = {}
-    for _ in range(ROUNDS):
-        for rows, cols in shapes:
-            x = torch.randn(1, cols, generator=torch.Generator().manual_seed(1)).to(DTYPE)
-            for choice in choices:
-                layout = WeightLayout.uniform(rows, cols, choice.bits, choice.group_size, choice.zero)
-                copies = copies_for(layout.size().total_bytes, COPIES_MB, 8)
-                layers = packed_layers(layout, CPU, DTYPE, None, copies)
-                us = time_calls([partial(layer, x) for layer in layers], CPU, seconds)
-                times.setdefault((rows, cols, choice.bits, choice.group_size), []).append(statistics.median(us))
-    about = facts(CPU)
-    device = f"{about['processor']}, {about['threads']} threads, {about['isa']}, bf16, one token"
-    spread = max((max(values) - min(values)) / statistics.median(values) for values in times.values())
-    return LatencyTable(device, {key: statistics.median(values) for key, values in times.items()}), spread
-
-
 def table_of(args: argparse.Namespace, experiment: Experiment, choices: Sequence[Choice]) -> LatencyTable:
     """The table in the file, measured first where there is none."""
     if not args.table.exists():
-        table, spread = measured_table(experiment.units, choices, args.seconds)
+        table, spread = measure_latencies(
+            experiment.linears,
+            choices,
+            device=CPU,
+            dtype=DTYPE,
+            rounds=ROUNDS,
+            seconds=args.seconds,
+            total_mb=COPIES_MB,
+        )
         data = json.loads(table.to_json()) | {"about": facts(CPU), "largest_spread_of_rounds": spread}
         args.table.write_text(json.dumps(data, indent=1) + "\n")
     return LatencyTable.from_file(args.table)

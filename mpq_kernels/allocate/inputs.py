@@ -87,6 +87,7 @@ class _Collector:
         """Hook of an nn.Linear."""
 
         def see(module: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
+            """Add the linear's x; linears that are called with the same tensor share one sum."""
             x = args[0]
             if self.last is not None and self.last[1] is x:
                 self.leader[name] = self.last[0]

@@ -119,6 +119,7 @@ def _yaml_value(data: bytes, where: str) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """As the base class does it, without aliases and to a bounded depth."""
             if self.check_event(yaml.AliasEvent):
                 raise PlanError(
                     f"{where}: line {self.peek_event().start_mark.line + 1}: aliases are not read; repeat it"
