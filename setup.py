@@ -43,6 +43,7 @@ ISA_FLAGS = {
     "csrc/cpu/int8_avxvnni.cpp": f"{AVX2} -mavxvnni",
     "csrc/cpu/int8_avx512.cpp": AVX512,
     "csrc/cpu/int8_avx512vnni.cpp": f"{AVX512} -mavx512vnni",
+    "csrc/cpu/int8_amx.cpp": f"{AVX512} -mavx512vnni -mamx-tile -mamx-int8",
 }
 CUDA_ARCHS = "80;89;90;100+PTX"
 # The instructions that kernels are written in: those of the newest of these that an architecture has. Each is compiled

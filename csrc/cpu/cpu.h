@@ -11,8 +11,8 @@
 namespace mpq::cpu {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
-// The last two differ from those that they extend in linear_int8 only.
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvxVnni = 3, kAvx512Vnni = 4 };
+// The last three differ from those that they extend in linear_int8 only; kAmx from kAvx512Vnni for 16 tokens and more.
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvxVnni = 3, kAvx512Vnni = 4, kAmx = 5 };
 
 enum Error : int {
   kOk = 0,
@@ -84,8 +84,9 @@ int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const 
 
 const char* error_text(int code);
 
-bool supported(Isa isa);  // compiled in, and this machine and its operating system can run it
-Isa best_isa();
+bool supported(Isa isa);           // compiled in, and this machine and its operating system can run it
+const char* isa_refusal(Isa isa);  // why not; nullptr where it is supported
+Isa best_isa();                    // never kAmx, whose speed is not measured, nor does this ask for it
 const char* isa_name(Isa isa);
 
 }  // namespace mpq::cpu

@@ -1,4 +1,5 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
+#include "cpu/amx.h"
 #include "cpu/int8_plan.h"
 #include "cpu/kernels.h"
 #include "generated/layout.h"
@@ -46,7 +47,7 @@ int check_weight(const Weight& w) {
 
 Kernels kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni) return avx512_kernels();
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni || isa == Isa::kAmx) return avx512_kernels();
   if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) return avx2_kernels();
 #endif
   (void)isa;
@@ -55,6 +56,7 @@ Kernels kernels_of(Isa isa) {
 
 LinearInt8 int8_of(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAmx) return amx_int8();
   if (isa == Isa::kAvx512Vnni) return avx512vnni_int8();
   if (isa == Isa::kAvx512) return avx512_int8();
   if (isa == Isa::kAvxVnni) return avxvnni_int8();
@@ -144,6 +146,11 @@ const char* error_text(int code) {
   }
 }
 
+const char* isa_refusal(Isa isa) {
+  if (isa == Isa::kAmx) return amx_refusal();
+  return supported(isa) ? nullptr : "the processor does not have it, or the operating system does not use it";
+}
+
 bool supported(Isa isa) {
   switch (isa) {
     case Isa::kPortable:
@@ -159,6 +166,8 @@ bool supported(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+    case Isa::kAmx:
+      return amx_refusal() == nullptr;
     default:
       return false;
   }
@@ -184,6 +193,8 @@ const char* isa_name(Isa isa) {
       return "avxvnni";
     case Isa::kAvx512Vnni:
       return "avx512vnni";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }

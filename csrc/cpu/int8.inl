@@ -1,4 +1,5 @@
 // linear_int8 of one instruction set. Included after a simd header; see kernels.h.
+#include "cpu/amx.h"
 #include "generated/layout.h"
 
 // clang-format off: each file uses the names of those before it.
@@ -10,6 +11,7 @@
 #include "cpu/prefetch.inl"
 #include "cpu/int8_decode.inl"
 #include "cpu/int8_tile.inl"
+#include "cpu/int8_amx.inl"
 // clang-format on
 
 namespace mpq::cpu {
@@ -48,7 +50,33 @@ void prepare_int8(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
+// sums[tokens][64] += W[row tile of this segment] @ x, for words that are not spread.
+template <typename Tiles>
+void tile_int8(const TileSource& source, const Int8Tokens& x, int64_t tokens, ItemTiles<Tiles>& item, float* sums) {
+  alignas(64) uint32_t tile[kMostChunks * 256];
+  const Segment& segment = source.segment;
+  const Stripe stripe = stripe_of(segment, source.row_tile);
+  const Blocks blocks = blocks_of(segment);
+  GroupParams params;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const Block columns = block_at(blocks, b);
+    if (b % blocks.per_group == 0) load_group(segment, source.scale_dtype, source.row_tile, columns.group, params);
+    kUnpackBlock[segment.bits](stripe, columns, tile);
+    const Int8Tokens here{x.words + b * blocks.slots * kTokenWords, x.scales + b, x.sums + b, x.words_stride,
+                          x.blocks_stride};
+    const Int8Tile block{tile, 4 * columns.chunks, &params, here};
+    if constexpr (Tiles::kTokens > 0) {
+      if (tokens >= Tiles::kTokens) {
+        multiply_tiles(item, block, tokens, sums);
+        continue;
+      }
+    }
+    multiply_rounds(block, segment.bits == 8, tokens, sums);
+  }
+}
+
 // Work item: one row block and one range of the job's tokens.
+template <typename Tiles>
 void int8_items(void* ctx, int64_t begin, int64_t end) {
   const Int8Job& job = *static_cast<const Int8Job*>(ctx);
   const LinearArgs& args = *job.args;
@@ -61,6 +89,7 @@ void int8_items(void* ctx, int64_t begin, int64_t end) {
     const int64_t first = job.tokens * split / job.splits;
     const int64_t count = job.tokens * (split + 1) / job.splits - first;
     for (int64_t i = 0; i < 64 * count; ++i) sums[i] = 0.0f;
+    ItemTiles<Tiles> tiles;
     for (int i = 0; i < block.count; ++i) {
       const Segment& segment = block.segments[i];
       const Place place = job.places[&segment - weight.segments];
@@ -71,7 +100,7 @@ void int8_items(void* ctx, int64_t begin, int64_t end) {
       if (job.spread) {
         kDecodeInt8[segment.bits][count](source, x, sums);
       } else {
-        tile_int8(source, x, count, sums);
+        tile_int8(source, x, count, tiles, sums);
       }
     }
     finish_rows(args, block, job.token0 + first, count, sums);
@@ -102,13 +131,15 @@ Int8Job int8_job(const LinearArgs& args) {
   return job;
 }
 
+template <typename Tiles>
 void linear_int8_tokens(const LinearArgs& args, const Parallel& parallel) {
   Int8Job job = int8_job(args);
   const int64_t chunks = ceil_div(args.M, kTokenChunk);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     job.token0 = args.M * chunk / chunks;
     job.tokens = args.M * (chunk + 1) / chunks - job.token0;
-    const int64_t most = ceil_div(job.tokens, 2 * kTokenBlock);
+    constexpr int64_t kPass = Tiles::kTokens > 0 ? Tiles::kTokens : kTokenBlock;
+    const int64_t most = ceil_div(job.tokens, 2 * kPass);  // so that no range is shorter than a pass
     const int64_t wanted = ceil_div(kFewBlocks, job.row_blocks);
     job.splits = job.spread ? 1 : (wanted < most ? wanted : most);
     if (job.spread) {
@@ -116,7 +147,7 @@ void linear_int8_tokens(const LinearArgs& args, const Parallel& parallel) {
     } else {
       run(parallel, job.tokens, prepare_int8, &job);
     }
-    run(parallel, job.row_blocks * job.splits, int8_items, &job);
+    run(parallel, job.row_blocks * job.splits, int8_items<Tiles>, &job);
   }
 }
 

@@ -7,7 +7,7 @@
 
 namespace mpq::cpu {
 
-LinearInt8 avxvnni_int8() { return linear_int8_tokens; }
+LinearInt8 avxvnni_int8() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu
 #endif

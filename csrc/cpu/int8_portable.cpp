@@ -6,6 +6,6 @@
 
 namespace mpq::cpu {
 
-LinearInt8 portable_int8() { return linear_int8_tokens; }
+LinearInt8 portable_int8() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu

@@ -56,6 +56,13 @@ struct Int8Tile {
   Int8Tokens x;  // at the block and the first token
 };
 
+// sums[row..] += scale of w * scale of x * (dots - zero * sum of x), for one token and the rows of one vector.
+MPQ_INLINE void add_dots(const GroupParams& params, int row, I exact, F x_scale, F x_sum, float* sums) {
+  const F dots = fnma(load(params.zeros + row), x_sum, to_f(exact));
+  const F scale = mul(load(params.scales + row), x_scale);
+  store(sums + row, fma(scale, dots, load(sums + row)));
+}
+
 // sums[T][64] += x[T] @ the block.
 template <bool Wide, int T>
 void multiply_int8(const Int8Tile& block, float* sums) {
@@ -83,10 +90,7 @@ void multiply_int8(const Int8Tile& block, float* sums) {
       const F x_scale = set1(block.x.scales[m * block.x.blocks_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        const int at = row + kLanes * v;
-        const F dots = fnma(load(block.params->zeros + at), x_sum, to_f(acc[m][v]));
-        const F scale = mul(load(block.params->scales + at), x_scale);
-        store(sums + 64 * m + at, fma(scale, dots, load(sums + 64 * m + at)));
+        add_dots(*block.params, row + kLanes * v, acc[m][v], x_scale, x_sum, sums + 64 * m);
       }
     }
   }
@@ -101,26 +105,15 @@ constexpr MultiplyInt8 kMultiplyInt8[2][kTokenBlock + 1] = {
      multiply_int8<true, 5>, multiply_int8<true, 6>},
 };
 
-// sums[tokens][64] += W[row tile of this segment] @ x, for words that are not spread.
-inline void tile_int8(const TileSource& source, const Int8Tokens& x, int64_t tokens, float* sums) {
-  alignas(64) uint32_t tile[kMostChunks * 256];
-  const Segment& segment = source.segment;
-  const Stripe stripe = stripe_of(segment, source.row_tile);
-  const Blocks blocks = blocks_of(segment);
+// sums[tokens][64] += x[tokens] @ the block, without tile registers.
+inline void multiply_rounds(const Int8Tile& block, bool wide, int64_t tokens, float* sums) {
   const int64_t rounds = ceil_div(tokens, kTokenBlock);  // of equal size, as nearly as can be
-  GroupParams params;
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const Block columns = block_at(blocks, b);
-    if (b % blocks.per_group == 0) load_group(segment, source.scale_dtype, source.row_tile, columns.group, params);
-    kUnpackBlock[segment.bits](stripe, columns, tile);
-    for (int64_t r = 0; r < rounds; ++r) {
-      const int64_t first = tokens * r / rounds;
-      const int64_t count = tokens * (r + 1) / rounds - first;
-      const Int8Tokens here{x.words + first * x.words_stride + b * blocks.slots * kTokenWords,
-                            x.scales + first * x.blocks_stride + b, x.sums + first * x.blocks_stride + b,
-                            x.words_stride, x.blocks_stride};
-      kMultiplyInt8[segment.bits == 8][count]({tile, 4 * columns.chunks, &params, here}, sums + 64 * first);
-    }
+  for (int64_t r = 0; r < rounds; ++r) {
+    const int64_t first = tokens * r / rounds;
+    const int64_t count = tokens * (r + 1) / rounds - first;
+    const Int8Tokens here{block.x.words + first * block.x.words_stride, block.x.scales + first * block.x.blocks_stride,
+                          block.x.sums + first * block.x.blocks_stride, block.x.words_stride, block.x.blocks_stride};
+    kMultiplyInt8[wide][count]({block.tile, block.places, block.params, here}, sums + 64 * first);
   }
 }
 

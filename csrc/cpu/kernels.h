@@ -31,5 +31,6 @@ LinearInt8 avx2_int8();
 LinearInt8 avxvnni_int8();
 LinearInt8 avx512_int8();
 LinearInt8 avx512vnni_int8();
+LinearInt8 amx_int8();
 
 }  // namespace mpq::cpu

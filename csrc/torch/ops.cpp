@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -17,26 +16,16 @@
 
 #include "cpu/cpu.h"
 #include "generated/layout.h"
+#include "torch/isa.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace cpu = mpq::cpu;
+using mpq::current_isa;
 
 constexpr int64_t kSegmentInts = 7;  // n0, n1, k0, k1, bits, group_size, zero kind: mpq_kernels/layout.py segment_ints
-
-// Chosen once, at the first call or by mpq::set_cpu_isa; -1 until then.
-std::atomic<int> g_isa{-1};
-
-cpu::Isa current_isa() {
-  int isa = g_isa.load(std::memory_order_relaxed);
-  if (isa < 0) {
-    isa = static_cast<int>(cpu::best_isa());
-    g_isa.store(isa, std::memory_order_relaxed);
-  }
-  return static_cast<cpu::Isa>(isa);
-}
 
 // Below this many multiplications waking a second thread costs more than it saves. One against two threads, 4 bits, M =
 // 1, 2-core AMD EPYC: 768 x 768 18.6 and 22.5 us, 1024 x 1024 27.6 and 18.1 us; this is between the two.
@@ -320,32 +309,6 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   return out;
 }
 
-constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512, cpu::Isa::kAvxVnni, cpu::Isa::kAvx2,
-                              cpu::Isa::kPortable};
-
-// Instruction sets that work on this processor, best first, comma-separated.
-std::string cpu_isas() {
-  std::string names;
-  for (cpu::Isa isa : kIsas) {
-    if (!cpu::supported(isa)) continue;
-    if (!names.empty()) names += ",";
-    names += cpu::isa_name(isa);
-  }
-  return names;
-}
-
-std::string cpu_isa() { return cpu::isa_name(current_isa()); }
-
-void set_cpu_isa(std::string name) {
-  for (cpu::Isa isa : kIsas) {
-    if (name != cpu::isa_name(isa)) continue;
-    STD_TORCH_CHECK(cpu::supported(isa), "this processor does not have ", name, "; it has ", cpu_isas());
-    g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
-    return;
-  }
-  STD_TORCH_CHECK(false, "unknown instruction set ", name, "; this processor has ", cpu_isas());
-}
-
 std::string layout_id() { return mpq::kLayoutId; }
 
 }  // namespace
@@ -366,9 +329,6 @@ STABLE_TORCH_LIBRARY(mpq, m) {
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? perm, int[] segments, int out_features, "
       "int in_features, ScalarType dtype) -> Tensor");
-  m.def("cpu_isas() -> str");
-  m.def("cpu_isa() -> str");
-  m.def("set_cpu_isa(str name) -> ()");
   m.def("layout_id() -> str");
 }
 
@@ -380,9 +340,4 @@ STABLE_TORCH_LIBRARY_IMPL(mpq, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
-  m.impl("layout_id", TORCH_BOX(&layout_id));
-}
+STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) { m.impl("layout_id", TORCH_BOX(&layout_id)); }

@@ -1,0 +1,80 @@
+// Torch operators that name and choose the instruction set of the CPU kernels.
+#include "torch/isa.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <string>
+
+namespace mpq {
+namespace {
+
+// Chosen once, at the first call or by mpq::set_cpu_isa; -1 until then.
+std::atomic<int> g_isa{-1};
+
+}  // namespace
+
+cpu::Isa current_isa() {
+  int isa = g_isa.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(cpu::best_isa());
+    g_isa.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<cpu::Isa>(isa);
+}
+
+namespace {
+
+// AMX comes last because its speed has not been measured.
+constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512,   cpu::Isa::kAvxVnni,
+                              cpu::Isa::kAvx2,       cpu::Isa::kPortable, cpu::Isa::kAmx};
+
+// Instruction sets that work on this processor, best first, comma-separated.
+std::string cpu_isas() {
+  std::string names;
+  for (cpu::Isa isa : kIsas) {
+    if (!cpu::supported(isa)) continue;
+    if (!names.empty()) names += ",";
+    names += cpu::isa_name(isa);
+  }
+  return names;
+}
+
+std::string cpu_isa() { return cpu::isa_name(current_isa()); }
+
+cpu::Isa isa_of(const std::string& name) {
+  for (cpu::Isa isa : kIsas) {
+    if (name == cpu::isa_name(isa)) return isa;
+  }
+  STD_TORCH_CHECK(false, "unknown instruction set ", name, "; this processor has ", cpu_isas());
+}
+
+// Why an instruction set cannot be chosen here; empty where it can.
+std::string cpu_isa_refusal(std::string name) {
+  const char* reason = cpu::isa_refusal(isa_of(name));
+  return reason ? reason : "";
+}
+
+void set_cpu_isa(std::string name) {
+  const cpu::Isa isa = isa_of(name);
+  const char* reason = cpu::isa_refusal(isa);
+  STD_TORCH_CHECK(!reason, name, " cannot be used here: ", reason, "; choose one of ", cpu_isas());
+  g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
+}
+
+}  // namespace
+}  // namespace mpq
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
+  m.def("cpu_isas() -> str");
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_refusal(str name) -> str");
+  m.def("set_cpu_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas", TORCH_BOX(&mpq::cpu_isas));
+  m.impl("cpu_isa", TORCH_BOX(&mpq::cpu_isa));
+  m.impl("cpu_isa_refusal", TORCH_BOX(&mpq::cpu_isa_refusal));
+  m.impl("set_cpu_isa", TORCH_BOX(&mpq::set_cpu_isa));
+}
