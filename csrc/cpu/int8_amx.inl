@@ -102,8 +102,9 @@ void multiply_tiles(ItemTiles<Tiles>& item, const Int8Tile& block, int64_t token
 template <typename Tiles>
 bool tiles_multiply() {
   alignas(64) uint32_t dots[16 * 64];
-  uint8_t codes[4 * kStepWords * 2][64], tile[kStepWords * 2][64][4];
-  int8_t x[16][4 * kStepWords * 2];
+  uint8_t codes[4 * kStepWords * 2][64];
+  alignas(64) uint8_t tile[kStepWords * 2][64][4];
+  alignas(64) int8_t x[16][4 * kStepWords * 2];
   for (int k = 0; k < 8 * kStepWords; ++k) {
     for (int n = 0; n < 64; ++n) {
       codes[k][n] = static_cast<uint8_t>(n == 0 ? 255 : 7 * k + 13 * n);

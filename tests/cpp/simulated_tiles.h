@@ -1,0 +1,124 @@
+// The tile registers of AMX in plain C++, for machines without them, as Intel's manual describes palette 1: eight
+// registers of at most 16 rows of 64 bytes. What would fault there, or stay behind, is counted here.
+//
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TDPBSUD,
+// TILESTORED, TILERELEASE and the exception classes AMX-E1 to AMX-E6.
+#pragma once
+
+#include <atomic>
+#include <cstring>
+
+#include "cpu/amx.h"
+
+namespace mpq::cpu {
+
+struct TileCounts {
+  std::atomic<long> configured, released, dots, misuses;
+};
+extern TileCounts tile_counts;  // of all threads
+
+namespace {
+
+class SimulatedTiles {
+ public:
+  static constexpr int64_t kTokens = 16;
+
+  ~SimulatedTiles() { expect(!configured_); }  // state that outlives its task
+
+  void configure(const TileConfig& config) {
+    expect(config.palette == 1 && config.start_row == 0);
+    for (const uint8_t byte : config.reserved) expect(byte == 0);
+    for (int t = 0; t < 16; ++t) {
+      expect(config.rows[t] <= (t < 8 ? 16 : 0) && config.bytes[t] <= (t < 8 ? 64 : 0));
+      expect((config.rows[t] == 0) == (config.bytes[t] == 0));
+    }
+    for (int t = 0; t < 8; ++t) registers_[t] = Register{config.rows[t] & 31, config.bytes[t] & 127, {}};
+    configured_ = true;
+    ++tile_counts.configured;
+  }
+
+  void release() {
+    expect(configured_);
+    for (Register& r : registers_) r = Register{};
+    configured_ = false;
+    ++tile_counts.released;
+  }
+
+  template <int T>
+  void zero() {
+    if (!usable(T)) return;
+    std::memset(registers_[T].data, 0, sizeof registers_[T].data);
+  }
+
+  template <int T>
+  void load(const void* from, int64_t stride) {
+    if (!usable(T)) return;
+    zero<T>();
+    Register& r = registers_[T];
+    for (int row = 0; row < r.rows; ++row) {
+      std::memcpy(r.data[row], static_cast<const char*>(from) + row * stride, static_cast<size_t>(r.bytes));
+    }
+  }
+
+  template <int T>
+  void store(void* to, int64_t stride) {
+    if (!usable(T)) return;
+    const Register& r = registers_[T];
+    for (int row = 0; row < r.rows; ++row) {
+      std::memcpy(static_cast<char*>(to) + row * stride, r.data[row], static_cast<size_t>(r.bytes));
+    }
+  }
+
+  // TDPBSUD: signed bytes of X times unsigned bytes of W.
+  template <int Sums, int X, int W>
+  void dot() {
+    dot_as<Sums, X, W, int8_t, uint8_t>();
+  }
+
+ protected:
+  template <int Sums, int X, int W, typename XByte, typename WByte>
+  void dot_as() {
+    static_assert(Sums != X && Sums != W && X != W);
+    if (!usable(Sums) || !usable(X) || !usable(W)) return;
+    Register& sums = registers_[Sums];
+    const Register &x = registers_[X], &w = registers_[W];
+    const bool fits = sums.bytes % 4 == 0 && x.bytes % 4 == 0 && sums.rows == x.rows && sums.bytes == w.bytes &&
+                      x.bytes / 4 == w.rows;
+    expect(fits);
+    if (!fits) return;
+    Register out{sums.rows, sums.bytes, {}};
+    for (int m = 0; m < sums.rows; ++m) {
+      for (int n = 0; n < sums.bytes / 4; ++n) {
+        uint32_t sum;  // wraps, as the instruction does
+        std::memcpy(&sum, sums.data[m] + 4 * n, 4);
+        for (int k = 0; k < x.bytes; ++k) {
+          const int product = static_cast<XByte>(x.data[m][k]) * static_cast<WByte>(w.data[k / 4][4 * n + k % 4]);
+          sum += static_cast<uint32_t>(product);
+        }
+        std::memcpy(out.data[m] + 4 * n, &sum, 4);
+      }
+    }
+    sums = out;
+    ++tile_counts.dots;
+  }
+
+ private:
+  struct Register {
+    int rows, bytes;
+    unsigned char data[16][64];
+  };
+
+  static void expect(bool right) { tile_counts.misuses += !right; }
+
+  bool usable(int t) const {
+    const bool right = configured_ && t >= 0 && t < 8 && registers_[t].rows > 0;
+    expect(right);
+    return right;
+  }
+
+  Register registers_[8] = {};
+  bool configured_ = false;
+};
+
+}  // namespace
+}  // namespace mpq::cpu

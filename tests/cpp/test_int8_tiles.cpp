@@ -1,0 +1,217 @@
+// Standalone test of the kernels of csrc/cpu/int8_amx.inl, on any machine: over simulated tile registers they must give
+// the bits of the kernels without any; where there is AMX, so must the real ones. Returns 1 on failure.
+#include <csignal>
+
+#include "cpu/amx.h"
+#include "cpu_calls.h"
+#include "simulated_tiles.h"
+
+#if defined(__linux__)
+#include <sys/wait.h>
+#endif
+
+namespace mpq::cpu {
+
+TileCounts tile_counts;
+
+LinearInt8 simulated_portable();
+LinearInt8 simulated_avx512();
+bool simulated_multiplies();
+bool signed_multiplies();
+
+}  // namespace mpq::cpu
+
+namespace {
+
+// Everything that multiplies with fused multiply-adds gives the same bits; portable C++ rounds twice and has its own.
+struct Alike {
+  Isa isa;               // what the others must agree with
+  LinearInt8 simulated;  // with the same vectors
+  std::vector<Isa> others;
+};
+
+std::vector<Alike> alike() {
+  std::vector<Alike> out = {{Isa::kPortable, simulated_portable(), {}}};
+#if defined(__x86_64__)
+  if (supported(Isa::kAvx512Vnni)) {
+    out.push_back({Isa::kAvx512Vnni, simulated_avx512(), {Isa::kAvx2, Isa::kAvx512, Isa::kAvxVnni, Isa::kAmx}});
+  }
+#endif
+  return out;
+}
+
+void check_model(const std::vector<BandSpec>& bands, int64_t tokens, int seed, const std::string& label) {
+  const bool odd = seed & 1, permuted = seed & 2, bias = seed & 4;
+  Model model = make_model(bands, kDTypes[seed % 3], permuted, odd);
+  static const std::vector<Alike> kAlike = alike();
+  for (const Alike& family : kAlike) {
+    Call call(model, family.isa, kDTypes[seed / 3 % 3], tokens, bias, odd, label + " tiles");
+    call.int8 = true;
+    for (int64_t i = 0; i < tokens * model.K; ++i) {
+      encode(uniform(-1, 1), call.dtype, call.x_at(i / model.K, i % model.K));
+    }
+    if (seed & 8) encode(NAN, call.dtype, call.x_at(tokens - 1, model.K - 1));
+    const std::vector<unsigned char> want = call.run(kSerial);
+    for (const Isa isa : family.others) {
+      call.isa = isa;
+      if (supported(isa)) check(call.run(kThreads) == want, call.name, isa_name(isa));
+    }
+    call.kernel = family.simulated;
+    const long before = tile_counts.dots;
+    check(call.run(kSerial) == want, call.name, "other bits than without tile registers");
+    check(call.run(kThreads) == want, call.name, "other bits on three threads");
+    check((tile_counts.dots > before) == (tokens >= 16), call.name, "tile registers used for the wrong tokens");
+  }
+}
+
+struct ColumnCase {
+  int64_t K, group_size;
+};
+
+// Full steps, a tail of 1, 2 and 3 chunks with and without full steps, one group over everything, groups that begin and
+// end inside a chunk so that the tail changes from block to block.
+const ColumnCase kColumns[] = {{256, 64}, {192, 32}, {64, 16},   {192, 48},  {384, 128}, {400, 400}, {320, 160},
+                               {172, 43}, {63, 7},   {172, 172}, {130, 130}, {640, 80},  {1, 1},     {290, 145}};
+const int64_t kTokens[] = {16, 17, 33, 129, 31, 48};
+const int64_t kRows[] = {1, 63, 65, 172, 64};
+
+int check_uniform() {
+  int cases = 0;
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (const ColumnCase& columns : kColumns) {
+      for (int zero_kind = kZeroNone; zero_kind <= kZeroFloat; ++zero_kind, ++cases) {
+        const int64_t N = kRows[(cases + cases / 5) % 5];
+        const std::string label = "bits=" + std::to_string(bits) + " N=" + std::to_string(N) +
+                                  " K=" + std::to_string(columns.K) + " group=" + std::to_string(columns.group_size) +
+                                  " zero=" + std::to_string(zero_kind);
+        const int64_t tokens = kTokens[(cases + cases / 6) % 6];
+        check_model({{N, {{columns.K, bits, columns.group_size, zero_kind}}}}, tokens, below(1 << 20), label);
+      }
+    }
+  }
+  return cases;
+}
+
+int check_segments() {
+  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
+  const std::vector<std::vector<BandSpec>> weights = {
+      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
+      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
+      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
+  };
+  int cases = 0;
+  for (const auto& bands : weights) {
+    for (const int64_t tokens : {1, 4, 5, 15, 16, 17, 33, 129, 401}) {
+      check_model(bands, tokens, 5 * cases, "segments " + std::to_string(cases));
+      ++cases;
+    }
+  }
+  // Many row blocks: tokens are not split among work items.
+  check_model({{1100, {{128, 4, 64, whole}}}}, 40, 3, "tall");
+  return cases + 1;
+}
+
+TileConfig shapes(int rows, int bytes) {
+  TileConfig config{};
+  config.palette = 1;
+  for (int t = 0; t < 8; ++t) {
+    config.rows[t] = static_cast<uint8_t>(rows);
+    config.bytes[t] = static_cast<uint16_t>(bytes);
+  }
+  return config;
+}
+
+// The simulation notices what the processor would refuse, and nothing else.
+int check_misuse() {
+  unsigned char memory[16 * 64] = {};
+  const auto misuses = [&](auto use) {
+    const long before = tile_counts.misuses;
+    {
+      SimulatedTiles tiles;
+      use(tiles);
+    }
+    return tile_counts.misuses - before;
+  };
+  const auto with = [&](auto change) {
+    TileConfig config = shapes(16, 64);
+    change(config);
+    return misuses([&](SimulatedTiles& tiles) { tiles.configure(config), tiles.release(); });
+  };
+  const auto multiply = [&](auto change) {
+    TileConfig config = shapes(16, 64);
+    change(config);
+    return misuses([&](SimulatedTiles& tiles) {
+      tiles.configure(config);
+      tiles.dot<0, 1, 2>();
+      tiles.release();
+    });
+  };
+  const std::pair<const char*, std::pair<long, bool>> cases[] = {
+      {"right configuration", {with([](TileConfig&) {}), false}},
+      {"palette", {with([](TileConfig& c) { c.palette = 2; }), true}},
+      {"reserved", {with([](TileConfig& c) { c.reserved[13] = 1; }), true}},
+      {"rows", {with([](TileConfig& c) { c.rows[3] = 17; }), true}},
+      {"bytes", {with([](TileConfig& c) { c.bytes[3] = 65; }), true}},
+      {"rows without bytes", {with([](TileConfig& c) { c.bytes[7] = 0; }), true}},
+      {"register 8", {with([](TileConfig& c) { c.rows[8] = c.bytes[8] = 4; }), true}},
+      {"not configured", {misuses([&](SimulatedTiles& tiles) { tiles.load<0>(memory, 64); }), true}},
+      {"not released", {misuses([&](SimulatedTiles& tiles) { tiles.configure(shapes(16, 64)); }), true}},
+      {"released twice", {misuses([&](SimulatedTiles& tiles) { tiles.release(); }), true}},
+      {"right product", {multiply([](TileConfig&) {}), false}},
+      {"right small product",
+       {multiply([](TileConfig& c) { c.rows[0] = c.rows[1] = 3, c.bytes[1] = 20, c.rows[2] = 5; }), false}},
+      {"rows of x", {multiply([](TileConfig& c) { c.rows[1] = 15; }), true}},
+      {"columns of W", {multiply([](TileConfig& c) { c.bytes[2] = 60; }), true}},
+      {"depth", {multiply([](TileConfig& c) { c.bytes[1] = 60; }), true}},
+      {"depth in bytes", {multiply([](TileConfig& c) { c.bytes[1] = 62, c.rows[2] = 15; }), true}},
+      {"register of no rows", {multiply([](TileConfig& c) { c.rows[2] = c.bytes[2] = 0; }), true}},
+  };
+  for (const auto& [name, found] : cases) check((found.first > 0) == found.second, "misuse", name);
+  return static_cast<int>(std::size(cases));
+}
+
+#if defined(__x86_64__) && defined(__linux__)
+volatile int sink;
+int* volatile nowhere = nullptr;
+volatile std::sig_atomic_t told = 0;
+
+// What happens in the child stays there: no signal, no child to wait for, and its memory is its own.
+int check_trials() {
+  std::signal(SIGCHLD, [](int) { told = 1; });
+  check(try_in_child([] {
+          sink = 1;
+          return sink == 1;
+        }) == Trial::kRight,
+        "trial", "right");
+  check(try_in_child([] { return sink == 1; }) == Trial::kWrong, "trial", "wrong, or memory shared");
+  check(try_in_child([] { return *nowhere == 0; }) == Trial::kFaulted, "trial", "no memory");
+  check(try_in_child([]() -> bool { __builtin_trap(); }) == Trial::kFaulted, "trial", "no such instruction");
+  const Trial found = try_in_child(amx_multiplies);
+  if (supported(Isa::kAmx)) check(found == Trial::kRight, "trial", "AMX");
+  if (!supported(Isa::kAmx))
+    check(found == Trial::kFaulted || found == Trial::kWrong, "trial", "AMX where there is none");
+  check(waitpid(-1, nullptr, __WALL) == -1 && errno == ECHILD, "trial", "a child is left");
+  check(!told, "trial", "SIGCHLD");
+  std::signal(SIGCHLD, SIG_DFL);
+  return 5;
+}
+#else
+int check_trials() { return 0; }
+#endif
+
+}  // namespace
+
+int main() {
+  const int uniform_cases = check_uniform(), segment_cases = check_segments();
+  check(tile_counts.misuses == 0, "kernels", "would fault");
+  check(tile_counts.configured > 0 && tile_counts.released > 0, "kernels", "never released");
+  check(simulated_multiplies() && !signed_multiplies(), "trial product", "does not tell right from wrong");
+  const int misuse_cases = check_misuse(), trials = check_trials();
+  const char* refusal = isa_refusal(Isa::kAmx);
+  std::printf("amx: %s%s\n", refusal ? "not checked: " : "checked", refusal ? refusal : "");
+  std::printf("avx512vnni: %s\n", supported(Isa::kAvx512Vnni) ? "checked" : "not supported here, skipped");
+  std::printf("%d uniform, %d segmented weights, %ld tile products, %d misuses, %d trials\n", uniform_cases,
+              segment_cases, tile_counts.dots.load(), misuse_cases, trials);
+  std::printf("%ld checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}
