@@ -44,46 +44,34 @@ class SimulatedTiles {
     ++tile_counts.released;
   }
 
-  template <int T>
-  void zero() {
-    if (!usable(T)) return;
-    std::memset(registers_[T].data, 0, sizeof registers_[T].data);
+  void zero(int t) {
+    if (usable(t)) std::memset(registers_[t].data, 0, sizeof registers_[t].data);
   }
 
-  template <int T>
-  void load(const void* from, int64_t stride) {
-    if (!usable(T)) return;
-    zero<T>();
-    Register& r = registers_[T];
+  void load(int t, const void* from, int64_t stride) {
+    if (!usable(t)) return;
+    Register& r = registers_[t];
+    std::memset(r.data, 0, sizeof r.data);
     for (int row = 0; row < r.rows; ++row) {
       std::memcpy(r.data[row], static_cast<const char*>(from) + row * stride, static_cast<size_t>(r.bytes));
     }
   }
 
-  template <int T>
-  void store(void* to, int64_t stride) {
-    if (!usable(T)) return;
-    const Register& r = registers_[T];
+  void store(int t, void* to, int64_t stride) {
+    if (!usable(t)) return;
+    const Register& r = registers_[t];
     for (int row = 0; row < r.rows; ++row) {
       std::memcpy(static_cast<char*>(to) + row * stride, r.data[row], static_cast<size_t>(r.bytes));
     }
   }
 
-  // TDPBSUD: signed bytes of X times unsigned bytes of W.
-  template <int Sums, int X, int W>
-  void dot() {
-    dot_as<Sums, X, W, int8_t, uint8_t>();
-  }
-
- protected:
-  template <int Sums, int X, int W, typename XByte, typename WByte>
-  void dot_as() {
-    static_assert(Sums != X && Sums != W && X != W);
-    if (!usable(Sums) || !usable(X) || !usable(W)) return;
-    Register& sums = registers_[Sums];
-    const Register &x = registers_[X], &w = registers_[W];
-    const bool fits = sums.bytes % 4 == 0 && x.bytes % 4 == 0 && sums.rows == x.rows && sums.bytes == w.bytes &&
-                      x.bytes / 4 == w.rows;
+  template <typename XByte, typename WByte>
+  void dot_as(int to, int left, int right) {
+    if (!usable(to) || !usable(left) || !usable(right)) return;
+    Register& sums = registers_[to];
+    const Register &x = registers_[left], &w = registers_[right];
+    const bool fits = to != left && to != right && left != right && sums.bytes % 4 == 0 && x.bytes % 4 == 0 &&
+                      sums.rows == x.rows && sums.bytes == w.bytes && x.bytes / 4 == w.rows;
     expect(fits);
     if (!fits) return;
     Register out{sums.rows, sums.bytes, {}};
@@ -100,6 +88,24 @@ class SimulatedTiles {
     }
     sums = out;
     ++tile_counts.dots;
+  }
+
+  // As AmxTiles has them; dot is TDPBSUD, signed bytes of X times unsigned bytes of W.
+  template <int T>
+  void zero() {
+    zero(T);
+  }
+  template <int T>
+  void load(const void* from, int64_t stride) {
+    load(T, from, stride);
+  }
+  template <int T>
+  void store(void* to, int64_t stride) {
+    store(T, to, stride);
+  }
+  template <int Sums, int X, int W>
+  void dot() {
+    dot_as<int8_t, uint8_t>(Sums, X, W);
   }
 
  private:

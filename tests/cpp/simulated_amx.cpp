@@ -1,5 +1,6 @@
-// The kernels of int8_amx.cpp over simulated tile registers. Included after a simd header.
+// The kernels of int8_amx.cpp over simulated tile registers and portable vectors, for any machine.
 #include "cpu/kernels.h"
+#include "cpu/simd_portable.h"
 #include "simulated_tiles.h"
 // The kernels are written against the names that the headers above define.
 #include "cpu/int8.inl"
@@ -11,9 +12,15 @@ namespace {
 struct SignedTiles : SimulatedTiles {
   template <int Sums, int X, int W>
   void dot() {
-    dot_as<Sums, X, W, int8_t, int8_t>();
+    dot_as<int8_t, int8_t>(Sums, X, W);
   }
 };
 
 }  // namespace
+
+LinearInt8 simulated_int8() { return linear_int8_tokens<SimulatedTiles>; }
+
+bool simulated_multiplies() { return tiles_multiply<SimulatedTiles>(); }
+bool signed_multiplies() { return tiles_multiply<SignedTiles>(); }
+
 }  // namespace mpq::cpu
