@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,17 @@ def packed_calls(layout: WeightLayout, args: argparse.Namespace, copies: int) ->
     return layers, layers[0].dequantize()
 
 
+@contextmanager
+def instruction_set(name: str | None) -> Iterator[None]:
+    """That of the CPU kernels inside; None for the one that is in use."""
+    before = torch.ops.mpq.cpu_isa()
+    torch.ops.mpq.set_cpu_isa(name or before)
+    try:
+        yield
+    finally:
+        torch.ops.mpq.set_cpu_isa(before)
+
+
 @dataclass
 class Cell:
     """A row and what fills it: calls over the copies of a weight, x, microseconds of each round's calls."""
@@ -68,19 +80,22 @@ class Cell:
     row: Row
     calls: list[Call]
     x: torch.Tensor
+    isa: str | None = None
     rounds: list[list[float]] = field(default_factory=list)
 
     def check(self, wanted: torch.Tensor) -> None:
         """Compare the first and the last copy with x @ W.T in fp32; a wrong result has a reason and is not timed."""
         exact = self.x.float() @ wanted.T
-        self.row.error = worst_error([call(self.x) for call in (self.calls[0], self.calls[-1])], [exact, exact])
+        with instruction_set(self.isa):
+            self.row.error = worst_error([call(self.x) for call in (self.calls[0], self.calls[-1])], [exact, exact])
         if not self.row.error <= TOLERANCE[self.x.dtype]:  # NaN is not
             self.row.reason = f"wrong by {self.row.error:.2g} of the largest output: not timed"
 
     def time(self, seconds: float) -> None:
         """One more round."""
         if self.row.reason is None:
-            self.rounds.append(time_calls([partial(call, self.x) for call in self.calls], self.x.device, seconds))
+            with instruction_set(self.isa):
+                self.rounds.append(time_calls([partial(call, self.x) for call in self.calls], self.x.device, seconds))
 
     def over(self, other: Cell) -> float | None:
         """The median over rounds of the other's median in a round over this one's."""
@@ -94,11 +109,13 @@ def make_cells(shape: str, args: argparse.Namespace) -> Iterator[Cell]:
     dense = torch.randn(sum(rows), cols, device=args.device, generator=torch.Generator(args.device).manual_seed(1))
     dense *= cols**-0.5
 
-    def cells(name: str, dtype: torch.dtype, nbytes: int, calls: list[Call], wanted: torch.Tensor) -> Iterator[Cell]:
+    def cells(
+        name: str, dtype: torch.dtype, nbytes: int, calls: list[Call], wanted: torch.Tensor, isa: str | None = None
+    ) -> Iterator[Cell]:
         for tokens in args.tokens:
             x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(2)).to(args.device, dtype)
             row = Row(shape, tokens, name, str(dtype).removeprefix("torch."), nbytes, len(calls))
-            cell = Cell(row, calls, x)
+            cell = Cell(row, calls, x, isa)
             cell.check(wanted)
             yield cell
 
@@ -122,7 +139,8 @@ def make_cells(shape: str, args: argparse.Namespace) -> Iterator[Cell]:
                 for view in views:
                     view.set_activations(activations)
                 name = f"packed {width}" if activations == "exact" else f"packed {width} {activations}"
-                yield from cells(name, args.dtype, nbytes, list(views), wanted)
+                for isa in args.isas:
+                    yield from cells(f"{name} {isa}" if isa else name, args.dtype, nbytes, list(views), wanted, isa)
 
 
 def run_shape(shape: str, args: argparse.Namespace) -> list[Row]:
@@ -152,6 +170,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--backend", help="of packed layers; without it the first that serves, on CUDA each of cuda,triton that works"
     )
     parser.add_argument("--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)")
+    parser.add_argument("--isas", help="of packed layers on the CPU, a row for each, such as avx512vnni,amx")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")
     parser.add_argument("--seconds", type=float, help="time for each number; on CUDA for each of its two timings")
@@ -181,6 +200,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--activations {','.join(args.activations)}: of {', '.join(ACTIVATIONS)}")
     if args.activations != ["exact"] and (args.device.type != "cpu" or args.dry_run):
         parser.error("--activations int8 is measured on the CPU, the only device that has it")
+    args.isas = args.isas.split(",") if args.isas else [None]
+    if args.isas != [None] and (args.device.type != "cpu" or args.dry_run):
+        parser.error("--isas are instruction sets of the CPU")
+    for name in filter(None, args.isas):
+        try:
+            refusal = torch.ops.mpq.cpu_isa_refusal(name)
+        except RuntimeError as error:
+            parser.error(f"--isas: {error}")
+        if refusal:
+            parser.error(f"--isas {name}: {refusal}")
     args.tokens = [int(part) for part in args.tokens.split(",")]
     args.dtype = getattr(torch, args.dtype)
     return args
@@ -203,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{about['processor']}, {about['threads']} threads, reads {args.bandwidth:.1f} GB/s, commit {about['commit']}"
     )
-    print(f"{'shape':18} {'M':>4} {'layer':14} {'x':9} {CPU_HEADS}")
+    print(f"{'shape':18} {'M':>4} {'layer':24} {'x':9} {CPU_HEADS}")
     results = []
     for shape in args.shapes:
         for row in run_shape(shape, args):

@@ -105,7 +105,7 @@ def set_ratios(rows: Sequence[GpuRow]) -> None:
 
 def cpu_line(row: Row) -> str:
     """One line of the CPU's table."""
-    head = f"{row.shape:18} {row.tokens:4} {row.layer:14} {row.dtype:9}"
+    head = f"{row.shape:18} {row.tokens:4} {row.layer:24} {row.dtype:9}"
     if row.us_median is None:
         return f"{head} {row.reason or ''}"
     ratio = "" if row.over_bf16 is None else f"{row.over_bf16:6.2f}x"

@@ -296,6 +296,27 @@ def test_gemm_measures_and_writes(gemm, tmp_path, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(layers)
 
 
+def test_gemm_times_instruction_sets_in_turns(gemm, tmp_path, monkeypatch):
+    before, used = torch.ops.mpq.cpu_isa(), []
+    right = gemm.packed_calls
+
+    def watched(layout, args, copies):
+        layers, wanted = right(layout, args, copies)
+        for layer in layers:
+            forward = layer.forward
+            layer.forward = lambda x, forward=forward: used.append(torch.ops.mpq.cpu_isa()) or forward(x)
+        return layers, wanted
+
+    monkeypatch.setattr(gemm, "packed_calls", watched)
+    words = ["--shapes", "64x64", "--widths", "4", "--tokens", "17", "--seconds", "0.01", "--total-mb", "0.05"]
+    words += ["--activations", "int8", "--isas", f"portable,{before}", "--json", str(tmp_path / "gemm.json")]
+    assert gemm.main(words) == 0
+    rows = [row for row in json.loads((tmp_path / "gemm.json").read_text())["results"] if "packed" in row["layer"]]
+    assert [row["layer"] for row in rows] == ["packed 4 int8 portable", f"packed 4 int8 {before}"]
+    assert all(row["us_median"] > 0 and used.count(name) > 10 for row, name in zip(rows, ("portable", before), strict=True))
+    assert set(used) == {"portable", before} and torch.ops.mpq.cpu_isa() == before
+
+
 def test_gemm_ratio_is_one_of_turns(gemm):
     slow, fast = (gemm.Cell(gemm.Row("1x1", 1, name, "float32", 4, 1), [], torch.zeros(1)) for name in "ab")
     slow.rounds, fast.rounds = [[4.0, 4.0, 9.0], [40.0], [6.0]], [[2.0], [10.0, 10.0], [1.0]]
@@ -323,7 +344,15 @@ def test_gemm_gives_no_number_for_a_wrong_result(gemm, tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize(
     "words",
-    [["--shapes", "nonsense"], ["--widths", "9"], ["--group", "48"], ["--dtype", "int8"], ["--activations", "int4"]],
+    [
+        ["--shapes", "nonsense"],
+        ["--widths", "9"],
+        ["--group", "48"],
+        ["--dtype", "int8"],
+        ["--activations", "int4"],
+        ["--isas", "sse9"],
+        ["--isas", "avx2", "--device", "cuda"],
+    ],
 )
 def test_gemm_refuses_wrong_words(gemm, words, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -25,6 +25,9 @@ def test_facts():
     assert operators["file"] == str(ops.LIBRARY)
     assert operators["isas"] == torch.ops.mpq.cpu_isas().split(",")
     assert operators["isa"] in operators["isas"]
+    refusal = torch.ops.mpq.cpu_isa_refusal("amx")
+    assert ("amx" in operators["isas"]) == (refusal == "")
+    assert operators["amx"] == (refusal or doctor.AMX_WORKS)
     assert [item["name"] for item in data["backends"]] == list(BACKENDS)
     assert bool(data["gpus"]["devices"]) == torch.cuda.is_available()
     assert data["healthy"] is True
@@ -39,6 +42,7 @@ def test_text_names_every_part_and_backend(capsys):
     text = capsys.readouterr().out
     for word in (torch.__version__, LAYOUT_ID, torch.ops.mpq.cpu_isa(), *BACKENDS):
         assert word in text
+    assert f"\namx: {torch.ops.mpq.cpu_isa_refusal('amx') or doctor.AMX_WORKS}\n" in text
 
 
 def test_as_a_program_json_is_all_of_stdout():

@@ -1,5 +1,5 @@
-// CPU backend: y[M,N] = x[M,K] @ W[N,K].T + bias on packed weights of any mix of widths. No torch, no globals, no
-// allocation, no exceptions: raw pointers, a caller-owned workspace, integer error codes.
+// CPU backend: y[M,N] = x[M,K] @ W[N,K].T + bias on packed weights of any mix of widths. No torch, no globals (but the
+// answer whether AMX works), no allocation, no exceptions: raw pointers, a caller-owned workspace, integer error codes.
 //
 // Every pointer may be unaligned (weights are mapped files). Layout of planes, scales and zeros:
 // mpq_kernels/formats.py.

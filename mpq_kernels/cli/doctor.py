@@ -17,6 +17,7 @@ import typer
 from ..version import VERSION
 from .output import JsonFlag, print_json, print_table
 
+AMX_WORKS = 'available for int8 activations, not measured; choose it with torch.ops.mpq.set_cpu_isa("amx")'
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "numpy")
 
 
@@ -83,12 +84,13 @@ def _operators() -> dict[str, Any]:
 
         from .. import ops
     except (MPQError, ImportError) as error:
-        return {"file": None, "layout_id": None, "isas": [], "isa": None, "reason": str(error)}
+        return {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None, "reason": str(error)}
     return {
         "file": str(ops.LIBRARY),
         "layout_id": torch.ops.mpq.layout_id(),
         "isas": torch.ops.mpq.cpu_isas().split(","),
         "isa": torch.ops.mpq.cpu_isa(),
+        "amx": torch.ops.mpq.cpu_isa_refusal("amx") or AMX_WORKS,
         "reason": None,
     }
 
@@ -180,7 +182,8 @@ def _print(data: dict[str, Any]) -> None:
     print_table(None, ["<compiled part", "<layout", "<file", "<state"], parts)
     operators = data["compiled"]["operators"]
     if operators["isa"]:
-        print(f"instruction sets: {', '.join(operators['isas'])}; using {operators['isa']}\n")
+        print(f"instruction sets: {', '.join(operators['isas'])}; using {operators['isa']}")
+        print(f"amx: {operators['amx']}\n")
     rows = []
     for item in data["backends"]:
         state = item["reason"] or ("works, only when asked for" if item["only_on_request"] else "works")
