@@ -313,7 +313,7 @@ def test_gemm_times_instruction_sets_in_turns(gemm, tmp_path, monkeypatch):
     assert gemm.main(words) == 0
     rows = [row for row in json.loads((tmp_path / "gemm.json").read_text())["results"] if "packed" in row["layer"]]
     assert [row["layer"] for row in rows] == ["packed 4 int8 portable", f"packed 4 int8 {before}"]
-    assert all(row["us_median"] > 0 and used.count(name) > 10 for row, name in zip(rows, ("portable", before), strict=True))
+    assert all(row["us_median"] > 0 for row in rows) and min(used.count("portable"), used.count(before)) > 10
     assert set(used) == {"portable", before} and torch.ops.mpq.cpu_isa() == before
 
 

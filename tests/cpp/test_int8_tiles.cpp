@@ -79,7 +79,7 @@ struct ColumnCase {
 // end inside a chunk so that the tail changes from block to block.
 const ColumnCase kColumns[] = {{256, 64}, {192, 32}, {64, 16},   {192, 48},  {384, 128}, {400, 400}, {320, 160},
                                {172, 43}, {63, 7},   {172, 172}, {130, 130}, {640, 80},  {1, 1},     {290, 145}};
-const int64_t kTokens[] = {16, 17, 33, 129, 31, 48};
+const int64_t kTokens[] = {16, 17, 33, 129, 31, 48, 3, 7};
 const int64_t kRows[] = {1, 63, 65, 172, 64};
 
 int check_uniform() {
@@ -91,7 +91,7 @@ int check_uniform() {
         const std::string label = "bits=" + std::to_string(bits) + " N=" + std::to_string(N) +
                                   " K=" + std::to_string(columns.K) + " group=" + std::to_string(columns.group_size) +
                                   " zero=" + std::to_string(zero_kind);
-        const int64_t tokens = kTokens[(cases + cases / 6) % 6];
+        const int64_t tokens = kTokens[(cases + cases / 8) % 8];
         check_model({{N, {{columns.K, bits, columns.group_size, zero_kind}}}}, tokens, below(1 << 20), label);
       }
     }
