@@ -38,6 +38,7 @@ ISA_FLAGS = {
     "csrc/cpu/kernels_portable.cpp": "",
     "csrc/cpu/kernels_avx2.cpp": AVX2,
     "csrc/cpu/kernels_avx512.cpp": AVX512,
+    "csrc/cpu/decode_avx512bf16.cpp": f"{AVX512} -mavx512bf16",
     "csrc/cpu/int8_portable.cpp": "",
     "csrc/cpu/int8_avx2.cpp": AVX2,
     "csrc/cpu/int8_avxvnni.cpp": f"{AVX2} -mavxvnni",

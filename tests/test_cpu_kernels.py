@@ -23,6 +23,7 @@ AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 ISA_FLAGS = {
     "kernels_avx2": AVX2,
     "kernels_avx512": AVX512,
+    "decode_avx512bf16": f"{AVX512} -mavx512bf16",
     "int8_avx2": AVX2,
     "int8_avxvnni": f"{AVX2} -mavxvnni",
     "int8_avx512": AVX512,

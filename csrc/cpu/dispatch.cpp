@@ -47,17 +47,29 @@ int check_weight(const Weight& w) {
 
 Kernels kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni || isa == Isa::kAmx) return avx512_kernels();
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16 || isa == Isa::kAmx)
+    return avx512_kernels();
   if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) return avx2_kernels();
 #endif
   (void)isa;
   return portable_kernels();
 }
 
+// What multiplies bf16 x of few tokens in pairs, or null.
+const Decoders* pairs_of(Isa isa, DType x_dtype) {
+#if defined(__x86_64__)
+  const bool has = isa == Isa::kAvx512Bf16 || (isa == Isa::kAmx && supported(Isa::kAvx512Bf16));
+  if (has && x_dtype == DType::kBF16) return &avx512bf16_decoders();
+#endif
+  (void)isa;
+  (void)x_dtype;
+  return nullptr;
+}
+
 LinearInt8 int8_of(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx) return amx_int8();
-  if (isa == Isa::kAvx512Vnni) return avx512vnni_int8();
+  if (isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16) return avx512vnni_int8();
   if (isa == Isa::kAvx512) return avx512_int8();
   if (isa == Isa::kAvxVnni) return avxvnni_int8();
   if (isa == Isa::kAvx2) return avx2_int8();
@@ -90,12 +102,13 @@ int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
 size_t linear_workspace_bytes(const LinearArgs& args) {
   if (args.M < 1 || args.weight.K < 1) return 0;
   const int64_t tokens = args.M < kTokenChunk ? args.M : kTokenChunk;
-  return static_cast<size_t>(tokens * padded_k(args.weight.K) * 4 + kAlignment);
+  const int64_t bytes = args.M <= kDecodeTokens ? 6 : 4;  // fp32, and bf16 for decoders that take pairs
+  return static_cast<size_t>(tokens * padded_k(args.weight.K) * bytes + kAlignment);
 }
 
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel) {
   const int error = check_linear(args, isa, linear_workspace_bytes(args));
-  if (error == kOk && args.M) kernels_of(isa).linear(args, parallel);
+  if (error == kOk && args.M) kernels_of(isa).linear(args, parallel, pairs_of(isa, args.x_dtype));
   return error;
 }
 
@@ -160,6 +173,8 @@ bool supported(Isa isa) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case Isa::kAvxVnni:
       return supported(Isa::kAvx2) && has_avx_vnni();
+    case Isa::kAvx512Bf16:
+      return supported(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAvx512Vnni:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512:
@@ -174,7 +189,7 @@ bool supported(Isa isa) {
 }
 
 Isa best_isa() {
-  constexpr Isa kBestFirst[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2};
+  constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2};
   for (Isa isa : kBestFirst) {
     if (supported(isa)) return isa;
   }
@@ -195,6 +210,8 @@ const char* isa_name(Isa isa) {
       return "avx512vnni";
     case Isa::kAmx:
       return "amx";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
   }
   return "unknown";
 }

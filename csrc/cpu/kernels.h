@@ -10,9 +10,28 @@ namespace mpq::cpu {
 constexpr int64_t kTokenChunk = 192;  // tokens whose x is held in the workspace at a time
 constexpr int64_t kDecodeTokens = 4;  // up to here codes are multiplied directly
 constexpr int64_t kAlignment = 64;    // bytes; the workspace is aligned up to it
+// Bits of 2^-100 as fp32: sums of smaller x times codes could come near the subnormal numbers, which some instructions
+// take for 0.
+constexpr uint32_t kSmallestPaired = 27u << 23;
+
+// Token m's x, fp32: chunks[m * stride + 16 * chunk + 4 * j + q], zero beyond the true columns.
+// pairs: the same as bf16 in the order of columns, two in a word, [m * stride / 2 + column / 2]; null without.
+struct Tokens {
+  const float* chunks;
+  const uint32_t* pairs;
+  int64_t stride;
+};
+
+// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens: of[bits][M].
+using DecodeSegment = void (*)(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x,
+                               float* sums);
+struct Decoders {
+  DecodeSegment of[9][5];
+};
 
 struct Kernels {
-  void (*linear)(const LinearArgs& args, const Parallel& parallel);
+  // pairs: decoders for bf16 x that no value of is smaller than kSmallestPaired, or null.
+  void (*linear)(const LinearArgs& args, const Parallel& parallel, const Decoders* pairs);
   void (*dequantize)(const Weight& weight, void* out, DType out_dtype, const Parallel& parallel);
 };
 
@@ -23,6 +42,8 @@ static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
+
+const Decoders& avx512bf16_decoders();
 
 using LinearInt8 = void (*)(const LinearArgs& args, const Parallel& parallel);
 

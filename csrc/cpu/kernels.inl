@@ -7,6 +7,7 @@
 #include "cpu/blocks.inl"
 #include "cpu/prefetch.inl"
 #include "cpu/decode.inl"
+#include "cpu/decode_float.inl"
 #include "cpu/tile.inl"
 // clang-format on
 
@@ -16,8 +17,10 @@ namespace {
 // One chunk of tokens of a linear call.
 struct LinearJob {
   const LinearArgs* args;
-  float* x;        // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
-  int64_t token0;  // in args
+  float* x;  // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
+  const Decoders* decoders;
+  const uint32_t* pairs;  // Tokens::pairs, where the decoders want them
+  int64_t token0;         // in args
   int64_t tokens;
   int64_t row_blocks;
   int64_t splits;  // ranges of tokens that are separate work items
@@ -42,6 +45,25 @@ void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
+// Tokens::pairs of a job whose x are prepared and bf16. False when a value is too small for them.
+bool prepare_pairs(const LinearJob& job, uint32_t* pairs) {
+  uint32_t tiny = 0;
+  const int64_t words = job.tokens * padded_k(job.args->weight.K) / 2;
+  for (int64_t w = 0; w < words; w += 8) {
+    for (int i = 0; i < 8; ++i) {
+      // Columns 2 i and 2 i + 1 of a chunk: places 4 j + q with q = i % 4, j = i / 4 and 2 more.
+      uint32_t bits[2];
+      for (int e = 0; e < 2; ++e) {
+        __builtin_memcpy(bits + e, job.x + 2 * w + (i & 3) + 4 * (i >> 2) + 8 * e, 4);
+        const uint32_t size = bits[e] & 0x7fffffff;
+        tiny |= static_cast<uint32_t>(size - 1 < kSmallestPaired - 1);
+      }
+      pairs[w + i] = bits[0] >> 16 | bits[1];
+    }
+  }
+  return !tiny;
+}
+
 // Work item: one row block and one range of the job's tokens.
 void linear_items(void* ctx, int64_t begin, int64_t end) {
   const LinearJob& job = *static_cast<const LinearJob*>(ctx);
@@ -53,12 +75,12 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
     const int64_t split = item / job.row_blocks;
     const int64_t first = job.tokens * split / job.splits;
     const int64_t count = job.tokens * (split + 1) / job.splits - first;
-    const Tokens x{job.x + first * padded_k(weight.K), padded_k(weight.K)};
+    const Tokens x{job.x + first * padded_k(weight.K), job.pairs, padded_k(weight.K)};
     for (int64_t i = 0; i < 64 * count; ++i) sums[i] = 0.0f;
     for (int i = 0; i < block.count; ++i) {
       const Segment& segment = block.segments[i];
       if (job.tokens <= kDecodeTokens && groups_are_chunks(segment)) {
-        kDecodeSegment[segment.bits][count](segment, weight.scale_dtype, block.row_tile, x, sums);
+        job.decoders->of[segment.bits][count](segment, weight.scale_dtype, block.row_tile, x, sums);
       } else {
         tile_segment({segment, weight.scale_dtype, block.row_tile}, x, count, sums);
       }
@@ -67,10 +89,11 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
-void linear_tokens(const LinearArgs& args, const Parallel& parallel) {
+void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Decoders* pairs) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   const uintptr_t aligned = (address + kAlignment - 1) / kAlignment * kAlignment;
-  LinearJob job{&args, reinterpret_cast<float*>(aligned), 0, 0, count_row_blocks(args.weight), 1};
+  LinearJob job{&args, reinterpret_cast<float*>(aligned), &kDecodeFloat, nullptr, 0, 0, count_row_blocks(args.weight),
+                1};
   const int64_t chunks = ceil_div(args.M, kTokenChunk);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     job.token0 = args.M * chunk / chunks;
@@ -80,6 +103,11 @@ void linear_tokens(const LinearArgs& args, const Parallel& parallel) {
     job.splits = job.tokens <= kDecodeTokens ? 1 : (wanted < most ? wanted : most);
     if (job.tokens <= kDecodeTokens) {
       prepare_tokens(&job, 0, job.tokens);
+      uint32_t* words = reinterpret_cast<uint32_t*>(job.x + job.tokens * padded_k(args.weight.K));
+      if (pairs && prepare_pairs(job, words)) {
+        job.decoders = pairs;
+        job.pairs = words;
+      }
     } else {
       run(parallel, job.tokens, prepare_tokens, &job);
     }

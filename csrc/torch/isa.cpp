@@ -26,8 +26,8 @@ cpu::Isa current_isa() {
 namespace {
 
 // AMX comes last because its speed has not been measured.
-constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512,   cpu::Isa::kAvxVnni,
-                              cpu::Isa::kAvx2,       cpu::Isa::kPortable, cpu::Isa::kAmx};
+constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Bf16, cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512, cpu::Isa::kAvxVnni,
+                              cpu::Isa::kAvx2,       cpu::Isa::kPortable,   cpu::Isa::kAmx};
 
 // Instruction sets that work on this processor, best first, comma-separated.
 std::string cpu_isas() {

@@ -7,7 +7,8 @@
 
 namespace {
 
-const Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAmx};
+const Isa kIsas[] = {Isa::kPortable,   Isa::kAvx2,       Isa::kAvx512, Isa::kAvxVnni,
+                     Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
 const Isa kExactIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};  // the others have the same exact kernels
 
 void check_one_hot(Model& model, Isa isa, int64_t M, bool odd, const std::string& label) {

@@ -1,0 +1,26 @@
+// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c.
+#if defined(__x86_64__)
+#if !defined(__clang__)
+// GCC before 13 takes the deliberately undefined operands in its own AVX-512 header for uninitialized variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include "cpu/kernels.h"
+#include "cpu/simd_avx512.h"
+#include "generated/layout.h"
+
+// clang-format off: each file uses the names of those before it.
+#include "cpu/codes.inl"
+#include "cpu/convert.inl"
+#include "cpu/blocks.inl"
+#include "cpu/prefetch.inl"
+#include "cpu/decode.inl"
+#include "cpu/decode_pairs.inl"
+// clang-format on
+
+namespace mpq::cpu {
+
+const Decoders& avx512bf16_decoders() { return kDecodePairs; }
+
+}  // namespace mpq::cpu
+#endif
