@@ -19,14 +19,24 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-# Those with an instruction for int8 products differ from the others in these only.
-@pytest.fixture(params=[name for name in ISAS if not name.endswith(("vnni", "amx"))])
+# Those with an instruction for int8 or bf16 products differ from the others in these only.
+EXACT_ISAS = [name for name in ISAS if not name.endswith(("vnni", "amx", "bf16"))]
+INT8_ISAS = [name for name in ISAS if not name.endswith("bf16")]
+
+
+@pytest.fixture(params=EXACT_ISAS)
 def isa(request):
     """Each instruction set that works on this processor, for exact products."""
     yield from _use(request.param)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=[name for name in ISAS if name not in INT8_ISAS] + EXACT_ISAS)
+def bf16_isa(request):
+    """The same for few tokens of bf16 activations."""
+    yield from _use(request.param)
+
+
+@pytest.fixture(params=INT8_ISAS)
 def int8_isa(request):
     """Each instruction set that works on this processor, for products with int8 activations."""
     yield from _use(request.param)
@@ -36,7 +46,7 @@ def int8_isa(request):
 def int8_isas():
     """The same in one test, which sets each in turn, so that what it compares with is computed once."""
     before = torch.ops.mpq.cpu_isa()
-    yield ISAS
+    yield INT8_ISAS
     torch.ops.mpq.set_cpu_isa(before)
 
 
