@@ -7,9 +7,10 @@
 Inputs come from layers that are already quantized, in earlier blocks and inside the block, because that is what the
 layer will read when the packed model runs: its codes then also make up for part of the error before it.
 
-Memory: the dense model in its own dtype (a block is released once it is passed; all outside the blocks in fp32), one
-block in fp32, its inputs for all calibration tokens in fp32, and one Hessian in fp64. The same input gives the same
-bytes on one machine with one number of threads: matrix products of another number of threads add up in another order.
+Memory does not grow with the number of blocks: all outside of the blocks in fp32, one block in fp32 (read from the
+files when the walk comes to it, released behind it: blockload.py), its inputs for all calibration tokens in fp32, and
+one Hessian in fp64 with its factor. The same input gives the same bytes on one machine with one number of threads: matrix
+products of another number of threads add up in another order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from .blockload import StoredModel
 from .blockwalk import BlockWalk, Stop
 from .errors import QuantizeError
 from .source import SourceCheckpoint
@@ -141,15 +143,15 @@ class Calibrator:
     """Hessians of a model's linears, which must be asked for in the model's order, block by block."""
 
     def __init__(self, source: SourceCheckpoint, calibration: Calibration) -> None:
-        """Loads the model. Raises QuantizeError: tokens that do not fit it, a model that is not a stack of blocks."""
-        from transformers import AutoModelForCausalLM
+        """Loads what lies outside of the blocks, and the first of them.
 
+        Raises QuantizeError: tokens that do not fit the model, a model that is not a stack of blocks; CheckpointError.
+        """
         self.calibration = calibration
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=source.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        rows = calibration.rows(source.path, model.config.get_text_config())
-        self.walk = BlockWalk(model, rows, torch.device(calibration.device))
+        device = torch.device(calibration.device)
+        dense = StoredModel(source, device)
+        rows = calibration.rows(source.path, dense.model.config.get_text_config())
+        self.walk = BlockWalk(dense.model, rows, device, dense.load)
         self.leaders: dict[str, str] = {}  # linear of this stage -> the first that reads the same tensor
         self.calls: Counter[str] = Counter()
         self.held: tuple[str, torch.Tensor] | None = None

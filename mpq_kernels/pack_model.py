@@ -56,12 +56,12 @@ def pack(
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
     quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that need it, a Calibration or the path (a
-    pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. The dense model
-    is then held in memory (calibrate.py). overwrite: replace an older packed checkpoint, once the new one is complete.
-    max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own. progress: called as
-    progress(done, total, name) with bytes of the source. resume: whether to go on with what a run that was killed has
-    finished for this output: True goes on (from the beginning where there is nothing), False removes it and starts
-    over, None raises CheckpointError when there is any.
+    pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. What is then
+    held in memory besides one weight: calibrate.py, autoround.py. overwrite: replace an older packed checkpoint, once
+    the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own.
+    progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
+    that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
+    removes it and starts over, None raises CheckpointError when there is any.
 
     Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
     scale out of range). `out_dir` is then as it was before.
