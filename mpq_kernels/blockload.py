@@ -31,7 +31,7 @@ class StoredModel:
     """
 
     def __init__(self, source: SourceCheckpoint, device: torch.device) -> None:
-        """Reads no tensor. Raises CheckpointError: no model can be built; QuantizeError: it is not one stack of blocks."""
+        """Reads no tensor. Raises CheckpointError: no model can be built; QuantizeError: not one stack of blocks."""
         self.source, self.device = source, device
         self.model: Any = build_meta_model(source.path, source.dtype)
         compute_buffers(self.model, device)

@@ -23,16 +23,17 @@ from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
-from .formats import FORMAT_VERSION, KEPT_BITS, LAYOUT_ID
+from .formats import FORMAT_VERSION, LAYOUT_ID
 from .manifest import MANIFEST_FILE, file_entry, manifest_bytes, manifest_text
 from .outdir import check_output, check_space, json_bytes
 from .pack_job import PackJob, Progress, in_free_order
 from .pack_parts import Shard, index_of
 from .pack_write import write_parts
-from .plan import EXPERTS, Plan
+from .plan import Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
 from .resolve import ResolvedPlan, resolve
+from .routed import in_walk_order
 from .safetensors_io import file_bytes
 from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
@@ -72,8 +73,8 @@ def pack(
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
-    if calibrated is not None and calibrated.act_order:
-        resolved = in_free_order(resolved)
+    if calibrated is not None and not quantizer_row(quantizer).whole_model:
+        resolved = in_walk_order(in_free_order(resolved) if calibrated.act_order else resolved, source)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | autoround.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
@@ -142,14 +143,7 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
 
 
 def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
-    """Raise QuantizeError when a calibrated quantizer cannot do what the plan asks: widths of experts, and others."""
-    experts = [member.spec.name for weight in resolved.weights for member in weight.members if member.spec.expert]
-    if experts and quantizer_row(quantizer).needs_calibration:
-        raise QuantizeError(
-            f"quantizer={quantizer!r} reads the inputs of nn.Linear modules, and the plan gives widths to "
-            f"{len(experts)} linears of experts ({experts[0]}, ...), which are none: choose 'hqq' or 'rtn', or keep "
-            f'the experts with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
-        )
+    """Raise QuantizeError when a quantizer cannot do what the plan asks."""
     if quantizer_row(quantizer).whole_model:
         autoround.check_plan(resolved)
 
