@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 import mpq_kernels as mpq
 from mpq_kernels.calibrate import Calibration, Calibrator, damped
 from mpq_kernels.checkpoint import PackedCheckpoint
+from mpq_kernels.cli.pack import _print_report
 from mpq_kernels.errors import QuantizeError
 from mpq_kernels.mixture import experts_modules
 from mpq_kernels.quantize import quantize_weight
 from mpq_kernels.reference import dequantize
 from mpq_kernels.resolve import resolve
-from mpq_kernels.routed import Routed, in_walk_order
+from mpq_kernels.routed import Routed, in_walk_order, route
 from mpq_kernels.source import SourceCheckpoint
 
 # Stored one by one, the same with small experts, and merged: transposed, interleaved, with biases.
@@ -66,7 +67,7 @@ def between(family, x, gate, up, biases):
 
 
 def close(found, x, weights=None):
-    """found is the damped mean of x^T x; sums of fp32, here and in the projections before, are off by 2^-24 times few."""
+    """found is the damped mean of x^T x; fp32 sums, here and in the projections before, are off by 2^-24 times few."""
     x = x.double() if weights is None else x.double() * weights.double()[:, None].sqrt()
     wanted = damped(x.T @ x / (len(x) if weights is None else weights.double().sum()), DAMPING)
     return float((found - wanted).abs().max()) <= 2e-5 * float(wanted.diagonal().max())
@@ -172,7 +173,10 @@ def test_packed_mixtures_run_as_their_dequantized_weights_do(family, tmp_path):
     assert torch.equal(*said)
 
 
-def test_experts_that_no_token_reaches(tmp_path):
+CALIBRATED = "were calibrated on all that their module reads: "
+
+
+def test_experts_that_no_token_reaches(tmp_path, capsys):
     """One token reaches two of four experts of a layer; the others are calibrated as if all were routed to them."""
     source, members, calibration, model = made("qwen3_moe", tmp_path / "m", TOKENS[:1, :1])
     idle = set()
@@ -191,6 +195,8 @@ def test_experts_that_no_token_reaches(tmp_path):
     few = Calibration(tokens=TOKENS[:1, :1])
     report = mpq.pack(tmp_path / "m", tmp_path / "out", expert_plan(tmp_path / "m"), "gptq", few)
     assert set(report.unreached) == idle and report.to_dict()["unreached"] == report.unreached
+    _print_report(report)
+    assert f"no calibration token reached 4 experts, which {CALIBRATED}{report.unreached[0]}" in capsys.readouterr().out
 
 
 def test_tokens_without_weight_reach_no_expert():
@@ -202,6 +208,12 @@ def test_tokens_without_weight_reach_no_expert():
         routed.add(torch.ones(2, 4), index, torch.ones(3))
     with pytest.raises(QuantizeError, match="m: reads 1 rows for 2 choices of experts"):
         routed.add(torch.ones(1, 4), index, None)
+
+
+def test_experts_that_a_batch_does_not_reach_are_refused(tmp_path):
+    _, _, calibration, _ = made("mixtral", tmp_path / "m")
+    with pytest.raises(QuantizeError, match="layers.1.mlp.experts: not every batch of tokens reaches these experts"):
+        route(calibration.walk, "model.layers.1.mlp.experts", lambda index: None)  # the walk is in block 0
 
 
 def test_nan_in_what_experts_read_is_refused(tmp_path):

@@ -49,8 +49,12 @@ CASES = {
         few,
         {"quantizer": "gptq", "calibration": Calibration(tokens=TOKENS, act_order=True)},
     ),
-    "calibrated experts": ("gpt_oss", expert_plan, {"quantizer": "gptq", "calibration": Calibration(tokens=TOKENS)}),
-    "calibrated experts, some without tokens": (
+    "experts calibrated, some without tokens, stored merged": (
+        "gpt_oss",
+        expert_plan,
+        {"quantizer": "gptq", "calibration": Calibration(tokens=TOKENS)},
+    ),
+    "experts calibrated, some without tokens, stored one by one": (
         "mixtral",
         expert_plan,
         {"quantizer": "gptq", "calibration": Calibration(tokens=TOKENS[:1, :1])},
