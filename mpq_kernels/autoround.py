@@ -76,7 +76,7 @@ class LearnedRounding:
         if any(spec.expert for spec in source.linears()):
             raise QuantizeError(
                 f"quantizer={QUANTIZER!r}: {source.path} is a mixture model, whose experts auto-round would rebuild; "
-                "choose 'hqq' or 'rtn'"
+                "choose 'gptq', 'hqq' or 'rtn'"
             )
         check_installed()
         self.source, self.calibration, self.quiet = source, calibration, quiet

@@ -2,7 +2,8 @@
 
     forward(batch)   model(tokens), in which passed blocks hand on the kept hidden states, the current one runs on them,
                      and the run ends there
-    advance()        what the current block makes of all batches takes their place; the block is released
+    advance()        what the current block makes of all batches takes their place; the block is released, the next one
+                     is loaded
 
 Masks, positions and other arguments of a block are thus made by the model itself, as for any other run.
 """
@@ -32,20 +33,16 @@ class BlockWalk:
     hidden]. current: index of that block; the number of blocks when the walk is through and only the head is left.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, device: torch.device) -> None:
-        """Stand before the first block. The model is changed: only the current block and all outside of the blocks are
-        in fp32 and on the device. Raises QuantizeError: a model that is not one stack of blocks.
+    def __init__(self, model: Any, rows: torch.Tensor, device: torch.device, load: Callable[[int], None]) -> None:
+        """Stand before the first block. The model is changed: blocks that were passed are on the meta device.
+
+        load: gives a block its parameters, in fp32 on the device; for the number of blocks, all outside of them.
+        Raises QuantizeError: a model that is not one stack of blocks.
         """
-        self.model, self.device = model.eval(), device
+        self.model, self.device, self.load = model.eval(), device, load
         self.prefix, self.blocks = find_blocks(model)
         self.batches = rows.to(device).split(max(1, BATCH_TOKENS // rows.shape[1]))
-        inside = {id(parameter) for parameter in self.blocks.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) not in inside:
-                parameter.data = parameter.data.to(device, torch.float32)
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+        load(len(self.blocks))
         for index, block in enumerate(self.blocks):
             block.forward = self._forward_of(index, block.forward)
         self.current = 0
@@ -58,8 +55,7 @@ class BlockWalk:
 
     def stage(self, name: str) -> int:
         """Index of the block that a module is in; the number of blocks for one outside."""
-        inner = name.removeprefix(f"{self.prefix}.")
-        return len(self.blocks) if inner == name else int(inner.partition(".")[0])
+        return stage_of(self.prefix, len(self.blocks), name)
 
     def linears(self) -> list[str]:
         """Names of the linears of the current stage."""
@@ -84,17 +80,18 @@ class BlockWalk:
         assert self.output is not None
         return self.output
 
+    @torch.no_grad()
     def advance(self) -> None:
         """Go on to the next block."""
         for index in range(len(self.batches)):
-            self.hidden[index] = self.forward(index)
+            self.hidden[index].copy_(self.forward(index))  # in place: freed and asked for again, it would leave holes
         self.blocks[self.current].to("meta")
         self.current += 1
         self._enter()
 
     def _enter(self) -> None:
         if self.current < len(self.blocks):
-            self.blocks[self.current].to(self.device, torch.float32)
+            self.load(self.current)
 
     def _forward_of(self, index: int, run: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the forward method of a block."""
@@ -116,6 +113,12 @@ class BlockWalk:
             raise Stop
 
         return forward
+
+
+def stage_of(prefix: str, blocks: int, name: str) -> int:
+    """Index of the block that a module or parameter is in; the number of blocks for one outside. prefix: their list."""
+    inner = name.removeprefix(f"{prefix}.").partition(".")[0]
+    return int(inner) if name.startswith(f"{prefix}.") and inner else blocks
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -7,9 +7,11 @@
 Inputs come from layers that are already quantized, in earlier blocks and inside the block, because that is what the
 layer will read when the packed model runs: its codes then also make up for part of the error before it.
 
-Memory: the dense model in its own dtype (a block is released once it is passed; all outside the blocks in fp32), one
-block in fp32, its inputs for all calibration tokens in fp32, and one Hessian in fp64. The same input gives the same
-bytes on one machine with one number of threads: matrix products of another number of threads add up in another order.
+Memory does not grow with the number of blocks: all outside of the blocks in fp32, one block in fp32 (read from the
+files when the walk comes to it, released behind it: blockload.py), its inputs for all calibration tokens in fp32, and
+one Hessian in fp64 with its factor; where experts are packed, what one module of them reads (routed.py). The same input
+gives the same bytes on one machine with one number of threads: matrix products of another number of threads add up in
+another order.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ from typing import Any
 
 import torch
 
+from .blockload import StoredModel
 from .blockwalk import BlockWalk, Stop
 from .errors import QuantizeError
+from .linearspec import DOWN, GATE_UP, PARTS, ExpertPart
+from .mixture import model_experts
+from .routed import Moment, Routed, route
 from .source import SourceCheckpoint
 
 TokenWeights = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -44,6 +50,7 @@ class Calibration:
         added to its diagonal, which makes it positive definite for any text. device: where the work is done.
     act_order: round the columns with the largest inputs first. The order is stored as a permutation of K, in every
         weight whose plan gives none and does not tell its columns apart; 4 bytes for each column, and a gather of x.
+        Experts keep their order: those of one module are stored with one, and read inputs of their own.
     token_weights: (hidden states [n, sequence, hidden] that enter a block, tokens [n, sequence], index of the block)
         -> weights >= 0 [n, sequence] of the tokens in the Hessians of that block; None weighs them equally. The index
         after the last block stands for the output head.
@@ -141,18 +148,26 @@ class Calibrator:
     """Hessians of a model's linears, which must be asked for in the model's order, block by block."""
 
     def __init__(self, source: SourceCheckpoint, calibration: Calibration) -> None:
-        """Loads the model. Raises QuantizeError: tokens that do not fit it, a model that is not a stack of blocks."""
-        from transformers import AutoModelForCausalLM
+        """Loads what lies outside of the blocks, and the first of them.
 
+        Raises QuantizeError: tokens that do not fit the model, a model that is not a stack of blocks; CheckpointError.
+        """
         self.calibration = calibration
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=source.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        rows = calibration.rows(source.path, model.config.get_text_config())
-        self.walk = BlockWalk(model, rows, torch.device(calibration.device))
+        device = torch.device(calibration.device)
+        dense = StoredModel(source, device)
+        rows = calibration.rows(source.path, dense.model.config.get_text_config())
+        self.walk = BlockWalk(dense.model, rows, device, dense.load)
         self.leaders: dict[str, str] = {}  # linear of this stage -> the first that reads the same tensor
         self.calls: Counter[str] = Counter()
         self.held: tuple[str, torch.Tensor] | None = None
+        self.experts = {spec.name: spec.expert for spec in source.linears() if spec.expert is not None}
+        self.places = {  # where the model has the weight of an expert's linear: parameter, and the part of it
+            (spec.expert.module, spec.expert.index, spec.expert.part): (spec.tensor, spec.expert.cut)
+            for spec in model_experts(dense.model)
+            if spec.expert is not None and spec.expert.cut is not None
+        }
+        self.routed: Routed | None = None
+        self.unreached: dict[str, None] = {}  # experts that no token was routed to, in the order in which they came
         self._probe()
 
     @torch.no_grad()
@@ -162,6 +177,8 @@ class Calibrator:
         Raises QuantizeError: no token reaches it, NaN or Inf in its input, a block that has been passed.
         """
         self.enter(name)
+        if name in self.experts:
+            return self._expert_hessian(self.experts[name])
         if name not in self.leaders:
             raise QuantizeError(
                 f"{name}: no token of the first {self.walk.batches[0].numel()} calibration tokens reaches this linear; "
@@ -175,8 +192,9 @@ class Calibrator:
 
     @torch.no_grad()
     def enter(self, name: str) -> None:
-        """Go on to the block of a linear. Raises QuantizeError when it has been passed."""
-        stage = self.walk.stage(name)
+        """Go on to the block of a linear; of an expert's, find out who is routed to it. QuantizeError: it is passed."""
+        expert = self.experts.get(name)
+        stage = self.walk.stage(name if expert is None else expert.module)
         if stage < self.walk.current:
             raise QuantizeError(
                 f"{name}: calibration has already passed its block; linears are quantized in the order of the blocks"
@@ -184,15 +202,37 @@ class Calibrator:
         while self.walk.current < stage:
             self.walk.advance()
             self._probe()
+        if expert is not None:
+            if self.routed is None or self.routed.name != expert.module:
+                self.routed = None  # released before the next one is made
+                self.routed = route(self.walk, expert.module, self._weights)
+            if not self.routed.reached(expert.index):
+                self.unreached[f"{expert.block}.{expert.index}"] = None
 
+    @torch.no_grad()
     def set_weight(self, name: str, weight: torch.Tensor) -> None:
         """Give the linear its quantized weight [N, K], so that what follows it is calibrated on its output."""
-        self.walk.set_weight(name, weight)
+        expert = self.experts.get(name)
+        if expert is None:
+            self.walk.set_weight(name, weight)
+            return
+        parameter, cut = self.places[expert.module, expert.index, expert.part]
+        cut.put(self.walk.model.get_parameter(parameter), weight)
+
+    def _expert_hessian(self, expert: ExpertPart) -> torch.Tensor:
+        """As `hessian`; gate and up of an expert have one."""
+        assert self.routed is not None and self.routed.name == expert.module, "enter() came first"
+        leaf = DOWN if expert.part in PARTS[DOWN] else GATE_UP
+        key = f"{expert.module}.{expert.index}.{leaf}"
+        if self.held is None or self.held[0] != key:
+            self.held = None
+            self.held = (key, damped(self.routed.hessian(expert.index, leaf), self.calibration.damping))
+        return self.held[1]
 
     @torch.no_grad()
     def _probe(self) -> None:
         """Find out which linears of this stage read the same tensor, and how often each is called."""
-        self.held = None
+        self.held = self.routed = None
         seen: list[tuple[str, torch.Tensor]] = []
         with ExitStack() as hooks:
             for name in self.walk.linears():
@@ -204,21 +244,16 @@ class Calibrator:
     def _collect(self, leader: str) -> torch.Tensor:
         """Mean of x^T x over all inputs of one linear. Raises QuantizeError."""
         size = self.walk.model.get_submodule(leader).in_features
-        total = torch.zeros(size, size, dtype=torch.float64, device=self.walk.device)
-        mass, left = 0.0, 0
+        moment, left = Moment(leader, size, self.walk.device), 0
         weights: torch.Tensor | None = None
 
         def add(x: torch.Tensor) -> None:
             """Take one input in; the last that a batch can bring ends its forward pass."""
-            nonlocal mass, left
+            nonlocal left
             x = x.reshape(-1, size).float()
-            if not bool(torch.isfinite(x).all()):
-                raise QuantizeError(f"{leader}: the calibration tokens give NaN or Inf in its input")
             if weights is not None and len(x) != len(weights):
                 raise QuantizeError(f"{leader}: reads {len(x)} of {len(weights)} tokens, so weights cannot be matched")
-            mass += len(x) if weights is None else weights.sum(dtype=torch.float64).item()
-            x = x if weights is None else x * weights.sqrt()[:, None]
-            total.add_(x.T @ x)
+            moment.add(x, weights)
             left -= 1
             if not left:
                 raise Stop
@@ -227,9 +262,7 @@ class Calibrator:
             for index in range(len(self.walk.batches)):
                 weights, left = self._weights(index), self.calls[leader]
                 self.walk.forward(index)
-        if not mass:
-            raise QuantizeError(f"{leader}: the weights of all calibration tokens are 0")
-        return total.div_(mass)
+        return moment.mean()
 
     def _weights(self, index: int) -> torch.Tensor | None:
         """Weights fp32 [tokens] of a batch, or None. Raises QuantizeError."""

@@ -32,6 +32,11 @@ class Cut:
         matrix = stored[self.index].T if self.transposed else stored[self.index]
         return matrix[self.start : self.stop : self.step].contiguous()
 
+    def put(self, stored: torch.Tensor, weight: torch.Tensor) -> None:
+        """Write W [N, K] to where `weight` reads it, in the dtype of the tensor."""
+        matrix = stored[self.index].T if self.transposed else stored[self.index]
+        matrix[self.start : self.stop : self.step].copy_(weight)
+
     def bias(self, stored: torch.Tensor) -> torch.Tensor:
         """[N] from [experts, N']."""
         return stored[self.index, self.start : self.stop : self.step].contiguous()

@@ -98,6 +98,16 @@ def expert_shapes(experts: Any) -> tuple[int, dict[str, tuple[int, int]]]:
     return count, shapes
 
 
+def expert_update(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What the down projection of one expert reads for inputs x [T, K] of its gate and up, in the dtype of x."""
+    merged = experts.gate_up_proj[expert]
+    out = x @ merged if experts.is_transposed else x @ merged.T
+    if experts.has_bias:
+        out = out + experts.gate_up_proj_bias[expert]
+    updated: torch.Tensor = experts._apply_gate(out)
+    return updated
+
+
 @dataclass(frozen=True)
 class FileNames:
     """What the files of a model call its experts: the module of all, and the linears of one by part."""

@@ -84,17 +84,19 @@ def _owner(model: torch.nn.Module, parameter: str) -> str:
     return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
 
 
-def build_meta_model(path: Path) -> torch.nn.Module:
+def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The causal language model that config.json describes, without memory or weights.
 
-    Raises CheckpointError when transformers does not know the model type or refuses the config.
+    dtype: of its parameters, None for config.json's. Raises CheckpointError when transformers does not know the model
+    type or refuses the config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only needed here
 
+    kwargs = {} if dtype is None else {"dtype": dtype}
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
     except Exception as error:  # a malformed config surfaces as any type from inside transformers
         raise CheckpointError(
             f"{path / 'config.json'}: transformers cannot build this model ({type(error).__name__}: "

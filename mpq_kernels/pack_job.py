@@ -232,6 +232,7 @@ class PackJob:
             large=large_parameters(self.source, self.resolved, self.kept),
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
+            unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
@@ -251,11 +252,16 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
     """The same plan with a permutation of K, to be chosen from the calibration, in every weight that leaves it free.
 
     Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
-    those whose columns differ in width or kind, stay as they are: there the plan says which column is which.
+    those whose columns differ in width or kind, stay as they are: there the plan says which column is which. So do
+    experts: those of one module are stored with one order of K, and each reads inputs of its own.
     """
 
     def free(weight: ResolvedWeight) -> bool:
-        return not weight.layout.permuted and all(len(band) == 1 for band in weight.layout.bands())
+        return (
+            weight.experts is None
+            and not weight.layout.permuted
+            and all(len(band) == 1 for band in weight.layout.bands())
+        )
 
     def permuted(weight: ResolvedWeight) -> ResolvedWeight:
         members = tuple(replace(m, layout=replace(m.layout, permuted=True)) for m in weight.members)

@@ -23,16 +23,17 @@ from .calibrate import Calibration, Calibrator
 from .checkpoint import PackedCheckpoint
 from .errors import CheckpointError, QuantizeError
 from .files import create_file, write_new_file
-from .formats import FORMAT_VERSION, KEPT_BITS, LAYOUT_ID
+from .formats import FORMAT_VERSION, LAYOUT_ID
 from .manifest import MANIFEST_FILE, file_entry, manifest_bytes, manifest_text
 from .outdir import check_output, check_space, json_bytes
 from .pack_job import PackJob, Progress, in_free_order
 from .pack_parts import Shard, index_of
 from .pack_write import write_parts
-from .plan import EXPERTS, Plan
+from .plan import Plan
 from .quantize import quantizer as quantizer_row
 from .report import PackReport
 from .resolve import ResolvedPlan, resolve
+from .routed import in_walk_order
 from .safetensors_io import file_bytes
 from .shards import INDEX_FILE
 from .source import CONFIG_FILE, SourceCheckpoint
@@ -56,12 +57,12 @@ def pack(
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
     quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that need it, a Calibration or the path (a
-    pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. The dense model
-    is then held in memory (calibrate.py). overwrite: replace an older packed checkpoint, once the new one is complete.
-    max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own. progress: called as
-    progress(done, total, name) with bytes of the source. resume: whether to go on with what a run that was killed has
-    finished for this output: True goes on (from the beginning where there is nothing), False removes it and starts
-    over, None raises CheckpointError when there is any.
+    pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. What is then
+    held in memory besides one weight: calibrate.py, autoround.py. overwrite: replace an older packed checkpoint, once
+    the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own.
+    progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
+    that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
+    removes it and starts over, None raises CheckpointError when there is any.
 
     Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
     scale out of range). `out_dir` is then as it was before.
@@ -72,8 +73,8 @@ def pack(
     source = SourceCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
-    if calibrated is not None and calibrated.act_order:
-        resolved = in_free_order(resolved)
+    if calibrated is not None and not quantizer_row(quantizer).whole_model:
+        resolved = in_walk_order(in_free_order(resolved) if calibrated.act_order else resolved, source)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | autoround.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
@@ -142,14 +143,7 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
 
 
 def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
-    """Raise QuantizeError when a calibrated quantizer cannot do what the plan asks: widths of experts, and others."""
-    experts = [member.spec.name for weight in resolved.weights for member in weight.members if member.spec.expert]
-    if experts and quantizer_row(quantizer).needs_calibration:
-        raise QuantizeError(
-            f"quantizer={quantizer!r} reads the inputs of nn.Linear modules, and the plan gives widths to "
-            f"{len(experts)} linears of experts ({experts[0]}, ...), which are none: choose 'hqq' or 'rtn', or keep "
-            f'the experts with the rule {{"{EXPERTS}": {{"bits": {KEPT_BITS}}}}} after all other regexes'
-        )
+    """Raise QuantizeError when a quantizer cannot do what the plan asks."""
     if quantizer_row(quantizer).whole_model:
         autoround.check_plan(resolved)
 

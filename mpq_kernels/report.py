@@ -49,7 +49,8 @@ class PackReport:
     packed module. bias_bytes: biases of packed modules. file_bytes: safetensors files with headers.
     source_bytes: tensors of the dense checkpoint. copied: files carried along. left: name -> why a file was not.
     large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
-    linears that were packed and the tensors that were kept, an earlier run had finished.
+    linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
+    calibration token was routed to; they were calibrated on all tokens that their module reads.
     """
 
     out_dir: str
@@ -67,6 +68,7 @@ class PackReport:
     large: tuple[LargeParameter, ...] = ()
     parts: int = 0
     resumed: int = 0
+    unreached: tuple[str, ...] = ()
 
     @property
     def bpw(self) -> float:

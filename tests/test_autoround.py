@@ -210,7 +210,7 @@ def test_sizes_that_it_would_skip_are_refused(tmp_path, stand_in):
 
 def test_mixture_models_are_refused(tmp_path, stand_in):
     tiny_model("mixtral", tmp_path / "m")
-    for rules, words in (({}, "linears of experts"), ({EXPERTS: {"bits": 16}}, "is a mixture model")):
+    for rules, words in (({}, "it belongs to an expert"), ({EXPERTS: {"bits": 16}}, "is a mixture model")):
         chosen = mpq.Plan.from_dict({"version": 1, "default": {"bits": 4, "group_size": -1}, "modules": rules})
         with pytest.raises(QuantizeError, match=words):
             mpq.pack(tmp_path / "m", tmp_path / "out", chosen, QUANTIZER, Calibration(tokens=TOKENS))

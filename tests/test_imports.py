@@ -22,7 +22,7 @@ LAYERS = (
     ("foreign",),
     ("quantize",),
     ("checkpoint", "outdir", "manifest", "journal", "unfinished", "report", "weight_error"),
-    ("blockwalk", "calibrate", "autoround"),
+    ("blockwalk", "blockload", "routed", "calibrate", "autoround"),
     ("ops", "cuda_ops", "triton_kernels"),
     ("backends",),
     ("linear", "fused", "experts"),

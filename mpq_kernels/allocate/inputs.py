@@ -17,6 +17,7 @@ from torch import nn
 from ..blockwalk import find_blocks
 from ..errors import PlanError
 from ..linearspec import LinearSpec
+from ..mixture import expert_update
 
 BATCH_TOKENS = 2048
 
@@ -109,7 +110,7 @@ class _Collector:
                 token, place = torch.where(index == expert)
                 parts = {spec.expert.part: spec.name for spec in specs if spec.expert and spec.expert.index == expert}
                 x, weight = hidden[token].float(), gate[token, place].float()
-                between = _between(module, expert, hidden[token]).float()
+                between = expert_update(module, expert, hidden[token]).float()
                 for part, values in (("gate", x), ("up", x), ("down", between)):
                     if part not in parts:
                         continue
@@ -151,15 +152,6 @@ class _Collector:
             self.out.gate[name] = self.out.gate[name] / count if count else 0.0
             self.out.share[name] = count / tokens
         return self.out
-
-
-def _between(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """What an expert's down projection reads for inputs x [T, H]."""
-    merged = module.gate_up_proj[expert]
-    out = x @ merged if module.is_transposed else x @ merged.T
-    if module.has_bias:
-        out = out + module.gate_up_proj_bias[expert]
-    return module._apply_gate(out)
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: 
     from ..pack_model import MAX_SHARD_BYTES, check_calibratable
     from ..quantize import quantizer as quantizer_row
     from ..resolve import resolve
+    from ..routed import in_walk_order
     from ..safetensors_io import file_bytes, nbytes
     from ..source import SourceCheckpoint
 
@@ -141,7 +142,10 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: 
     check_calibratable(resolved, quantizer)
     if act_order:
         resolved = in_free_order(resolved)
-    shards = PackJob(source, resolved, quantizer_row(quantizer).name, None).shards(MAX_SHARD_BYTES)
+    row = quantizer_row(quantizer)
+    if row.needs_calibration and not row.whole_model:
+        resolved = in_walk_order(resolved, source)
+    shards = PackJob(source, resolved, row.name, None).shards(MAX_SHARD_BYTES)
     tensors: list[dict[str, Any]] = [
         {
             "name": name,
@@ -179,6 +183,11 @@ def _print_report(report: PackReport) -> None:
     if report.large:
         large = [[parameter.name, parameter.elements, parameter.reason] for parameter in report.large]
         print_table("large parameters that were not packed", ["<parameter", "elements", "<reason"], large)
+    if report.unreached:
+        print(
+            f"no calibration token reached {len(report.unreached)} experts, which were calibrated on all that their "
+            f"module reads: {', '.join(report.unreached)}"
+        )
     print(
         f"{report.out_dir}: {report.bpw:.4f} bits per packed weight; packed {report.packed.total_bytes:,} bytes, "
         f"kept {report.kept_bytes + report.bias_bytes:,}, files {report.file_bytes:,} (was {report.source_bytes:,})"

@@ -78,13 +78,17 @@ def inverse_factor(hessian: torch.Tensor, size: int, order: torch.Tensor | None,
         raise QuantizeError(f"{name}: the Hessian holds NaN or Inf")
     matrix = hessian.double() if order is None else hessian.double()[order][:, order]
     # With the columns reversed, Cholesky gives H = R R^T with R upper triangular, and U = R^-1: no inverse of H itself.
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    matrix = matrix.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix  # a temporary of 8 K^2 bytes, as the next one is
     if int(failed):
         raise QuantizeError(
             f"{name}: the Hessian is not positive definite (its inputs lie in a subspace); add damping to its diagonal"
         )
-    one = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).float()
+    upper = lower.flip(0, 1)
+    del lower
+    one = torch.eye(size, dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, one, upper=True).float()
 
 
 def _quantize_segment(
