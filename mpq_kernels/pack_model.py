@@ -56,7 +56,7 @@ def pack(
 ) -> PackReport:
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
-    quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that need it, a Calibration or the path (a
+    quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that take it, a Calibration or the path (a
     pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. What is then
     held in memory besides one weight: calibrate.py, autoround.py. overwrite: replace an older packed checkpoint, once
     the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own.
@@ -149,11 +149,12 @@ def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
 
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:
-    """The calibration that a quantizer asks for. Raises QuantizeError where it is missing, of no use, or unreadable."""
-    if not quantizer_row(name).needs_calibration:
-        if calibration is not None:
-            raise QuantizeError(f"quantizer={name!r} uses no calibration data; leave calibration out")
+    """What a quantizer is calibrated on. Raises QuantizeError where it is missing, of no use, or unreadable."""
+    row = quantizer_row(name)
+    if calibration is None and not row.needs_calibration:
         return None
+    if not row.takes_calibration:
+        raise QuantizeError(f"quantizer={name!r} uses no calibration data; leave calibration out")
     if isinstance(calibration, Calibration):
         return calibration
     if isinstance(calibration, os.PathLike):

@@ -180,18 +180,19 @@ def test_nothing_to_pack_reads_no_text(tmp_path):
 def test_real_model_is_better_than_hqq(tmp_path):
     """Half of the layers in 2 bits, calibrated on the beginning of a text and tested on another part of it.
 
-    Measured: 3.350 nats per token with hqq and 3.303 with gptq.
+    Measured: 3.350 nats per token with hqq, 3.323 with hqq on the text and 3.302 with gptq.
     """
     text, source = (EXAMPLES / "gutenberg_val.txt").read_text(encoding="utf-8"), EXAMPLES / "gutenberg-6m"
     (tmp_path / "calibration.txt").write_text(text[:60_000], encoding="utf-8")
     plan = mpq.Plan.from_dict({"version": 1, "modules": {r"re:model\.layers\.[2-5]\..*": {"bits": 2}}, "default": None})
     tokenizer, losses = AutoTokenizer.from_pretrained(source), {}
     calibration = Calibration.from_file(tmp_path / "calibration.txt", max_tokens=8192)
-    for kind, given in (("hqq", None), ("gptq", calibration)):
-        pack(source, tmp_path / kind, plan, kind, given)
+    for kind, method, given in (("hqq", "hqq", None), ("text", "hqq", calibration), ("gptq", "gptq", calibration)):
+        pack(source, tmp_path / kind, plan, method, given)
         model = mpq.load(tmp_path / kind, dtype=torch.float32)
         losses[kind] = perplexity(model, tokenizer, text[300_000:], max_tokens=8192).nll
-    assert losses["gptq"] < losses["hqq"] - 0.02
+    assert losses["text"] < losses["hqq"] - 0.01
+    assert losses["gptq"] < losses["text"] - 0.01
 
 
 BAD_OPTIONS = {

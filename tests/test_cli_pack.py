@@ -1,6 +1,7 @@
 """`mpq pack`: what it writes and reports, dry runs, and what it refuses."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from cli_cases import HEAD, broken_copy
@@ -40,9 +41,13 @@ def test_pack_with_calibration(run, tmp_path):
     mpq.pack("dense", tmp_path / "again", mpq.Plan.uniform("dense", 2, 32), "gptq", text)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    run("pack", "dense", tmp_path / "hqq", *words[:4], *given[:4])
+    mpq.pack("dense", tmp_path / "search", mpq.Plan.uniform("dense", 2, 32), "hqq", replace(text, act_order=False))
+    found = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hqq", "search", "o")]
+    assert found[0] == found[1] != found[2]
     for wrong, word in (
         (words, "needs --calibration"),
-        ([*words[:4], *given[:2]], "uses no calibration"),
+        ([*words[:4], "--quantizer", "rtn", *given[:2]], "uses no calibration"),
         ([*words[:4], "--act-order"], "--act-order goes with --quantizer gptq, not with hqq"),
         ([*words[:4], "--calibration-tokens", 3], "goes with --calibration"),
     ):

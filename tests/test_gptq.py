@@ -10,9 +10,8 @@ from mpq_kernels.layout import WeightLayout
 from mpq_kernels.packing import pack, unpack
 from mpq_kernels.quantize import BlockSpec, quantize_block, quantize_weight
 from mpq_kernels.quantize.blocks import encode
-from mpq_kernels.quantize.gptq import inverse_factor, quantize_with_hessian
-from mpq_kernels.quantize.hqq import search_scale_and_zero
-from mpq_kernels.quantize.rtn import round_to_nearest
+from mpq_kernels.quantize.gptq import inverse_factor
+from mpq_kernels.quantize.hqq import MAX_FACTOR, search_scale_and_zero
 from mpq_kernels.reference import dequantize
 
 N, K = 200, 320
@@ -57,11 +56,11 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("kind", [*GROUPS, "mixed", "permuted"])
 def test_uncorrelated_inputs_give_plain_rounding(kind):
-    """With H = I no column can make up for another, so every group is what the search alone gives."""
+    """With H = I no column can make up for another, so every group is what the search alone gives under it."""
     layout = layout_of(3, kind) if kind in GROUPS else mixed_layout(kind == "permuted")
     perm = random_perm(K) if layout.permuted else None
     found = quantize_weight(weights(), layout, perm, "gptq", hessian=torch.eye(K))
-    assert same(found, quantize_weight(weights(), layout, perm, "hqq"))
+    assert same(found, quantize_weight(weights(), layout, perm, "hqq", hessian=torch.eye(K)))
 
 
 def naive(weight, spec, hessian):
@@ -74,7 +73,11 @@ def naive(weight, spec, hessian):
             rest = -torch.linalg.solve(hessian[j:, j:], hessian[j:, :j] @ fixed[:, :j].T).T
             work[:, j:] = weight.double()[:, j:] - rest
         if j % spec.group_size == 0:
-            scale, zero = search_scale_and_zero(work[:, j : j + spec.group_size].float(), spec)
+            # What an error in the group costs when the rest is free: the inverse of its part of H_RR^-1.
+            size = spec.group_size
+            cost = torch.linalg.inv(torch.linalg.inv(hessian[j:, j:])[:size, :size])
+            factor = torch.linalg.cholesky(cost).float()
+            scale, zero = search_scale_and_zero(work[:, j : j + size].float(), spec, factor)
         code = encode(work[:, j : j + 1].float(), scale, zero, spec.max_code)
         codes[:, j : j + 1] = code
         fixed[:, j : j + 1] = weight[:, j : j + 1].double() - ((code - zero) * scale).double()
@@ -127,23 +130,63 @@ def test_permutation_is_that_of_weight_and_hessian():
     assert torch.equal(dequantize(found)[:, order], dequantize(plain))
 
 
-def test_other_search_and_weight_dtypes():
-    w, eye = weights().bfloat16(), torch.eye(K)
-    found = quantize_with_hessian(w, layout_of(4, 64), None, eye, search=round_to_nearest)
-    assert same(found, quantize_weight(w, layout_of(4, 64), None, "rtn"))
-    assert torch.equal(w, weights().bfloat16()), "the weight is left as it was"
-    single = weights()
-    quantize_with_hessian(single, layout_of(4, 64), None, correlated())
-    assert torch.equal(single, weights())
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_the_weight_is_left_as_it_was(method):
+    for w in (weights(), weights().bfloat16()):
+        before = w.clone()
+        quantize_weight(w, layout_of(4, 64), None, method, hessian=correlated())
+        assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("zero", ZERO_KINDS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_calibrated_search_is_between_plain_search_and_gptq(bits, zero):
+    w, hessian, layout = weights(), correlated(), layout_of(bits, 64, zero)
+    plain = loss(w, quantize_weight(w, layout, None, "hqq"), hessian)
+    found = loss(w, quantize_weight(w, layout, None, "hqq", hessian=hessian), hessian)
+    assert found < 0.97 * plain
+    assert loss(w, quantize_weight(w, layout, None, "gptq", hessian=hessian), hessian) < 0.9 * found
+
+
+@pytest.mark.parametrize("zero", ZERO_KINDS)
+def test_no_group_of_the_calibrated_search_is_worse_than_rtn(zero):
+    """In its own columns of the Hessian, by which it is judged; 1e-4 for fp32 sums and its rounded factor."""
+    w, hessian, layout = weights(), correlated(), layout_of(3, 64, zero)
+    found, rtn = (
+        quantize_weight(w, layout, None, "hqq", hessian=hessian),
+        quantize_weight(w, layout, None, "rtn"),
+    )
+    for start in range(0, K, 64):
+        own = slice(start, start + 64)
+        errors = []
+        for quantized in (found, rtn):
+            off = (w.double() - dequantize(quantized, torch.float64))[:, own]
+            errors.append(((off @ hessian[own, own]) * off).sum(1))
+        assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_long_groups_are_judged_by_the_diagonal(method):
+    """Groups beyond MAX_FACTOR columns: no product with a factor, and the importance of columns still counts."""
+    k = 2 * MAX_FACTOR
+    w = weights(16, k)
+    hessian = torch.eye(k, dtype=torch.float64)
+    hessian.diagonal()[::2] = 100.0
+    layout = layout_of(3, -1, n=16, k=k)
+    calibrated, plain = (
+        loss(w, quantize_weight(w, layout, None, m, hessian=h), hessian)
+        for m, h in ((method, hessian), ("hqq", None))
+    )
+    assert calibrated < 0.99 * plain
 
 
 def test_unused_columns_stay_plain():
     """An input that is always 0, given a diagonal by damping, neither gives nor takes corrections."""
     hessian = correlated()
     hessian[64:128] = hessian[:, 64:128] = 0
-    hessian.diagonal()[64:128] = 0.1
+    hessian.diagonal()[64:128] = 0.25
     found = quantize_weight(weights(), layout_of(3, 64), None, "gptq", hessian=hessian)
-    plain = quantize_weight(weights(), layout_of(3, 64), None, "hqq")
+    plain = quantize_weight(weights(), layout_of(3, 64), None, "hqq", hessian=torch.eye(K))
     assert torch.equal(dequantize(found)[:, 64:128], dequantize(plain)[:, 64:128])
 
 
@@ -157,7 +200,7 @@ REFUSED = {
     "NaN": (lambda: {"hessian": torch.full((K, K), torch.nan)}, "m: the Hessian holds NaN"),
     "singular": (lambda: {"hessian": singular()}, "m: .*not positive definite.*damping"),
     "missing": (dict, "'gptq' needs calibration"),
-    "not wanted": (lambda: {"hessian": torch.eye(K), "method": "hqq"}, "m: quantizer='hqq' uses no Hessian"),
+    "not wanted": (lambda: {"hessian": torch.eye(K), "method": "rtn"}, "m: quantizer='rtn' uses no Hessian"),
     "scale": (
         lambda: {"hessian": torch.eye(K), "weight": weights() * 1e8},
         "m, rows 0..200, columns 0..320: a scale .* overflows float16",

@@ -140,14 +140,16 @@ def test_token_weights(tmp_path):
 def test_weighted_error_is_lower_than_without_calibration(family, tmp_path):
     """tr(E H E^T), E = W - Q, over all experts, of which each has a width of its own, 1 to 8 bits."""
     source, members, calibration, _ = made(family, tmp_path / "m")
-    lost = dict.fromkeys(("gptq", "hqq"), 0.0)
+    lost = dict.fromkeys(("gptq", "calibrated hqq", "hqq"), 0.0)
     for member in members:
         weight, hessian = source.weight(member.spec), calibration.hessian(member.spec.name)
-        for kind, given in (("gptq", hessian), ("hqq", None)):
-            quantized = quantize_weight(weight, member.layout, None, kind, hessian=given)
+        for kind in lost:
+            given = None if kind == "hqq" else hessian
+            quantized = quantize_weight(weight, member.layout, None, kind.split()[-1], hessian=given)
             off = weight.double() - dequantize(quantized, torch.float64)
             lost[kind] += float(((off @ hessian) * off).sum())
     assert lost["gptq"] < 0.95 * lost["hqq"]
+    assert lost["gptq"] < lost["calibrated hqq"] < lost["hqq"]
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -35,7 +35,7 @@ def command(
             help="rtn (round to nearest), hqq (search for scales and zeros), gptq or auto-round (need --calibration)."
         ),
     ] = "hqq",
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read, and hqq if given.")] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
     ] = None,
@@ -61,7 +61,7 @@ def command(
     else:
         chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
     if dry_run:
-        _dry_run(model, chosen, quantizer, act_order, as_json)
+        _dry_run(model, chosen, quantizer, calibration, act_order, as_json)
         return
     from ..pack_model import pack
 
@@ -105,16 +105,15 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
 def _check_calibration(
     quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, dry_run: bool
 ) -> None:
-    """--calibration with the quantizers that need it, and only with them; sizes can be asked for without it."""
+    """--calibration with the quantizers that take it, and only with them; sizes can be asked for without it."""
     from ..quantize import quantizer as quantizer_row
 
     row = quantizer_row(quantizer)
-    needed = row.needs_calibration
-    if needed and calibration is None and not dry_run:
+    if row.needs_calibration and calibration is None and not dry_run:
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
-    if not needed and calibration is not None:
+    if not row.takes_calibration and calibration is not None:
         raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
-    if act_order and (row.whole_model or not needed):
+    if act_order and row.name != "gptq":
         raise typer.BadParameter(f"--act-order goes with --quantizer gptq, not with {quantizer}")
     if tokens is not None and calibration is None:
         raise typer.BadParameter("--calibration-tokens goes with --calibration")
@@ -127,7 +126,9 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
     return Calibration.from_file(path, act_order=act_order, **limit)
 
 
-def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: bool) -> None:
+def _dry_run(
+    model: Path, plan: Plan, quantizer: str, calibration: Path | None, act_order: bool, as_json: bool
+) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
     from ..pack_job import PackJob, in_free_order
     from ..pack_model import MAX_SHARD_BYTES, check_calibratable
@@ -143,7 +144,7 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, act_order: bool, as_json: 
     if act_order:
         resolved = in_free_order(resolved)
     row = quantizer_row(quantizer)
-    if row.needs_calibration and not row.whole_model:
+    if (row.needs_calibration or calibration is not None) and not row.whole_model:
         resolved = in_walk_order(resolved, source)
     shards = PackJob(source, resolved, row.name, None).shards(MAX_SHARD_BYTES)
     tensors: list[dict[str, Any]] = [

@@ -13,6 +13,7 @@ from ..weights import QuantizedBlock, QuantizedWeight
 from .blocks import BlockSpec, quantize_groups
 from .gptq import quantize_with_hessian
 from .hqq import search_scale_and_zero
+from .outputs import search_with_hessian
 from .rtn import round_to_nearest
 
 __all__ = [
@@ -26,22 +27,32 @@ __all__ = [
 ]
 
 
+Calibrated = Callable[[torch.Tensor, WeightLayout, torch.Tensor | None, torch.Tensor, str], QuantizedWeight]
+
+
 @dataclass(frozen=True)
 class Quantizer:
-    """A method. run: (finite weight [n, k], spec) -> codes; None for one that is calibrated.
+    """A method. run: (finite weight [n, k], spec) -> codes; None for one that asks for calibration.
 
-    whole_model: it sees all weights at once and is run by `pack` alone; other calibrated ones see a weight's Hessian.
+    run_calibrated: (finite weight [N, K], layout, perm, Hessian, name) -> codes; None for one that has no use for it.
+    whole_model: it sees all weights at once and is run by `pack` alone.
     """
 
     name: str
     run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock] | None
     summary: str
+    run_calibrated: Calibrated | None = None
     whole_model: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it asks for text to run."""
         return self.run is None
+
+    @property
+    def takes_calibration(self) -> bool:
+        """Whether it has a use for text."""
+        return self.run_calibrated is not None or self.whole_model
 
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -51,9 +62,15 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer(
             "hqq",
             lambda w, s: quantize_groups(w, s, search_scale_and_zero),
-            "scale and zero of least squared error: clip grid and half-quadratic steps",
+            "scale and zero of least squared error, of the outputs where calibrated: clip grid and half-quadratic steps",
+            search_with_hessian,
         ),
-        Quantizer("gptq", None, "column by column, errors made up for by later columns; needs calibration"),
+        Quantizer(
+            "gptq",
+            None,
+            "column by column, errors made up for by later columns; needs calibration",
+            quantize_with_hessian,
+        ),
         Quantizer(
             "auto-round",
             None,
@@ -102,12 +119,13 @@ def quantize_weight(
     """Quantize weight [N, K] (original column order) into the segments of `layout`; the result has that layout.
 
     perm: int32 [K] when layout.permuted, else None; column j of the codes is column perm[j] of the weight.
-    hessian: [K, K], mean of x^T x with damping, in the original column order; for a method that needs calibration.
+    hessian: [K, K], mean of x^T x with damping, in the original column order; for a method that takes calibration.
     Raises QuantizeError as quantize_block does, and when weight or perm do not fit the layout.
     """
+    calibrated = quantizer(method).run_calibrated
     if hessian is None:
         require_no_calibration(method)
-    elif not quantizer(method).needs_calibration or quantizer(method).whole_model:
+    elif calibrated is None:
         raise QuantizeError(f"{name}: quantizer={method!r} uses no Hessian; leave it out")
     shape = (layout.out_features, layout.in_features)
     if tuple(weight.shape) != shape:
@@ -122,8 +140,8 @@ def quantize_weight(
         expected = torch.arange(shape[1], dtype=torch.int32, device=perm.device)
         if perm.dtype != torch.int32 or not torch.equal(perm.sort().values, expected):
             raise QuantizeError(f"{name}: perm must be an int32 permutation of 0..{shape[1] - 1}")
-    if hessian is not None:
-        return quantize_with_hessian(weight, layout, perm, hessian, name)
+    if hessian is not None and calibrated is not None:
+        return calibrated(weight, layout, perm, hessian, name)
     blocks = []
     for s in layout.segments:
         spec = BlockSpec(s.bits, s.group_size, s.zero, layout.scale_dtype)
