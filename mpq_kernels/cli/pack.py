@@ -35,7 +35,9 @@ def command(
             help="rtn (round to nearest), hqq (search for scales and zeros), gptq or auto-round (need --calibration)."
         ),
     ] = "hqq",
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read, and hqq if given.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read, and hqq if given.")
+    ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
     ] = None,

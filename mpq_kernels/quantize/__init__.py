@@ -62,7 +62,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         Quantizer(
             "hqq",
             lambda w, s: quantize_groups(w, s, search_scale_and_zero),
-            "scale and zero of least squared error, of the outputs where calibrated: clip grid and half-quadratic steps",
+            "scale and zero of least squared error (on a text: of the outputs): clip grid and half-quadratic steps",
             search_with_hessian,
         ),
         Quantizer(
