@@ -11,8 +11,8 @@ Rows do not depend on each other, so every row band of a layout runs on its own;
 is that of the permutation where there is one. Weights are corrected in fp32, the factor is computed in fp64.
 
 Perplexity of TinyStories-656K and gutenberg-6m, groups of 64, integer zeros, without the head (60,000 tokens, windows
-of 256), geometric mean over three calibrations of 65,536 tokens (gutenberg-6m: 43,000) of other texts. Another text moves
-single figures by 0.5% / 1% / 5% at 4 / 3 / 2 bits, so that at 4 bits the gain is hardly more than what chance does:
+of 256), geometric mean over three calibrations of about 60,000 tokens of other texts. Another text moves single figures
+by 0.5% / 1% / 5% at 4 / 3 / 2 bits, so that at 4 bits the gain is hardly more than what chance does:
 
                                        TinyStories-656K       gutenberg-6m
     bits                              4       3       2        3       2
