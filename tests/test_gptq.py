@@ -174,8 +174,7 @@ def test_long_groups_are_judged_by_the_diagonal(method):
     hessian.diagonal()[::2] = 100.0
     layout = layout_of(3, -1, n=16, k=k)
     calibrated, plain = (
-        loss(w, quantize_weight(w, layout, None, m, hessian=h), hessian)
-        for m, h in ((method, hessian), ("hqq", None))
+        loss(w, quantize_weight(w, layout, None, m, hessian=h), hessian) for m, h in ((method, hessian), ("hqq", None))
     )
     assert calibrated < 0.99 * plain
 

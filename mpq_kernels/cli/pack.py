@@ -128,9 +128,7 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
     return Calibration.from_file(path, act_order=act_order, **limit)
 
 
-def _dry_run(
-    model: Path, plan: Plan, quantizer: str, calibration: Path | None, act_order: bool, as_json: bool
-) -> None:
+def _dry_run(model: Path, plan: Plan, quantizer: str, calibration: Path | None, act_order: bool, as_json: bool) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
     from ..pack_job import PackJob, in_free_order
     from ..pack_model import MAX_SHARD_BYTES, check_calibratable

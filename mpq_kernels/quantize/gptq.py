@@ -99,9 +99,7 @@ def inverse_factor(hessian: torch.Tensor, size: int, order: torch.Tensor | None,
     return torch.linalg.solve_triangular(upper, one, upper=True).float()
 
 
-def _quantize_segment(
-    work: torch.Tensor, segment: Segment, spec: BlockSpec, factor: torch.Tensor
-) -> QuantizedBlock:
+def _quantize_segment(work: torch.Tensor, segment: Segment, spec: BlockSpec, factor: torch.Tensor) -> QuantizedBlock:
     """Quantize columns k0..k1 of the band `work` [n, K] and correct all columns to their right, in place."""
     rows, size = len(work), segment.group_size
     dtype = TORCH_DTYPES[spec.scale_dtype]
