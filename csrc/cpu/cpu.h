@@ -12,7 +12,7 @@ namespace mpq::cpu {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 // The VNNI sets differ from those that they extend in linear_int8 only. kAvx512Bf16 is kAvx512Vnni but for linear() of
-// few tokens of bf16 x; kAmx is the best of both but for linear_int8() of 16 tokens and more.
+// bf16 x; kAmx is the best of both but for linear_int8() of 16 tokens and more.
 enum class Isa : int {
   kPortable = 0,
   kAvx2 = 1,
