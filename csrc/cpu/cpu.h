@@ -76,8 +76,8 @@ struct Parallel {
 // Bytes of workspace that linear() needs; bounded in M, because tokens are processed in chunks.
 size_t linear_workspace_bytes(const LinearArgs& args);
 
-// fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. A token with NaN or Inf in x has no
-// finite y: NaN or Inf, which depends on the instruction set and on M. Returns kOk or an Error.
+// fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. A token with NaN or Inf in x has
+// no finite y: NaN or Inf, which depends on the instruction set and on M. Returns kOk or an Error.
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
 // Bytes of workspace that linear_int8() needs.
