@@ -19,7 +19,7 @@ struct LinearJob {
   const LinearArgs* args;
   float* x;         // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
   uint32_t* pairs;  // Tokens::pairs, or null where nothing wants them
-  bool tiny;        // one of them is too small for products of pairs
+  bool tiny;        // an x of the job is too small for products of pairs
   const Products* products;
   int64_t token0;  // in args
   int64_t tokens;
