@@ -67,6 +67,28 @@ MPQ_INLINE void to_row_order(const float* positions, int64_t stride, float* rows
   for (int n = 0; n < 64; ++n) rows[n * row_stride] = positions[(8 * (n & 7) + 4 * (n >> 3 & 1) + (n >> 4)) * stride];
 }
 
+MPQ_INLINE F load_row(const float* p) { return load(p); }
+MPQ_INLINE I load_row(const uint32_t* p) { return load_i(p); }
+MPQ_INLINE F set_all(float v) { return set1(v); }
+MPQ_INLINE I set_all(uint32_t v) { return set1_i(v); }
+
+// acc[m][v] = add(acc[m][v], tile[k][vector v of positions], x[m][k]) for k = 0, 1, ..., one after the other.
+template <int T, typename A, typename W, typename Add>
+MPQ_INLINE void add_places(A (&acc)[T][kTileVectors], const W* tile, const W* x, int64_t stride, int64_t places,
+                           Add add) {
+  for (int64_t k = 0; k < places; ++k) {
+    decltype(load_row(tile)) w[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) w[v] = load_row(tile + 64 * k + kLanes * v);
+#pragma GCC unroll 8
+    for (int m = 0; m < T; ++m) {
+      const auto value = set_all(x[m * stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) acc[m][v] = add(acc[m][v], w[v], value);
+    }
+  }
+}
+
 // Gathers up to 64 columns of x from k on, through the permutation.
 inline void gather_columns(const LinearArgs& args, const char* row, int64_t k, int64_t count, char* raw) {
   const int32_t* perm = args.weight.perm + k;

@@ -12,7 +12,7 @@ namespace mpq::cpu {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 // The VNNI sets differ from those that they extend in linear_int8 only. kAvx512Bf16 is kAvx512Vnni but for linear() of
-// few tokens of bf16 x; kAmx is the best of both but for linear_int8() of 16 tokens and more.
+// bf16 x; kAmx is the best of both but for linear_int8() of 16 tokens and more.
 enum class Isa : int {
   kPortable = 0,
   kAvx2 = 1,
@@ -76,7 +76,8 @@ struct Parallel {
 // Bytes of workspace that linear() needs; bounded in M, because tokens are processed in chunks.
 size_t linear_workspace_bytes(const LinearArgs& args);
 
-// fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. Returns kOk or an Error.
+// fp32 accumulation; the sum plus bias is rounded once, to nearest even, to x_dtype. A token with NaN or Inf in x has
+// no finite y: NaN or Inf, which depends on the instruction set and on M. Returns kOk or an Error.
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
 // Bytes of workspace that linear_int8() needs.

@@ -59,27 +59,38 @@ MPQ_INLINE bool groups_are_chunks(const Segment& segment) {
   return segment.group_size % 16 == 0 || segment.group_size == segment.k1 - segment.k0;
 }
 
-// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens.
-template <class Math, int Bits, int M>
-void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, float* sums) {
-  const Stripe stripe = stripe_of(segment, row_tile);
-  const Tokens columns{x.chunks + segment.k0, x.pairs ? x.pairs + segment.k0 / 2 : nullptr, x.stride};
+// body(begin, end, params) for the spans of chunks of a segment, each inside one group.
+template <typename Body>
+MPQ_INLINE void for_each_span(const Segment& segment, DType scale_dtype, int64_t row_tile, Body body) {
   const int64_t group_chunks = ceil_div(segment.group_size, 16);
   const int64_t groups = (segment.k1 - segment.k0) / segment.group_size;
-  F totals[M][16];
-  for (int m = 0; m < M; ++m) {
-    for (int i = 0; i < 16; ++i) totals[m][i] = zeros_f();
-  }
   GroupParams params;
   for (int64_t group = 0; group < groups; ++group) {
     load_group(segment, scale_dtype, row_tile, group, params);
     const int64_t last = (group + 1) * group_chunks;
     for (int64_t begin = group * group_chunks; begin < last; begin += kSpanChunks) {
-      const int64_t end = begin + kSpanChunks < last ? begin + kSpanChunks : last;
-      if constexpr (Math::template kPrefetch<Bits>) prefetch_words<Bits>(stripe, begin, end - begin);
-      add_span<Math, Bits, M>(stripe, columns, begin, end, params, totals);
+      body(begin, begin + kSpanChunks < last ? begin + kSpanChunks : last, params);
     }
   }
+}
+
+MPQ_INLINE Tokens at_column(const Tokens& x, int64_t column) {
+  return {x.chunks + column, x.pairs ? x.pairs + column / 2 : nullptr, x.stride};
+}
+
+// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens.
+template <class Math, int Bits, int M>
+void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, float* sums) {
+  const Stripe stripe = stripe_of(segment, row_tile);
+  const Tokens columns = at_column(x, segment.k0);
+  F totals[M][16];
+  for (int m = 0; m < M; ++m) {
+    for (int i = 0; i < 16; ++i) totals[m][i] = zeros_f();
+  }
+  for_each_span(segment, scale_dtype, row_tile, [&](int64_t begin, int64_t end, const GroupParams& params) {
+    if constexpr (Math::template kPrefetch<Bits>) prefetch_words<Bits>(stripe, begin, end - begin);
+    add_span<Math, Bits, M>(stripe, columns, begin, end, params, totals);
+  });
   for (int m = 0; m < M; ++m) {
     for (int i = 0; i < 16; ++i) {
       float rows[4];
@@ -90,26 +101,27 @@ void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile,
 }
 
 template <class Math>
-constexpr Decoders decoders_of() {
+constexpr Products products_of(TileSegment tile) {
   return {{
-      {},
-      {nullptr, decode_segment<Math, 1, 1>, decode_segment<Math, 1, 2>, decode_segment<Math, 1, 3>,
-       decode_segment<Math, 1, 4>},
-      {nullptr, decode_segment<Math, 2, 1>, decode_segment<Math, 2, 2>, decode_segment<Math, 2, 3>,
-       decode_segment<Math, 2, 4>},
-      {nullptr, decode_segment<Math, 3, 1>, decode_segment<Math, 3, 2>, decode_segment<Math, 3, 3>,
-       decode_segment<Math, 3, 4>},
-      {nullptr, decode_segment<Math, 4, 1>, decode_segment<Math, 4, 2>, decode_segment<Math, 4, 3>,
-       decode_segment<Math, 4, 4>},
-      {nullptr, decode_segment<Math, 5, 1>, decode_segment<Math, 5, 2>, decode_segment<Math, 5, 3>,
-       decode_segment<Math, 5, 4>},
-      {nullptr, decode_segment<Math, 6, 1>, decode_segment<Math, 6, 2>, decode_segment<Math, 6, 3>,
-       decode_segment<Math, 6, 4>},
-      {nullptr, decode_segment<Math, 7, 1>, decode_segment<Math, 7, 2>, decode_segment<Math, 7, 3>,
-       decode_segment<Math, 7, 4>},
-      {nullptr, decode_segment<Math, 8, 1>, decode_segment<Math, 8, 2>, decode_segment<Math, 8, 3>,
-       decode_segment<Math, 8, 4>},
-  }};
+              {},
+              {nullptr, decode_segment<Math, 1, 1>, decode_segment<Math, 1, 2>, decode_segment<Math, 1, 3>,
+               decode_segment<Math, 1, 4>},
+              {nullptr, decode_segment<Math, 2, 1>, decode_segment<Math, 2, 2>, decode_segment<Math, 2, 3>,
+               decode_segment<Math, 2, 4>},
+              {nullptr, decode_segment<Math, 3, 1>, decode_segment<Math, 3, 2>, decode_segment<Math, 3, 3>,
+               decode_segment<Math, 3, 4>},
+              {nullptr, decode_segment<Math, 4, 1>, decode_segment<Math, 4, 2>, decode_segment<Math, 4, 3>,
+               decode_segment<Math, 4, 4>},
+              {nullptr, decode_segment<Math, 5, 1>, decode_segment<Math, 5, 2>, decode_segment<Math, 5, 3>,
+               decode_segment<Math, 5, 4>},
+              {nullptr, decode_segment<Math, 6, 1>, decode_segment<Math, 6, 2>, decode_segment<Math, 6, 3>,
+               decode_segment<Math, 6, 4>},
+              {nullptr, decode_segment<Math, 7, 1>, decode_segment<Math, 7, 2>, decode_segment<Math, 7, 3>,
+               decode_segment<Math, 7, 4>},
+              {nullptr, decode_segment<Math, 8, 1>, decode_segment<Math, 8, 2>, decode_segment<Math, 8, 3>,
+               decode_segment<Math, 8, 4>},
+          },
+          tile};
 }
 
 // body(chunk, Index<C>) for the chunks [begin, end), C = chunk % 4 where

@@ -16,11 +16,12 @@
 #include "cpu/prefetch.inl"
 #include "cpu/decode.inl"
 #include "cpu/decode_pairs.inl"
+#include "cpu/pair_tile.inl"
 // clang-format on
 
 namespace mpq::cpu {
 
-const Decoders& avx512bf16_decoders() { return kDecodePairs; }
+const Products& avx512bf16_products() { return kPairProducts; }
 
 }  // namespace mpq::cpu
 #endif

@@ -46,7 +46,5 @@ struct FloatMath {
   }
 };
 
-constexpr Decoders kDecodeFloat = decoders_of<FloatMath>();
-
 }  // namespace
 }  // namespace mpq::cpu

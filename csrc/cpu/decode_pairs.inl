@@ -106,7 +106,5 @@ struct PairMath {
   }
 };
 
-constexpr Decoders kDecodePairs = decoders_of<PairMath>();
-
 }  // namespace
 }  // namespace mpq::cpu

@@ -55,11 +55,11 @@ Kernels kernels_of(Isa isa) {
   return portable_kernels();
 }
 
-// What multiplies bf16 x of few tokens in pairs, or null.
-const Decoders* pairs_of(Isa isa, DType x_dtype) {
+// What multiplies bf16 x in pairs, or null.
+const Products* pairs_of(Isa isa, DType x_dtype) {
 #if defined(__x86_64__)
   const bool has = isa == Isa::kAvx512Bf16 || (isa == Isa::kAmx && supported(Isa::kAvx512Bf16));
-  if (has && x_dtype == DType::kBF16) return &avx512bf16_decoders();
+  if (has && x_dtype == DType::kBF16) return &avx512bf16_products();
 #endif
   (void)isa;
   (void)x_dtype;
@@ -102,7 +102,7 @@ int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
 size_t linear_workspace_bytes(const LinearArgs& args) {
   if (args.M < 1 || args.weight.K < 1) return 0;
   const int64_t tokens = args.M < kTokenChunk ? args.M : kTokenChunk;
-  const int64_t bytes = args.M <= kDecodeTokens ? 6 : 4;  // fp32, and bf16 for decoders that take pairs
+  const int64_t bytes = args.x_dtype == DType::kBF16 ? 6 : 4;  // fp32, and bf16 for products of pairs
   return static_cast<size_t>(tokens * padded_k(args.weight.K) * bytes + kAlignment);
 }
 

@@ -73,17 +73,8 @@ void multiply_int8(const Int8Tile& block, float* sums) {
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) acc[m][v] = zeros_i();
     }
-    for (int64_t k = 0; k < block.places; ++k) {
-      I w[kTileVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) w[v] = load_i(block.tile + 64 * k + row + kLanes * v);
-#pragma GCC unroll 8
-      for (int m = 0; m < T; ++m) {
-        const I x = set1_i(block.x.words[m * block.x.words_stride + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) acc[m][v] = dot<Wide>(acc[m][v], w[v], x);
-      }
-    }
+    add_places(acc, block.tile + row, block.x.words, block.x.words_stride, block.places,
+               [](I sum, I w, I x) __attribute__((always_inline)) { return dot<Wide>(sum, w, x); });
 #pragma GCC unroll 8
     for (int m = 0; m < T; ++m) {
       const F x_sum = set1(block.x.sums[m * block.x.blocks_stride]);

@@ -22,16 +22,21 @@ struct Tokens {
   int64_t stride;
 };
 
-// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens: of[bits][M].
+// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens: decode[bits][M].
 using DecodeSegment = void (*)(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x,
                                float* sums);
-struct Decoders {
-  DecodeSegment of[9][5];
+// The same for any number of tokens.
+using TileSegment = void (*)(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x,
+                             int64_t tokens, float* sums);
+// How segments whose groups are whole chunks are multiplied: decode[bits][M] up to kDecodeTokens, else tile.
+struct Products {
+  DecodeSegment decode[9][5];
+  TileSegment tile;
 };
 
 struct Kernels {
-  // pairs: decoders for bf16 x that no value of is smaller than kSmallestPaired, or null.
-  void (*linear)(const LinearArgs& args, const Parallel& parallel, const Decoders* pairs);
+  // pairs: products of bf16 x that no value of is smaller than kSmallestPaired, or null.
+  void (*linear)(const LinearArgs& args, const Parallel& parallel, const Products* pairs);
   void (*dequantize)(const Weight& weight, void* out, DType out_dtype, const Parallel& parallel);
 };
 
@@ -43,7 +48,7 @@ Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 
-const Decoders& avx512bf16_decoders();
+const Products& avx512bf16_products();
 
 using LinearInt8 = void (*)(const LinearArgs& args, const Parallel& parallel);
 

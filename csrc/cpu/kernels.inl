@@ -17,20 +17,32 @@ namespace {
 // One chunk of tokens of a linear call.
 struct LinearJob {
   const LinearArgs* args;
-  float* x;  // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
-  const Decoders* decoders;
-  const uint32_t* pairs;  // Tokens::pairs, where the decoders want them
-  int64_t token0;         // in args
+  float* x;         // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
+  uint32_t* pairs;  // Tokens::pairs, or null where nothing wants them
+  bool tiny;        // an x of the job is too small for products of pairs
+  const Products* products;
+  int64_t token0;  // in args
   int64_t tokens;
   int64_t row_blocks;
   int64_t splits;  // ranges of tokens that are separate work items
 };
 
+// words[i] = columns 2 i and 2 i + 1 of 64 values of bf16. Returns whether one is too small for products of pairs.
+MPQ_INLINE bool pair_columns(const float* values, uint32_t* words) {
+  uint32_t bits[64];
+  __builtin_memcpy(bits, values, sizeof bits);
+  uint32_t tiny = 0;
+  for (int i = 0; i < 64; ++i) tiny |= static_cast<uint32_t>((bits[i] & 0x7fffffff) - 1 < kSmallestPaired - 1);
+  for (int i = 0; i < 32; ++i) words[i] = bits[2 * i] >> 16 | bits[2 * i + 1];
+  return tiny;
+}
+
 void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
-  const LinearJob& job = *static_cast<const LinearJob*>(ctx);
+  LinearJob& job = *static_cast<LinearJob*>(ctx);
   const LinearArgs& args = *job.args;
   const int64_t K = args.weight.K;
   const int64_t width = dtype_bytes(args.x_dtype);
+  bool tiny = false;
   for (int64_t m = begin; m < end; ++m) {
     const char* row = bytes_at(args.x, (job.token0 + m) * args.x_row_stride * width);
     float* out = job.x + m * padded_k(K);
@@ -41,27 +53,10 @@ void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
       for (int c = 0; c < 64; c += 16) {
         for (int place = 0; place < 16; ++place) out[k + c + place] = values[c + column_of(place)];
       }
+      if (job.pairs) tiny |= pair_columns(values, job.pairs + (m * padded_k(K) + k) / 2);
     }
   }
-}
-
-// Tokens::pairs of a job whose x are prepared and bf16. False when a value is too small for them.
-bool prepare_pairs(const LinearJob& job, uint32_t* pairs) {
-  uint32_t tiny = 0;
-  const int64_t words = job.tokens * padded_k(job.args->weight.K) / 2;
-  for (int64_t w = 0; w < words; w += 8) {
-    for (int i = 0; i < 8; ++i) {
-      // Columns 2 i and 2 i + 1 of a chunk: places 4 j + q with q = i % 4, j = i / 4 and 2 more.
-      uint32_t bits[2];
-      for (int e = 0; e < 2; ++e) {
-        __builtin_memcpy(bits + e, job.x + 2 * w + (i & 3) + 4 * (i >> 2) + 8 * e, 4);
-        const uint32_t size = bits[e] & 0x7fffffff;
-        tiny |= static_cast<uint32_t>(size - 1 < kSmallestPaired - 1);
-      }
-      pairs[w + i] = bits[0] >> 16 | bits[1];
-    }
-  }
-  return !tiny;
+  if (tiny) __atomic_store_n(&job.tiny, true, __ATOMIC_RELAXED);
 }
 
 // Work item: one row block and one range of the job's tokens.
@@ -75,25 +70,29 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
     const int64_t split = item / job.row_blocks;
     const int64_t first = job.tokens * split / job.splits;
     const int64_t count = job.tokens * (split + 1) / job.splits - first;
-    const Tokens x{job.x + first * padded_k(weight.K), job.pairs, padded_k(weight.K)};
+    const Tokens x = at_column({job.x, job.pairs, padded_k(weight.K)}, first * padded_k(weight.K));
     for (int64_t i = 0; i < 64 * count; ++i) sums[i] = 0.0f;
     for (int i = 0; i < block.count; ++i) {
       const Segment& segment = block.segments[i];
-      if (job.tokens <= kDecodeTokens && groups_are_chunks(segment)) {
-        job.decoders->of[segment.bits][count](segment, weight.scale_dtype, block.row_tile, x, sums);
+      if (!groups_are_chunks(segment)) {
+        tile_segment(segment, weight.scale_dtype, block.row_tile, x, count, sums);
+      } else if (job.tokens <= kDecodeTokens) {
+        job.products->decode[segment.bits][count](segment, weight.scale_dtype, block.row_tile, x, sums);
       } else {
-        tile_segment({segment, weight.scale_dtype, block.row_tile}, x, count, sums);
+        job.products->tile(segment, weight.scale_dtype, block.row_tile, x, count, sums);
       }
     }
     finish_rows(args, block, job.token0 + first, count, sums);
   }
 }
 
-void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Decoders* pairs) {
+constexpr Products kFloatProducts = products_of<FloatMath>(tile_segment);
+
+void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Products* pairs) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   const uintptr_t aligned = (address + kAlignment - 1) / kAlignment * kAlignment;
-  LinearJob job{&args, reinterpret_cast<float*>(aligned), &kDecodeFloat, nullptr, 0, 0, count_row_blocks(args.weight),
-                1};
+  float* x = reinterpret_cast<float*>(aligned);
+  LinearJob job{&args, x, nullptr, false, nullptr, 0, 0, count_row_blocks(args.weight), 1};
   const int64_t chunks = ceil_div(args.M, kTokenChunk);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     job.token0 = args.M * chunk / chunks;
@@ -101,16 +100,14 @@ void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Decod
     const int64_t most = ceil_div(job.tokens, 2 * kTokenBlock);
     const int64_t wanted = ceil_div(kFewBlocks, job.row_blocks);
     job.splits = job.tokens <= kDecodeTokens ? 1 : (wanted < most ? wanted : most);
+    if (pairs) job.pairs = reinterpret_cast<uint32_t*>(x + job.tokens * padded_k(args.weight.K));
+    job.tiny = false;
     if (job.tokens <= kDecodeTokens) {
       prepare_tokens(&job, 0, job.tokens);
-      uint32_t* words = reinterpret_cast<uint32_t*>(job.x + job.tokens * padded_k(args.weight.K));
-      if (pairs && prepare_pairs(job, words)) {
-        job.decoders = pairs;
-        job.pairs = words;
-      }
     } else {
       run(parallel, job.tokens, prepare_tokens, &job);
     }
+    job.products = pairs && !job.tiny ? pairs : &kFloatProducts;
     run(parallel, job.row_blocks * job.splits, linear_items, &job);
   }
 }

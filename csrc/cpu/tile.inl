@@ -100,17 +100,8 @@ void multiply_tile(const float* tile, int64_t columns, const float* x, int64_t s
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) acc[m][v] = load(sums + 64 * m + row + kLanes * v);
     }
-    for (int64_t k = 0; k < columns; ++k) {
-      F w[kTileVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) w[v] = load(tile + 64 * k + row + kLanes * v);
-#pragma GCC unroll 8
-      for (int m = 0; m < T; ++m) {
-        const F value = set1(x[m * stride + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) acc[m][v] = fma(value, w[v], acc[m][v]);
-      }
-    }
+    add_places(acc, tile + row, x, stride, columns,
+               [](F sum, F w, F value) __attribute__((always_inline)) { return fma(value, w, sum); });
 #pragma GCC unroll 8
     for (int m = 0; m < T; ++m) {
 #pragma GCC unroll 4
@@ -126,13 +117,13 @@ constexpr MultiplyTile kMultiplyTile[kTokenBlock + 1] = {
 };
 
 // sums[tokens][64] += W[row tile of this segment] @ x.
-inline void tile_segment(const TileSource& source, const Tokens& x, int64_t tokens, float* sums) {
+inline void tile_segment(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, int64_t tokens,
+                         float* sums) {
   alignas(64) float tile[kTileChunks * 1024];
-  const Segment& segment = source.segment;
   const int64_t chunks = ceil_div(segment.k1 - segment.k0, 16);
   for (int64_t begin = 0; begin < chunks; begin += kTileChunks) {
     const int64_t end = begin + kTileChunks < chunks ? begin + kTileChunks : chunks;
-    kDequantizeTile[segment.bits](source, begin, end, tile);
+    kDequantizeTile[segment.bits]({segment, scale_dtype, row_tile}, begin, end, tile);
     for (int64_t m = 0; m < tokens; m += kTokenBlock) {
       const int64_t block = tokens - m < kTokenBlock ? tokens - m : kTokenBlock;
       const float* first = x.chunks + m * x.stride + segment.k0 + 16 * begin;

@@ -9,7 +9,8 @@ namespace {
 
 const Isa kIsas[] = {Isa::kPortable,   Isa::kAvx2,       Isa::kAvx512, Isa::kAvxVnni,
                      Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
-const Isa kExactIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};  // the others have the same exact kernels
+// The others have the same exact kernels.
+const Isa kExactIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
 void check_one_hot(Model& model, Isa isa, int64_t M, bool odd, const std::string& label) {
   Call call(model, isa, DType::kF32, M, false, odd, label + " one-hot");
@@ -157,8 +158,11 @@ int check_segments() {
 // More tokens than the workspace holds at a time, in few row blocks, so that tokens are split among work items.
 int check_many_tokens() {
   Model model = make_model({{70, {{65, 3, 5, kZeroInt}}}}, DType::kF16, true, true);
+  Model chunks = make_model({{70, {{65, 3, 65, kZeroInt}}}}, DType::kF16, true, true);
   for (const Isa isa : kExactIsas) {
-    if (supported(isa)) check_random(model, isa, DType::kBF16, 401, true, true, "many tokens");
+    if (!supported(isa)) continue;
+    check_random(model, isa, DType::kBF16, 401, true, true, "many tokens");
+    check_random(chunks, isa, DType::kBF16, 401, true, true, "many tokens, groups of chunks");
   }
   for (const Isa isa : kIsas) {
     if (supported(isa)) check_int8(model, isa, DType::kBF16, 401, true, true, "many tokens");
@@ -184,7 +188,8 @@ int check_conversions() {
       call.run(kSerial);
       for (int i = 0; i < 65536; ++i) {
         const double want = decode(call.x_at(i, 0), dtype), got = decode(call.y_at(i, 0), dtype);
-        check(got == want || (std::isnan(want) && std::isnan(got)), call.name, "value");
+        const bool lost = isa == Isa::kAvx512Bf16 && dtype == DType::kBF16 && std::isinf(want);  // code 0 times Inf
+        check(got == want || ((std::isnan(want) || lost) && std::isnan(got)), call.name, "value");
       }
     }
   }
