@@ -78,7 +78,13 @@ class _Search:
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         """The constants [G, 1] that are nearest to values which `_seen` gave."""
+        if self.factor is None:
+            return row_sum(values) / values.shape[1]
         return row_sum(values * self.one) / row_sum(self.one * self.one)
+
+    def _spread(self, constant: torch.Tensor) -> torch.Tensor:
+        """What `_seen` makes of groups that are constants [G, 1]."""
+        return constant if self.factor is None else constant * self.one
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """Keep a candidate [G, 1] for the groups where it has the smaller error."""
@@ -102,11 +108,11 @@ class _Search:
         codes, target = self._seen(codes), self._seen(target)
         if self.spec.zero == "float":
             mean_code, mean = self._mean(codes), self._mean(target)
-            codes = codes - mean_code * self.one
+            codes = codes - self._spread(mean_code)
             scale = row_sum(codes * target) / row_sum(codes * codes)
             self.consider(scale, mean_code - mean / scale)
         else:
-            codes = codes - self.zero * self.one
+            codes = codes - self._spread(self.zero)
             scale = row_sum(codes * target) / row_sum(codes * codes)
             if self.spec.zero == "int":
                 # The zero that balances the residuals, before the scale that goes with the present one.
