@@ -77,6 +77,14 @@ def support_matrix():
     return list(itertools.product(BITS, ZEROS, SCALE_DTYPES))
 
 
+def expert_case():
+    """(weight, x, offsets, rows): five stacked experts of 1 to 5 bits and 72 rows each, of which one gets no token."""
+    rows, k, counts = 72, 192, (0, 3, 20, 1, 70)
+    blocks = [(e * rows, 0, random_block(rows, k, 1 + e, 64, "int", "float16", e)) for e in range(5)]
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    return QuantizedWeight(tuple(blocks), None), torch.randn(sum(counts), k).half(), offsets, rows
+
+
 def check_experts(y, x, weight, offsets, rows, margin=4):
     """y of stacked experts of `rows` rows against fp64; see error_bound for `margin`: tensor cores truncate."""
     for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import check_experts, mixed_weight, random_block, random_weight, support_matrix
+from cases import check_experts, expert_case, mixed_weight, random_weight, support_matrix
 from models import tiny_model
 
 import mpq_kernels as mpq
@@ -112,15 +112,11 @@ def dense_shape(layout):
 
 
 def test_experts_of_different_widths():
-    rows, k, counts = 72, 192, (0, 3, 20, 1, 70)
-    blocks = [(e * rows, 0, random_block(rows, k, 1 + e, 64, "int", "float16", e)) for e in range(5)]
-    weight = QuantizedWeight(tuple(blocks), None)
+    weight, x, offsets, rows = expert_case()
     packed = packing.pack(weight).to("cuda")
-    x = torch.randn(sum(counts), k).half()
-    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     y = torch.ops.mpq.grouped_linear(
         x.cuda(), packed.qweight, packed.scales, packed.zeros, None, None, offsets.cuda(),
-        packed.layout.segment_ints(), rows * 5, k,
+        packed.layout.segment_ints(), rows * 5, x.shape[1],
     ).cpu()  # fmt: skip
     check_experts(y, x, weight, offsets, rows)
 

@@ -1,14 +1,11 @@
 """The Triton kernels on a device: what triton_cases.py shows under the interpreter holds for compiled code too."""
 
-import itertools
-
 import pytest
 import torch
-from cases import ZEROS, check_experts, mixed_weight, random_block, random_weight
+from cases import ZEROS, check_experts, expert_case, mixed_weight, random_weight
 
 from mpq_kernels import packing, reference
 from mpq_kernels.backends import BACKENDS
-from mpq_kernels.weights import QuantizedWeight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,14 +69,10 @@ def test_dequantize_is_the_reference_bit_for_bit():
 
 
 def test_experts_of_different_widths():
-    rows, k, counts = 72, 192, (0, 3, 20, 1, 70)
-    blocks = [(e * rows, 0, random_block(rows, k, 1 + e, 64, "int", "float16", e)) for e in range(5)]
-    weight = QuantizedWeight(tuple(blocks), None)
+    weight, x, offsets, rows = expert_case()
     packed = packing.pack(weight).to("cuda")
-    x = torch.randn(sum(counts), k).half()
-    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     y = BACKENDS["triton"].grouped(
         x.cuda(), packed.qweight, packed.scales, packed.zeros, None, None, offsets.cuda(),
-        packed.layout.segment_ints(), rows * 5, k,
+        packed.layout.segment_ints(), rows * 5, x.shape[1],
     ).cpu()  # fmt: skip
     check_experts(y, x, weight, offsets, rows)

@@ -1,10 +1,5 @@
 // Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mamx-tile -mamx-int8 -mfma -mf16c.
 #if defined(__x86_64__)
-#if !defined(__clang__)
-// GCC before 13 takes the deliberately undefined operands in its own AVX-512 header for uninitialized variables.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include "cpu/kernels.h"
 #include "cpu/simd_avx512.h"
 #include "cpu/tiles_amx.h"

@@ -1,6 +1,11 @@
 // The vector vocabulary of the kernels for AVX-512: 16 lanes, lane = 4 q + t.
 #pragma once
 
+#if !defined(__clang__)
+// GCC before 13 takes the deliberately undefined operands in its own AVX-512 header for uninitialized variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>

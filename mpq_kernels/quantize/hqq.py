@@ -40,11 +40,13 @@ from .rtn import round_to_nearest
 # Within 0.04% / 0.2% / 1% (2 / 3 / 4 bits) of the squared error of an exhaustive search over every zero point and 37
 # ratios, measured on normal weights in groups of 64 with integer zeros.
 RATIOS = (0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
-# With a Hessian each candidate is also another draw of the rounding, whose luck counts.
+# With a Hessian each candidate is also another draw of the rounding, whose luck counts. Perplexity with RATIOS and with
+# these, on one text, as in gptq.py: TinyStories-656K 52.1 and 50.6 at 3 bits, 118.6 and 114.1 at 2; gutenberg-6m 25.07
+# and 25.03, 28.22 and 28.08.
 FINE_RATIOS = tuple(1 - step / 40 for step in range(1, 27))
 ZERO_STEPS = (0.0, -1.0, 1.0)
 FIT_STEPS = 3
-MAX_FACTOR = 512  # columns of a group up to which callers give all of F; beyond, its product costs more than it wins
+MAX_FACTOR = 512  # columns g of a group up to which callers give all of F: g multiplications for a weight and candidate
 # Shrinkage in units of one step: |x| - |x|**(p-1) / beta with p = 1/2 leaves only residuals above beta**(-2/3) steps.
 # Inside the range residuals end at 1/2, so beta = 2 (0.63 steps) takes out the clipped weights and nothing else.
 BETA = 2.0

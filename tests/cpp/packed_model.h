@@ -99,6 +99,17 @@ struct BandSpec {
   std::vector<SegmentSpec> segments;
 };
 
+// Row bands at any row, column segments of different widths, group sizes and zero kinds.
+inline std::vector<std::vector<BandSpec>> mixed_weights() {
+  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
+  return {
+      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
+      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
+      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
+      {{640, {{64, 4, 64, whole}, {1, 8, 1, whole}}}},
+  };
+}
+
 // A packed weight with what it means: w in original column order, size = (code + |zero|) * |scale| for error bounds.
 struct Model {
   int64_t N = 0, K = 0;

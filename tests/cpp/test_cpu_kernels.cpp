@@ -139,17 +139,9 @@ int check_uniform() {
   return cases;
 }
 
-// Row bands at any row, column segments of different widths, group sizes and zero kinds.
 int check_segments() {
-  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
-  const std::vector<std::vector<BandSpec>> weights = {
-      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
-      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
-      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
-      {{640, {{64, 4, 64, whole}, {1, 8, 1, whole}}}},
-  };
   int cases = 0;
-  for (const auto& bands : weights) {
+  for (const auto& bands : mixed_weights()) {
     for (int seed = 0; seed < 36; seed += 5, ++cases) check_model(bands, seed, "segments " + std::to_string(cases));
   }
   return cases;

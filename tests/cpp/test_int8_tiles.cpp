@@ -101,21 +101,15 @@ int check_uniform() {
 }
 
 int check_segments() {
-  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
-  const std::vector<std::vector<BandSpec>> weights = {
-      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
-      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
-      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
-  };
   int cases = 0;
-  for (const auto& bands : weights) {
+  for (const auto& bands : mixed_weights()) {
     for (const int64_t tokens : {1, 4, 5, 15, 16, 17, 33, 129, 401}) {
       check_model(bands, tokens, 5 * cases, "segments " + std::to_string(cases));
       ++cases;
     }
   }
   // Many row blocks: tokens are not split among work items.
-  check_model({{1100, {{128, 4, 64, whole}}}}, 40, 3, "tall");
+  check_model({{1100, {{128, 4, 64, kZeroInt}}}}, 40, 3, "tall");
   return cases + 1;
 }
 
