@@ -6,7 +6,7 @@
                             where nvcc is found (12.4 or later); a GPU is not needed to build it.
     mpq_kernels/_host.*.so  pybind11 module: packing, unpacking, layout identity.
 
-All include csrc/generated/layout.h, which is written here from mpq_kernels/formats.py. Environment:
+All include csrc/generated/layout.h, which is written here from mpq_kernels/format/codes.py. Environment:
 
     MPQ_CUDA_ARCHS   architectures, ";" between them, "+PTX" for code that later ones compile when they load it;
                      "80;89;90;100+PTX" unless told. "none" builds no CUDA part.
@@ -57,8 +57,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def load_formats():
-    """mpq_kernels/formats.py as a module, without importing the package (which needs the compiled parts)."""
-    spec = importlib.util.spec_from_file_location("mpq_formats", ROOT / "mpq_kernels" / "formats.py")
+    """mpq_kernels/format/codes.py as a module, without importing the package (which needs the compiled parts)."""
+    spec = importlib.util.spec_from_file_location("mpq_formats", ROOT / "mpq_kernels" / "format" / "codes.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -75,7 +75,7 @@ def layout_header(formats) -> str:
         return "{" + ", ".join(braces(v) if isinstance(v, list) else str(v) for v in values) + "}"
 
     out = [
-        "// Written by setup.py from mpq_kernels/formats.py. Do not edit.",
+        "// Written by setup.py from mpq_kernels/format/codes.py. Do not edit.",
         "#pragma once",
         "#include <cstdint>",
         "namespace mpq {",

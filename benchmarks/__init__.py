@@ -1,1 +1,1 @@
-"""Benchmarks: `python benchmarks/gemm.py`, `benchmarks/run_gpu.sh`. README.md here says how to read their numbers."""
+"""Benchmarks: `python benchmarks/layers/gemm.py`, `benchmarks/run_gpu.sh`. README.md says how to read their numbers."""

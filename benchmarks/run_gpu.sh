@@ -106,7 +106,7 @@ compile_probe() {
   if ((!dry)); then
     arch=$("$python" -c 'import torch; m, n = torch.cuda.get_device_capability(); print(f"{m}{n}" + ("a" if m == 9 else ""))') || return 1
   fi
-  nvcc -O3 -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" benchmarks/probe.cu -o "$scratch/probe"
+  nvcc -O3 -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" benchmarks/gpu/probe.cu -o "$scratch/probe"
 }
 
 probe() {
@@ -120,7 +120,7 @@ sanitize() { # SECONDS: the three tools at once, each over the same cases and ov
   for tool in memcheck racecheck synccheck; do
     {
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$scratch/probe" --quick || exit 1
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/sanitize_cases.py --budget-s $(($1 - 35))
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu/sanitize.py --budget-s $(($1 - 35))
     } >"$scratch/$tool.log" 2>&1 &
     eval "pid_$tool=$!"
   done
@@ -164,19 +164,19 @@ step build 200 build
 if ((dry)); then
   if command -v nvcc >/dev/null; then step probe_compiles 90 compile_probe; else skip probe_compiles "no nvcc"; fi
   step imports 60 imports
-  step plan 120 '"$python" benchmarks/gemm.py --device cuda --dry-run'
-  step cases_on_cpu 120 '"$python" benchmarks/sanitize_cases.py --device cpu'
+  step plan 120 '"$python" benchmarks/layers/gemm.py --device cuda --dry-run'
+  step cases_on_cpu 120 '"$python" benchmarks/gpu/sanitize.py --device cpu'
   step gpu_tests_collect 120 '"$python" -m pytest tests -q -m gpu --collect-only -p no:cacheprovider'
   for name in probe warm gpu_tests triton_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
 else
   step probe 40 probe
   # Kernels that are compiled at their first call are compiled while the device does little else.
-  "$python" benchmarks/gemm.py --device cuda --warm --peers humming --backend cuda --budget-s 150 >"$scratch/warm_humming.log" 2>&1 &
+  "$python" benchmarks/layers/gemm.py --device cuda --warm --peers humming --backend cuda --budget-s 150 >"$scratch/warm_humming.log" 2>&1 &
   warm=$!
-  "$python" benchmarks/gemm.py --device cuda --warm --peers bf16 --budget-s 150 >"$scratch/warm_triton.log" 2>&1 &
+  "$python" benchmarks/layers/gemm.py --device cuda --warm --peers bf16 --budget-s 150 >"$scratch/warm_triton.log" 2>&1 &
   warm+=" $!"
-  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20 --ignore tests/test_gpu_triton.py'
-  step triton_tests 60 '"$python" -m pytest tests/test_gpu_triton.py -q -p no:cacheprovider'
+  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20 --ignore tests/backends/triton/test_device.py'
+  step triton_tests 60 '"$python" -m pytest tests/backends/triton/test_device.py -q -p no:cacheprovider'
   if command -v compute-sanitizer >/dev/null; then step sanitize 75 "sanitize 75"; else skip sanitize "no compute-sanitizer"; fi
   kill $warm 2>/dev/null
   wait $warm 2>/dev/null
@@ -184,7 +184,7 @@ else
   { echo "== warm" && cat "$scratch"/warm_*.log; } >>"$log"
   budget=$(($(left) - 45))
   LINES_SHOWN=2 step gemm $((budget + 30)) \
-    "\"\$python\" benchmarks/gemm.py --device cuda --budget-s $budget --json \"\$out/gemm.json\" --plot \"\$out/gemm.png\""
+    "\"\$python\" benchmarks/layers/gemm.py --device cuda --budget-s $budget --json \"\$out/gemm.json\" --plot \"\$out/gemm.png\""
 fi
 
-"$python" benchmarks/summary.py "$out" "$steps"
+"$python" benchmarks/gpu/summary.py "$out" "$steps"

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import mpq_kernels as mpq
-from mpq_kernels.checkpoint import PackedCheckpoint
+from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.cli.doctor import examine
-from mpq_kernels.evaluate import generation_speed, perplexity
-from mpq_kernels.source import SourceCheckpoint
+from mpq_kernels.dense.checkpoint import DenseCheckpoint
+from mpq_kernels.evaluate.perplexity import perplexity
+from mpq_kernels.evaluate.speed import generation_speed
 
 EXAMPLES = Path(__file__).resolve().parent
 MODEL = EXAMPLES / "gutenberg-6m"
@@ -82,7 +83,7 @@ def measure_speed(model: Any, tokenizer: Any) -> float:
 
 def original_rows(tokenizer: Any) -> list[Row]:
     """The dense model; its weights are the same in both dtypes, so its perplexity is measured once."""
-    source = SourceCheckpoint.open(MODEL)
+    source = DenseCheckpoint.open(MODEL)
     linears = sum(source.tensors[spec.tensor].entry.nbytes for spec in source.linears() if not spec.is_head)
     files = sum(file.stat().st_size for file in source.files.files)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()

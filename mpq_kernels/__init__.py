@@ -11,27 +11,27 @@ when they are first used, so that the import itself costs nothing and asks nothi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import autoregister
 from .errors import CheckpointError, FormatError, MPQError, PlanError, QuantizeError, UnsupportedError
+from .hf import register
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration
-    from .cuda_ops import warmup
-    from .linear import MixedLinear
-    from .model import load
-    from .pack_model import pack
-    from .plan import Plan
-    from .replace import replace_linears
+    from .backends.cuda import warmup
+    from .calibrate.calibration import Calibration
+    from .hf.load import load
+    from .nn.linear import MixedLinear
+    from .nn.replace import replace_linears
+    from .packer.pack import pack
+    from .plan.plan import Plan
 
 _LAZY = {
-    "Calibration": "calibrate",
-    "MixedLinear": "linear",
-    "Plan": "plan",
-    "load": "model",
-    "pack": "pack_model",
-    "replace_linears": "replace",
-    "warmup": "cuda_ops",
+    "Calibration": "calibrate.calibration",
+    "MixedLinear": "nn.linear",
+    "Plan": "plan.plan",
+    "load": "hf.load",
+    "pack": "packer.pack",
+    "replace_linears": "nn.replace",
+    "warmup": "backends.cuda",
 }
 
 __all__ = [
@@ -64,4 +64,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-autoregister.install()
+register.install()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cli_cases import run, space  # noqa: F401  (fixtures of the command-line tests)
 
-import mpq_kernels.ops  # noqa: F401  (registers the operators)
+import mpq_kernels.backends.ops  # noqa: F401  (registers the operators)
+from tests.made.commands import run, space  # noqa: F401  (fixtures of the command-line tests)
 
 ISAS = torch.ops.mpq.cpu_isas().split(",")
 

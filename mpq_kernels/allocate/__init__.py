@@ -2,7 +2,8 @@
 
     linears --make_units--> units --METHODS[...]--> losses --allocate(budget)--> Plan
 
-See docs/allocation.md.
+May import every room but cli. Gives: units, budgets and solvers; study.Study and methods.METHODS, what a width would
+cost; sweep.py and chart.py, curves over budgets. Source: docs/allocation.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..formats import TILE_N
+from ..format.codes import TILE_N
 from .knapsack import Knapsack
 from .units import Cell, Choice, Unit
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blockwalk import find_blocks
+from ..calibrate.walk import find_blocks
+from ..dense.experts import expert_update
+from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..linearspec import LinearSpec
-from ..mixture import expert_update
 
 BATCH_TOKENS = 2048
 

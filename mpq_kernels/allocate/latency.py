@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, PlanError
-from ..files import parse_json
+from ..files.strict import parse_json
 from .units import Choice, Unit
 
 Key = tuple[int, int, int, int]  # out_features, in_features, bits, group_size

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibrate import damped
+from ..calibrate.hessians import damped
+from ..dense.linears import LinearSpec
 from ..errors import PlanError, UnsupportedError
-from ..layout import WeightLayout
-from ..linearspec import LinearSpec
+from ..format.layout import WeightLayout
+from ..format.reference import dequantize
 from ..quantize.gptq import inverse_factor, quantize_with_hessian
-from ..reference import dequantize
 from .inputs import attention_received, collect_inputs, layer_cosines
 from .measured import greedy_losses, measured_losses
 from .predicted import Table, fisher_losses, hessian_losses, moment, output_error

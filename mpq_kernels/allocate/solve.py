@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..formats import KEPT_BITS, TILE_N
-from ..linearspec import LinearSpec
-from ..plan import FusePlan, Plan, SegmentPlan, WeightPlan, ZeroName
-from ..resolve import resolve
+from ..format.codes import KEPT_BITS, TILE_N
+from ..plan.plan import FusePlan, Plan, SegmentPlan, WeightPlan, ZeroName
+from ..plan.resolve import resolve
 from .budget import Budget
 from .exact import solve_exact
 from .fast import relaxed, solve_fast

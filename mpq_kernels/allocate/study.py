@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ..divergence import Reference, divergence, reference
+from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..linearspec import LinearSpec
-from ..plan import Plan
+from ..evaluate.divergence import Reference, divergence, reference
+from ..format.reference import dequantize
+from ..format.weights import QuantizedWeight
+from ..plan.plan import Plan
+from ..plan.resolve import resolve
 from ..quantize import BlockSpec, quantize_block, quantize_weight
-from ..reference import dequantize
-from ..resolve import resolve
-from ..weights import QuantizedWeight
 from .inputs import Inputs, collect_inputs
 from .units import Cell, Choice, Unit, allocated
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ..benchmark import time_calls
+from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..layout import WeightLayout
-from ..linear import MixedLinear
-from ..linearspec import LinearSpec
-from ..synthetic import random_weight
-from ..weights import PackedWeight
+from ..evaluate.speed import time_calls
+from ..format.layout import WeightLayout
+from ..format.random import random_weight
+from ..format.weights import PackedWeight
+from ..nn.linear import MixedLinear
 from .latency import FIELDS, Key, LatencyTable
 from .units import Choice, allocated
 

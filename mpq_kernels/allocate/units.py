@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..formats import FORMATS, KEPT_BITS, TILE_K, TILE_N, ZERO_KINDS
-from ..layout import WeightLayout
-from ..linearspec import LinearSpec
+from ..format.codes import FORMATS, KEPT_BITS, TILE_K, TILE_N, ZERO_KINDS
+from ..format.layout import WeightLayout
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read the same input
 NUMBER = re.compile(r"(.*?\.\d+)\..*")  # "model.layers.3" of "model.layers.3.mlp.up_proj"

@@ -2,12 +2,14 @@
 
 BACKENDS is in order of preference. A backend that is absent or cannot serve a weight says why in words, and `select`
 repeats every reason: nothing is substituted in silence.
+
+May import: format. Gives: BACKENDS, Backend, select; ops.py has the operators, and each backend is a file or a folder.
 """
 
 from __future__ import annotations
 
 from ..errors import UnsupportedError
-from ..layout import WeightLayout
+from ..format.layout import WeightLayout
 from . import cpu, cuda, reference, triton
 from .base import ACTIVATIONS, Backend
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UnsupportedError
-from ..layout import WeightLayout
+from ..format.layout import WeightLayout
 
 # What x is multiplied as: as it is, or rounded to int8 for each token and block of columns (reference_int8.py).
 ACTIVATIONS = ("exact", "int8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import ops  # noqa: F401  (registers the operators)
+from . import ops  # noqa: F401  (registers the operators)
 from .base import Backend
 
 BACKEND = Backend(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
 from ..errors import FormatError
-from ..formats import ZERO_KINDS
-from ..layout import Segment, WeightLayout
-from ..weights import DTYPE_NAMES, PackedWeight
+from ..format import reference
+from ..format.codes import ZERO_KINDS
+from ..format.layout import Segment, WeightLayout
+from ..format.weights import DTYPE_NAMES, PackedWeight
 from .base import Backend
 
 

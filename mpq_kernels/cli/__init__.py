@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import typer
 
-from . import allocate, bench, doctor, foreign, generate, inspect, kld, latency, pack, plan, ppl, sweep, tune, verify
+from . import bench, doctor, generate, inspect, kld, pack, plan, ppl, tune, verify
 from .output import fail
+from .plan import allocate, imports, latency, sweep
 
 app = typer.Typer(
     name="mpq",
@@ -24,7 +25,7 @@ app = typer.Typer(
 plan.app.command("allocate")(allocate.command)
 plan.app.command("methods")(allocate.methods)
 plan.app.command("sweep")(sweep.command)
-plan.app.command("import")(foreign.command)
+plan.app.command("import")(imports.command)
 plan.app.command("latency")(latency.command)
 app.add_typer(plan.app, name="plan")
 app.command("pack")(pack.command)

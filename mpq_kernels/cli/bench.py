@@ -14,8 +14,8 @@ from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption,
 from .output import QuietFlag, note, print_json, progress, size_dict
 
 if TYPE_CHECKING:
-    from ..benchmark import Measurement, ModelFacts
-    from ..plan import Plan
+    from ..evaluate.speed import Measurement, ModelFacts
+    from ..plan.plan import Plan
 
 FORMATS = ("md", "csv", "json")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # the last three are refused by the loader, in words
@@ -49,7 +49,7 @@ def command(
         raise typer.BadParameter("--prompt 0 and --generate 0 leave nothing to measure")
     import torch
 
-    from ..benchmark import ModelFacts, measure
+    from ..evaluate.speed import ModelFacts, measure
 
     check_device(device)
     if threads is not None:
@@ -94,8 +94,8 @@ def _synthetic_plan(path: Path, plan: Path | None, bits: int | None, group_size:
     """The plan that --plan or --bits asks for, None without them."""
     if plan is None and bits is None:
         return None
-    from ..plan import Plan
-    from ..synthetic import config_linears
+    from ..evaluate.synthetic import config_linears
+    from ..plan.plan import Plan
 
     if plan is not None:
         return Plan.from_file(plan)
@@ -107,7 +107,7 @@ def _open(path: Path, plan: Plan | None, how: tuple[str, str, str | None, str], 
 
     how: device, dtype, backend, activations.
     """
-    from ..synthetic import config_directory, synthetic_model
+    from ..evaluate.synthetic import config_directory, synthetic_model
 
     directory = config_directory(path)
     name = directory.resolve().name

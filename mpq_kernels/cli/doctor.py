@@ -82,7 +82,7 @@ def _operators() -> dict[str, Any]:
     try:
         import torch
 
-        from .. import ops
+        from ..backends import ops
     except (MPQError, ImportError) as error:
         return {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None, "reason": str(error)}
     return {
@@ -96,7 +96,7 @@ def _operators() -> dict[str, Any]:
 
 
 def _host() -> dict[str, Any]:
-    from ..formats import LAYOUT_ID
+    from ..format.codes import LAYOUT_ID
 
     try:
         # By name at run time: there is no source file for a type checker to find.

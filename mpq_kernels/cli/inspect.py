@@ -9,14 +9,14 @@ from .output import JsonFlag, PackedDir, groups, kinds, print_json, print_table,
 from .plan import print_kept
 
 if TYPE_CHECKING:
-    from ..checkpoint import PackedCheckpoint
+    from ..checkpoint.packed import PackedCheckpoint
 
 PURPOSES = ("codes", "scales", "zeros", "metadata", "padding")
 
 
 def command(out: PackedDir, as_json: JsonFlag = False) -> None:
     """Show every packed module: widths, groups, segments, bits per weight and bytes as stored; then the rest."""
-    from ..checkpoint import PackedCheckpoint
+    from ..checkpoint.packed import PackedCheckpoint
 
     checkpoint = PackedCheckpoint.open(out)
     data = describe(checkpoint)

@@ -29,8 +29,8 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """KL divergence to the original, token by token: mean, percentiles, agreement on the most likely token."""
-    from ..divergence import Reference, divergence, reference
-    from ..evaluate import token_windows
+    from ..evaluate.divergence import Reference, divergence, reference
+    from ..evaluate.perplexity import token_windows
 
     if original.is_dir():
         if text is None:

@@ -44,8 +44,8 @@ def load_model(directory: Path, device: str, dtype: str, backend: str | None, ac
     """
     from transformers.utils import logging
 
-    from ..files import contained_file, read_json_object
-    from ..schema import QUANT_METHOD
+    from ..checkpoint.config import QUANT_METHOD
+    from ..files.strict import contained_file, read_json_object
 
     wanted = named_dtype(dtype)
     check_device(device)
@@ -55,7 +55,7 @@ def load_model(directory: Path, device: str, dtype: str, backend: str | None, ac
     config = read_json_object(contained_file(directory, "config.json"))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        from ..model import load
+        from ..hf.load import load
 
         model: Any = load(directory, device=device, dtype=wanted, backend=backend, activations=activations)
     elif backend is not None:
@@ -93,9 +93,9 @@ def check_device(device: str) -> None:
 def _load_dense(directory: Path, device: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from ..source import SourceCheckpoint
+    from ..dense.checkpoint import DenseCheckpoint
 
-    source = SourceCheckpoint.open(directory)  # refuses pickles, truncated files and foreign quantizations in words
+    source = DenseCheckpoint.open(directory)  # refuses pickles, truncated files and foreign quantizations in words
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype or source.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )

@@ -13,9 +13,9 @@ from .output import JsonFlag, ModelDir, QuietFlag, fail, note, print_json, print
 from .plan import GroupOption, HeadOption, ScaleOption, SymmetricFlag, ZeroOption, print_kept, uniform_plan
 
 if TYPE_CHECKING:
-    from ..calibrate import Calibration
-    from ..plan import Plan
-    from ..report import PackReport
+    from ..calibrate.calibration import Calibration
+    from ..packer.report import PackReport
+    from ..plan.plan import Plan
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
         raise typer.BadParameter("--resume goes on with what a killed run has finished, --restart removes it: give one")
     _check_calibration(quantizer, calibration, calibration_tokens, act_order, dry_run)
     if plan is not None:
-        from ..plan import Plan
+        from ..plan.plan import Plan
 
         chosen = Plan.from_file(plan)
     else:
@@ -65,7 +65,7 @@ def command(
     if dry_run:
         _dry_run(model, chosen, quantizer, calibration, act_order, as_json)
         return
-    from ..pack_model import pack
+    from ..packer.pack import pack
 
     text = None if calibration is None else _read_calibration(calibration, calibration_tokens, act_order)
     go_on = True if resume else False if restart else None
@@ -122,7 +122,7 @@ def _check_calibration(
 
 
 def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibration:
-    from ..calibrate import Calibration
+    from ..calibrate.calibration import Calibration
 
     limit = {} if tokens is None else {"max_tokens": tokens}
     return Calibration.from_file(path, act_order=act_order, **limit)
@@ -130,15 +130,15 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
 
 def _dry_run(model: Path, plan: Plan, quantizer: str, calibration: Path | None, act_order: bool, as_json: bool) -> None:
     """What `pack` would write: the same job, of which only the sizes are asked."""
-    from ..pack_job import PackJob, in_free_order
-    from ..pack_model import MAX_SHARD_BYTES, check_calibratable
+    from ..calibrate.experts import in_walk_order
+    from ..dense.checkpoint import DenseCheckpoint
+    from ..files.safetensors import file_bytes, nbytes
+    from ..packer.job import PackJob, in_free_order
+    from ..packer.pack import MAX_SHARD_BYTES, check_calibratable
+    from ..plan.resolve import resolve
     from ..quantize import quantizer as quantizer_row
-    from ..resolve import resolve
-    from ..routed import in_walk_order
-    from ..safetensors_io import file_bytes, nbytes
-    from ..source import SourceCheckpoint
 
-    source = SourceCheckpoint.open(model)
+    source = DenseCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
     if act_order:

@@ -29,7 +29,7 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """Perplexity over windows that do not overlap, without special tokens (docs/cli.md has the convention)."""
-    from ..evaluate import perplexity
+    from ..evaluate.perplexity import perplexity
 
     content = read_text(text)
     model, tokenizer = open_model(directory, device, dtype, backend, activations)

@@ -14,7 +14,7 @@ def command() -> None:
     reason = why_not()
     if reason is not None:
         raise UnsupportedError(f"nothing to tune, the Triton backend does not work here: {reason}")
-    from ..triton_kernels import configs, tune
+    from ..backends.triton import configs, tune
 
     name, measure = tune.tune_device()
     print(f"{name}: {len(configs.TOKEN_CLASSES)} classes of tokens")

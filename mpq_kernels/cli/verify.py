@@ -11,8 +11,8 @@ import typer
 from .output import JsonFlag, PackedDir, ProgressCall, QuietFlag, print_json, print_table, progress, widths
 
 if TYPE_CHECKING:
-    from ..checkpoint import PackedCheckpoint
-    from ..source import SourceCheckpoint
+    from ..checkpoint.packed import PackedCheckpoint
+    from ..dense.checkpoint import DenseCheckpoint
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """Check hashes, names, dtypes, shapes, sizes and values of OUT; exit code 1 and one message at the first fault."""
-    from ..checkpoint import PackedCheckpoint
+    from ..checkpoint.packed import PackedCheckpoint
 
     checkpoint = PackedCheckpoint.open(out)
     size = checkpoint.size()
@@ -55,9 +55,9 @@ def command(
 
 def _hash(checkpoint: PackedCheckpoint, hidden: bool) -> list[str] | None:
     """Names of the files whose SHA-256 is that of the manifest, None without one. Raises CheckpointError."""
-    from ..manifest import read_manifest, verified_files
-    from ..shards import INDEX_FILE
-    from ..source import CONFIG_FILE
+    from ..checkpoint.manifest import read_manifest, verified_files
+    from ..dense.checkpoint import CONFIG_FILE
+    from ..files.shards import INDEX_FILE
 
     listed = read_manifest(checkpoint.path)
     if listed is None:
@@ -76,9 +76,9 @@ def _hash(checkpoint: PackedCheckpoint, hidden: bool) -> list[str] | None:
 
 def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[dict[str, Any]]:
     """Relative error of every packed linear. Raises CheckpointError when `against` is another model."""
-    from ..source import SourceCheckpoint
+    from ..dense.checkpoint import DenseCheckpoint
 
-    source = SourceCheckpoint.open(against)
+    source = DenseCheckpoint.open(against)
     with progress("comparing", hidden) as report:
         layers = list(_layer_errors(checkpoint, source, report))
     _check_kept(checkpoint, source)
@@ -86,11 +86,11 @@ def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[
 
 
 def _layer_errors(
-    checkpoint: PackedCheckpoint, source: SourceCheckpoint, report: ProgressCall | None
+    checkpoint: PackedCheckpoint, source: DenseCheckpoint, report: ProgressCall | None
 ) -> Iterator[dict[str, Any]]:
     from ..errors import CheckpointError
-    from ..packing import unpack
-    from ..weight_error import weight_error
+    from ..format.reference import weight_error
+    from ..format.words import unpack_weight
 
     specs = {spec.name: spec for spec in source.linears()}
     for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
@@ -106,7 +106,7 @@ def _layer_errors(
                     f"{checkpoint.path} was packed from another model"
                 )
             part = packed.rows(rows, end)
-            error = weight_error(source.weight(spec), unpack(part))
+            error = weight_error(source.weight(spec), unpack_weight(part))
             source.release(spec.tensor)
             about = {"name": name, "packed": packed_name, "bits": widths(part.layout)}
             yield about | {"relative_error": error.relative, "max_error": error.largest}
@@ -116,7 +116,7 @@ def _layer_errors(
             report(done, len(checkpoint.modules), packed_name)
 
 
-def _check_kept(checkpoint: PackedCheckpoint, source: SourceCheckpoint) -> None:
+def _check_kept(checkpoint: PackedCheckpoint, source: DenseCheckpoint) -> None:
     """Raise CheckpointError unless every kept tensor has the source's dtype and bytes."""
     import torch
 

@@ -1,4 +1,8 @@
-"""Quantizers: dense weights to codes, scales and zeros. `QUANTIZERS` is the table; a method is one row and one file."""
+"""Quantizers: dense weights to codes, scales and zeros. `QUANTIZERS` is the table; a method is one row and one file.
+
+May import: format. Knows no model and no disk: a weight comes in as a matrix, a calibration as its Hessian.
+Gives: QUANTIZERS, quantize_weight, quantize_block.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import QuantizeError
-from ..layout import WeightLayout
-from ..weights import QuantizedBlock, QuantizedWeight
+from ..format.layout import WeightLayout
+from ..format.weights import QuantizedBlock, QuantizedWeight
 from .blocks import BlockSpec, quantize_groups
 from .gptq import quantize_with_hessian
 from .hqq import search_scale_and_zero
-from .outputs import search_with_hessian
+from .hqq_outputs import search_with_hessian
 from .rtn import round_to_nearest
 
 __all__ = [

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import QuantizeError
-from ..formats import FORMATS, SCALE_DTYPES, ZERO_KINDS
-from ..layout import check_group_size
-from ..weights import TORCH_DTYPES, QuantizedBlock
+from ..format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from ..format.layout import check_group_size
+from ..format.weights import TORCH_DTYPES, QuantizedBlock
 
 # Weights handled at once. Searches hold about 6 fp32 temporaries of this size (6 MiB), which stay in the caches: 2**18
 # was the fastest of 2**16 .. 2**22, 1.1 s for 4096 x 4096 in one thread against 1.3 s and 3.1 s. No row is ever cut.

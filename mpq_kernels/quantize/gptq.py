@@ -29,8 +29,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import QuantizeError
-from ..layout import Segment, WeightLayout
-from ..weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
+from ..format.layout import Segment, WeightLayout
+from ..format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 from .blocks import CHUNK_WEIGHTS, BlockSpec, encode
 from .hqq import MAX_FACTOR, search_scale_and_zero
 

@@ -1,4 +1,4 @@
-// For the C++ kernel tests: a scalar packer written from mpq_kernels/formats.py alone, rounding by arithmetic, and
+// For the C++ kernel tests: a scalar packer written from mpq_kernels/format/codes.py alone, rounding by arithmetic, and
 // buffers that notice writes outside of them. Included by one source file; failed checks are counted here.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Kernels for tests/test_simulator.py: one for each primitive of csrc/cuda/device.cuh that is right, and in
+// Kernels for tests/backends/cuda/test_simulator.py: one for each primitive of csrc/cuda/device.cuh that is right, and in
 // sim_bugs.cpp one for each kind of bug. All take the same parameters; the table at the end names them.
 #include "sim_kernels.h"
 

@@ -1,0 +1,1 @@
+"""Bit allocation: plans against uniform widths, methods against each other, published claims."""

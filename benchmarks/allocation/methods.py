@@ -1,0 +1,75 @@
+"""Every allocation method on one model at one budget: seconds that its losses take, perplexity and KL of its plan.
+
+    python -m benchmarks.allocation_methods MODEL --text FILE --calibration FILE --out results.json [--budget 3]
+
+Each method starts from nothing, so that what two of them share (inputs, Hessians, candidates) is paid by both.
+Results are kept in the JSON file as they come; what it holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.allocation.plans import Results, model_parser
+from benchmarks.layers.rows import facts
+from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
+from mpq_kernels.allocate.methods import METHODS
+from mpq_kernels.allocate.study import Study
+from mpq_kernels.allocate.units import GRANULARITIES
+from mpq_kernels.dense.names import list_linears
+from mpq_kernels.errors import MPQError
+from mpq_kernels.evaluate.divergence import divergence, reference
+from mpq_kernels.evaluate.perplexity import token_windows
+
+
+def main() -> None:
+    """Measure, and print a line for each method as it comes."""
+    parser = model_parser(__doc__)
+    parser.add_argument("--budget", type=float, default=3.0, help="stored bits for each weight")
+    parser.add_argument("--granularity", default="linear", choices=list(GRANULARITIES))
+    parser.add_argument("--bits", default="2,3,4,5,6")
+    parser.add_argument("--tokens", type=int, default=10240)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    linears = list_linears(model)
+    bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
+    units = make_units(linears, args.granularity, make_choices(bits, sizes))
+    rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
+    original = reference(model, token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens), 64)
+    settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
+    names = ("budget", "granularity", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
+    results = Results(args.out, settings | {name: getattr(args, name) for name in names})
+    results.data["about"] = facts(torch.device("cpu"))
+    for name, method in METHODS.items():
+        if results.get(name) is None:
+            results.put(name, measure(Study(model, linears, units, rows, args.quantizer), method.run, args, original))
+        print(name, results.get(name), flush=True)
+
+
+def measure(study: Study, run: Any, args: argparse.Namespace, original: Any) -> dict[str, Any]:
+    """Losses, timed; the plan at the budget; what it loses. A method that refuses leaves its reason."""
+    started = time.monotonic()
+    try:
+        losses = run(study)
+    except MPQError as error:
+        return {"refused": str(error)}
+    seconds = time.monotonic() - started
+    got = allocate(study.linears, study.units, losses, Budget("bits", args.budget), model=args.model.name)
+    with study.with_plan(got.plan):
+        found = divergence(study.model, original)
+    weights = sum(unit.weights for unit in study.units)
+    return {
+        "seconds": round(seconds, 1), "bpw": 8 * got.bytes / weights, "ppl": found.ppl, "kl": found.kl,
+        "original_ppl": found.reference_ppl,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

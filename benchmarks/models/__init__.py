@@ -1,0 +1,1 @@
+"""Whole models: tokens per second, and packing itself."""

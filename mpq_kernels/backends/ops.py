@@ -1,0 +1,89 @@
+"""Loads the operators of csrc/torch/ops.cpp and says what they return without running them.
+
+Schemas and CPU kernels are registered by csrc/torch/ops.cpp; the fakes, which torch.compile and torch.export trace
+with, stand here once for every device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import UnsupportedError
+from ..format.codes import LAYOUT_ID
+
+LIBRARY = Path(__file__).parents[1] / "_ops.so"
+
+
+def _load_library() -> None:
+    if not LIBRARY.exists():
+        raise UnsupportedError(
+            f"{LIBRARY.name}, the compiled operators, is missing in {LIBRARY.parent.name}/: build it with "
+            "`pip install .` in the source tree (a C++20 compiler is enough)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise UnsupportedError(
+            f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}): it needs torch 2.11 or later"
+        ) from error
+    built = torch.ops.mpq.layout_id()
+    if built != LAYOUT_ID:
+        raise UnsupportedError(
+            f"the operators were built for layout {built}, this package has {LAYOUT_ID}: build again (`pip install .`)"
+        )
+
+
+_load_library()
+
+
+@torch.library.register_fake("mpq::linear_int8")
+@torch.library.register_fake("mpq::linear")
+def linear_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    segments: list[int],
+    out_features: int,
+    in_features: int,
+) -> torch.Tensor:
+    torch._check(x.dim() >= 1, lambda: "x must have at least one dimension")
+    torch._check(x.shape[-1] == in_features, lambda: f"x must be (..., in_features={in_features})")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("mpq::grouped_linear_int8")
+@torch.library.register_fake("mpq::grouped_linear")
+def grouped_linear_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    segments: list[int],
+    out_features: int,
+    in_features: int,
+) -> torch.Tensor:
+    torch._check(x.dim() == 2 and x.shape[1] == in_features, lambda: f"x must be (T, in_features={in_features})")
+    torch._check(offsets.dim() == 1 and offsets.shape[0] >= 2, lambda: "offsets must be (experts + 1,)")
+    return x.new_empty(x.shape[0], out_features // (offsets.shape[0] - 1))
+
+
+@torch.library.register_fake("mpq::dequantize")
+def dequantize_fake(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    segments: list[int],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return qweight.new_empty(out_features, in_features, dtype=dtype)

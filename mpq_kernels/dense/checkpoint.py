@@ -1,0 +1,164 @@
+"""A dense Hugging Face checkpoint on disk, distrusted: its config, its tensors, and the linears of its model.
+
+The model is built on the meta device (shapes, no memory) to learn which modules are `torch.nn.Linear`; each is matched
+with the tensor that feeds it, and a misfit is refused here, before anything is quantized. Code that comes with a
+checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
+from ..files.strict import contained_file, read_json_object, short
+from .linears import LinearSpec
+from .names import ModelMap
+
+CONFIG_FILE = "config.json"
+COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_COMPANION_BYTES = 256_000_000  # the largest tokenizers on the Hub are about 35 MB
+COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".md")
+COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "README", "USE_POLICY", "COPYING")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+__all__ = ["LinearSpec", "DenseCheckpoint"]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCheckpoint:
+    """An opened dense checkpoint. `path`: its directory. `config`: config.json. `dtype`: what the model computes in."""
+
+    path: Path
+    config: dict[str, Any]
+    dtype: torch.dtype
+    files: TensorFiles
+
+    @classmethod
+    def open(cls, model_dir: str | os.PathLike[str]) -> DenseCheckpoint:
+        """Check config.json, the index and every header. Reads no tensor data and builds no model.
+
+        Raises CheckpointError: not a directory, pickled or missing weights, truncated files, names that lead out of
+        the directory, an already quantized model, more layers than tensors.
+        """
+        path = Path(model_dir)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: is not a directory; give a local one (`hf download NAME --local-dir DIR` fetches a model)"
+            )
+        config = read_json_object(contained_file(path, CONFIG_FILE))
+        check_dense(path / CONFIG_FILE, config)
+        files = TensorFiles.open_directory(path)
+        check_layer_count(path / CONFIG_FILE, config, len(files.tensors))
+        return cls(path, config, _compute_dtype(path / CONFIG_FILE, config, files), files)
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor by name, with its file, dtype and shape."""
+        return self.files.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, mapped from its file without a copy. Raises CheckpointError."""
+        return self.files.read(name)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that the bytes of a tensor took; it can still be read, from the file."""
+        self.files.release(name)
+
+    def weight(self, spec: LinearSpec) -> torch.Tensor:
+        """W [N, K] of a linear: mapped, or for an expert that is stored with others, that expert. CheckpointError."""
+        return spec.weight_of(self.read(spec.tensor))
+
+    def bias(self, spec: LinearSpec) -> torch.Tensor | None:
+        """Bias [N] of a linear, None when it has none. Raises CheckpointError."""
+        return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
+
+    def linears(self) -> list[LinearSpec]:
+        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert's.
+
+        Experts have the names of their tensors in the files; those that are stored together, the names of
+        docs/plans.md. Raises CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not
+        fit the model.
+        """
+        return list(self.model_map.linears)
+
+    @cached_property
+    def model_map(self) -> ModelMap:
+        """How the model's parameters map to the stored tensors."""
+        return ModelMap.build(self.path, self.config, self.tensors)
+
+    def other_files(self) -> list[Path]:
+        """Tokenizer, generation config, chat templates, licence: plain files to carry along, sorted by name."""
+        return [self.path / name for name, reason in self._companions().items() if reason is None]
+
+    def left_files(self) -> dict[str, str]:
+        """Name -> reason of every file that is neither read nor carried along."""
+        return {name: reason for name, reason in self._companions().items() if reason is not None}
+
+    def _companions(self) -> dict[str, str | None]:
+        used = {file.name for file in self.files.files} | {CONFIG_FILE}
+        used |= set() if SINGLE_FILE in used else {INDEX_FILE}
+        return {name: _reason_to_leave(self.path, name) for name in sorted(os.listdir(self.path)) if name not in used}
+
+
+def check_dense(where: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError when a config says that its weights are quantized, or lie under a name of their own."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key)
+            if found is not None:
+                method = found.get("quant_method", key) if isinstance(found, dict) else key
+                raise CheckpointError(
+                    f"{where}: the model is already quantized with {short(method)}; dequantize it first, or import it "
+                    "without requantizing if an importer for that format exists"
+                )
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(f"{where}: transformers_weights names a weights file; rename that to model.safetensors")
+
+
+def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise CheckpointError for more layers than tensors: building such a model would only cost time and memory."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in LAYER_COUNTS:
+            count = part.get(key)
+            if type(count) is int and count > tensors:
+                raise CheckpointError(f"{where}: {key}={count}, and the checkpoint holds only {tensors} tensors")
+
+
+def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
+    """config.json's dtype; without one, as transformers does, that of the first stored floating tensor."""
+    text = config.get("text_config")
+    named = [config.get("dtype"), config.get("torch_dtype")]
+    if isinstance(text, dict):
+        named += [text.get("dtype"), text.get("torch_dtype")]
+    for name in named:
+        if name is not None and name != "auto":
+            if not isinstance(name, str) or name not in COMPUTE_DTYPES:
+                raise CheckpointError(f"{where}: dtype={short(name)} is not one of {sorted(COMPUTE_DTYPES)}")
+            return COMPUTE_DTYPES[name]
+    for tensor in files.tensors.values():
+        if tensor.dtype in COMPUTE_DTYPES.values():
+            return tensor.dtype
+    raise CheckpointError(f"{files.files[0]}: holds no fp32, fp16 or bf16 tensor; only those can be packed")
+
+
+def _reason_to_leave(directory: Path, name: str) -> str | None:
+    """Why a file is not carried along, None when it is."""
+    if name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
+        return "weights that the checkpoint does not use"
+    if not name.endswith(COMPANION_SUFFIXES) and not name.upper().startswith(COMPANION_STEMS):
+        return "not a tokenizer, template, config or licence file"
+    if not (directory / name).is_file():
+        return "not a regular file"
+    try:
+        size = contained_file(directory, name).stat().st_size
+    except CheckpointError as error:
+        return str(error)
+    return f"{size} bytes, over the limit of {MAX_COMPANION_BYTES}" if size > MAX_COMPANION_BYTES else None

@@ -1,0 +1,201 @@
+"""Which stored tensor feeds which linear of a model: transformers' model on the meta device against file headers.
+
+    parameter of the model   "model.layers.0.mlp.up_proj.weight"
+    stored as                the same, or without "model." (saved from the base model), or with it added
+    tied head                lm_head.weight and embed_tokens.weight are one parameter, stored under either name or both
+
+That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused. Experts of
+mixtures, which it does merge, are mapped by mixture.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..files.shards import StoredTensor
+from ..files.strict import short
+from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
+from .linears import LinearSpec
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """The linears, and how a tied pair is stored.
+
+    kinds: stored tensor -> type of the module that it is a parameter of. left: parameters whose experts cannot be
+    packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
+    tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
+    """
+
+    linears: tuple[LinearSpec, ...]
+    tied_source: str | None
+    tied_target: str | None
+    kinds: dict[str, str] = field(default_factory=dict)
+    left: dict[str, LeftExperts] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
+        """Match the model that `config` describes with `tensors`. Raises CheckpointError naming file and tensor."""
+        model = build_meta_model(path)
+        prefix = getattr(model, "base_model_prefix", "")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        stored = {name: _stored_name(name, prefix, tensors) for name in parameters}
+        head, tied = _head(model)
+        embedding = _tied_embedding(parameters, head) if tied else None
+        own_name = stored[embedding] if embedding is not None else None
+        if embedding is not None:
+            stored[embedding] = own_name or stored[f"{head}.weight"]
+            stored[f"{head}.weight"] = stored[f"{head}.weight"] or own_name
+        for name, module in model.named_modules():
+            if type(module) is torch.nn.Linear:
+                _check_linear(path, name, module, stored, tensors)
+        _check_complete(path, parameters, stored, tensors)
+        scoring = routers(model)
+        linears = tuple(
+            LinearSpec(
+                name,
+                module.out_features,
+                module.in_features,
+                str(stored[f"{name}.weight"]),
+                stored[f"{name}.bias"] if module.bias is not None else None,
+                is_head=name == head,
+                tied=name == head and embedding is not None,
+                router=name in scoring,
+            )
+            for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear
+        )
+        experts, left = map_experts(path, model, tensors)
+        # In reverse, so that a tied pair is what it is first: the embedding.
+        kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
+        if embedding is None:
+            return cls(linears + experts, None, None, kinds, left)
+        return cls(linears + experts, stored[embedding], own_name or embedding, kinds, left)
+
+
+def _owner(model: torch.nn.Module, parameter: str) -> str:
+    """Type of the module that has a parameter."""
+    return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+
+
+def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The causal language model that config.json describes, without memory or weights.
+
+    dtype: of its parameters, None for config.json's. Raises CheckpointError when transformers does not know the model
+    type or refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only needed here
+
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
+    except Exception as error:  # a malformed config surfaces as any type from inside transformers
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers cannot build this model ({type(error).__name__}: "
+            f"{short(str(error), 300)}); code that comes with a checkpoint is not run"
+        ) from error
+    return model
+
+
+def _stored_name(name: str, prefix: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Name of a parameter in the files: its own, or with the base model's prefix removed or added."""
+    candidates = [name]
+    if prefix:
+        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+    return next((candidate for candidate in candidates if candidate in tensors), None)
+
+
+def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
+    """(module name of the output head, whether its weight is the input embedding)."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return None, False
+    name = next(name for name, module in model.named_modules() if module is head)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return name, getattr(head, "weight", None) is getattr(embedding, "weight", head)
+
+
+def _tied_embedding(parameters: Mapping[str, torch.nn.Parameter], head: str | None) -> str:
+    """Parameter name of the input embedding that shares the head's weight."""
+    shared = parameters[f"{head}.weight"]
+    return next(name for name, value in parameters.items() if value is shared and name != f"{head}.weight")
+
+
+def _check_linear(
+    path: Path,
+    name: str,
+    module: torch.nn.Linear,
+    stored: Mapping[str, str | None],
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    for part, parameter in module.named_parameters():
+        source = stored[f"{name}.{part}"]
+        if source is None:
+            raise CheckpointError(
+                f"{path}: the model has a linear {name}, and no file holds {name}.{part}, with or without the base "
+                "model's prefix; tensors that transformers would rename or merge cannot be packed"
+            )
+        tensor = tensors[source]
+        if tensor.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{tensor}: the model that config.json describes has {list(parameter.shape)} for {name}.{part}; "
+                "config and weights belong to different models"
+            )
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{tensor}: weights must be fp32, fp16 or bf16 to be packed; dequantize or convert the checkpoint first"
+            )
+
+
+def _check_complete(
+    path: Path,
+    parameters: Mapping[str, torch.nn.Parameter],
+    stored: Mapping[str, str | None],
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    """Refuse a checkpoint that lacks a parameter, or holds it in another shape.
+
+    A parameter may also come from tensors that transformers renames or merges (experts); that is possible only when
+    some stored tensor has no parameter of its own.
+    """
+    missing = sorted(name for name, source in stored.items() if source is None)
+    if missing and set(tensors) <= set(stored.values()):
+        raise CheckpointError(f"{path}: no file holds {missing[0]}, which the model needs ({len(missing)} missing)")
+    for name, source in stored.items():
+        if source is not None and tensors[source].shape != tuple(parameters[name].shape):
+            raise CheckpointError(
+                f"{tensors[source]}: the model that config.json describes has {list(parameters[name].shape)} for {name}"
+            )
+
+
+def list_linears(model: nn.Module) -> list[LinearSpec]:
+    """Every nn.Linear of a model, in module order, then the linears of all experts, as its files name them."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    scoring = routers(model)
+    linears = [
+        LinearSpec(
+            name=name,
+            out_features=module.out_features,
+            in_features=module.in_features,
+            tensor=f"{name}.weight",
+            bias_tensor=None if module.bias is None else f"{name}.bias",
+            is_head=module is head,
+            tied=f"{name}.weight" in tied,
+            router=name in scoring,
+        )
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear  # a subclass may compute something else
+    ]
+    return [*linears, *model_experts(model)]

@@ -1,0 +1,11 @@
+"""Modules that stand in for nn.Linear and for experts, and how they take their place in a model in memory.
+
+May import: backends, quantize, plan, dense, format.
+Gives: MixedLinear, FusedLinear and its members, GroupedLinear and PackedExperts, replace.replace_linears.
+"""
+
+from .experts import GroupedLinear, PackedExperts
+from .fused import FusedLinear
+from .linear import MixedLinear
+
+__all__ = ["FusedLinear", "GroupedLinear", "MixedLinear", "PackedExperts"]

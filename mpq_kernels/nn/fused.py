@@ -1,0 +1,177 @@
+"""Several projections of one input as one packed weight, of different widths: q/k/v, gate/up.
+
+The model keeps its modules. `FusedLinear` owns the packed tensors; each projection becomes a `FusedMember`, which holds
+no tensor of its own:
+
+    parent.qkv_proj  FusedLinear    rows  | q 3 bits | k 3 bits | v 4 bits |
+    parent.q_proj    FusedMember    rows  ^^^^^^^^^^^^
+
+The first member that is called with an x runs the whole weight in one call and keeps the other members' rows until they
+ask for them with the same x; when that is not certain, a member runs its own rows, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import FormatError
+from ..format.layout import Member, WeightLayout
+from ..format.weights import PackedWeight
+from .linear import PACKED_NAMES, MixedLinear
+
+
+def check_members(layout: WeightLayout, members: Sequence[Member]) -> None:
+    """Raise FormatError unless the members tile the rows, in order, on cuts between row bands."""
+    cuts = {segment.n0 for segment in layout.segments} | {layout.out_features}
+    row = 0
+    for member in members:
+        if member.n0 != row or member.n1 <= member.n0 or member.n1 not in cuts:
+            raise FormatError(
+                f"member {member.name!r} has rows {member.n0}..{member.n1}: members must follow each other from row 0 "
+                f"and end between row bands {sorted(cuts)}"
+            )
+        row = member.n1
+    if row != layout.out_features:
+        raise FormatError(f"members cover {row} of {layout.out_features} rows")
+    if len({member.name for member in members}) != len(members):
+        raise FormatError(f"members repeat a name: {[member.name for member in members]}")
+
+
+class _Outputs:
+    """Rows of one call that members have not asked for yet. Holds x weakly: a new x may get the old one's address."""
+
+    def __init__(self, x: torch.Tensor, parts: list[torch.Tensor | None]) -> None:
+        self.x = weakref.ref(x)
+        self.version = x._version
+        self.parts = parts
+
+    def take(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        """The rows of member `index` if they were computed from this very x, unchanged, and not taken before."""
+        if self.x() is not x or x._version != self.version:
+            return None
+        part, self.parts[index] = self.parts[index], None
+        return part
+
+
+class FusedLinear(MixedLinear):
+    """A packed weight whose rows belong to several projections of the same input."""
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        members: Sequence[Member],
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        activations: str = "exact",
+    ) -> None:
+        check_members(layout, members)
+        super().__init__(layout, bias, dtype, device, backend, activations)
+        self.members = tuple(members)
+        self._outputs: _Outputs | None = None
+        self._member_rows = []
+        for member in self.members:
+            rows, parts = layout.rows(member.n0, member.n1)
+            if not parts["zeros"][1]:
+                parts["zeros"] = (0, 0)
+            self._member_rows.append((parts, (rows.segment_ints(), rows.out_features, rows.in_features)))
+
+    @classmethod
+    def from_members(
+        cls,
+        weight: PackedWeight,
+        members: Sequence[Member],
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        activations: str = "exact",
+    ) -> FusedLinear:
+        """Fused layer over existing packed tensors, without a copy. bias: [N] or None."""
+        layer = cls(weight.layout, members, bias is not None, dtype, "meta", backend, activations)
+        layer.assign(weight, bias)
+        return layer
+
+    def project(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Rows of member `index` of this layer applied to x: (..., K) -> (..., n1 - n0)."""
+        # Under tracing, and where x does not count its in-place changes, there is no telling one x from another.
+        if torch.compiler.is_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
+            return self._project_alone(x, index)
+        held = self._outputs
+        part = held.take(x, index) if held is not None else None
+        if part is None:
+            y = self(x)
+            parts: list[torch.Tensor | None] = [y[..., m.n0 : m.n1] for m in self.members]
+            part, parts[index] = parts[index], None
+            held = self._outputs = _Outputs(x, parts)
+        if all(p is None for p in held.parts):  # type: ignore[union-attr]
+            self._outputs = None
+        return part  # type: ignore[return-value]
+
+    def _project_alone(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        member = self.members[index]
+        parts, shape = self._member_rows[index]
+        weight = tuple(
+            None if tensor is None else tensor.narrow(0, *parts[name]) if name in parts else tensor
+            for name, tensor in ((name, self._buffers[name]) for name in PACKED_NAMES)
+        )
+        bias = None if self.bias is None else self.bias[member.n0 : member.n1]
+        return self._run(x, weight, bias, shape)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_outputs": None}
+
+
+class FusedMember(nn.Module):
+    """A projection whose rows live in a FusedLinear. Stands where the nn.Linear stood; has no state of its own."""
+
+    def __init__(self, fused: FusedLinear, index: int) -> None:
+        super().__init__()
+        self._fused = (fused,)  # in a tuple, so that it is not registered as a child a second time
+        self.index = index
+        member = fused.members[index]
+        self.in_features, self.out_features = fused.in_features, member.n1 - member.n0
+
+    @property
+    def fused(self) -> FusedLinear:
+        """The layer that owns the tensors."""
+        return self._fused[0]
+
+    @property
+    def packed(self) -> PackedWeight:
+        """This projection's rows of the packed weight, as views."""
+        member = self.fused.members[self.index]
+        return self.fused.packed.rows(member.n0, member.n1)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Stand-in [N, K], as MixedLinear.weight."""
+        return self.fused.weight[: self.out_features]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """This projection's part of the bias, or None."""
+        member, bias = self.fused.members[self.index], self.fused.bias
+        return None if bias is None else bias[member.n0 : member.n1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype."""
+        return self.fused.project(x, self.index)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W [N, K] of this projection, as MixedLinear.dequantize."""
+        member = self.fused.members[self.index]
+        return self.fused.dequantize(dtype)[member.n0 : member.n1]
+
+    def extra_repr(self) -> str:
+        """Shape, rows and owner."""
+        member = self.fused.members[self.index]
+        bits = "|".join(dict.fromkeys(str(s.bits) for s in self.packed.layout.segments))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, "
+            f"rows {member.n0}..{member.n1} of a fused weight"
+        )

@@ -1,0 +1,266 @@
+"""`MixedLinear`: a drop-in for nn.Linear that holds a packed weight of one or several widths.
+
+y[M, N] = x[M, K] @ W[N, K].T + bias        W stays packed; nothing is repacked, cast or derived at load
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends import BACKENDS, select
+from ..errors import FormatError
+from ..format.layout import WeightLayout
+from ..format.weights import TORCH_DTYPES, PackedWeight
+from ..format.words import pack_weight
+from ..quantize import quantize_weight
+
+PACKED_NAMES = ("qweight", "scales", "zeros", "perm")
+
+
+class MixedLinear(nn.Module):
+    """Linear layer over a packed weight. State: qweight, scales, zeros, perm (as the layout has them) and bias.
+
+    layout: shape, segments and dtypes. dtype: what `weight.dtype` reports to code that inspects it, and the dtype of
+    the bias. backend: a name from backends.BACKENDS; None takes the first that serves the device. activations: "exact",
+    or "int8" for the faster product with rounded x, whose error reference_int8.error_bound bounds (CPU only).
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        activations: str = "exact",
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        self.dtype = dtype or torch.get_default_dtype()
+        specs = layout.tensor_specs()
+        for name in PACKED_NAMES:
+            spec = specs.get(name)
+            buffer = None if spec is None else torch.zeros(spec[1], dtype=TORCH_DTYPES[spec[0]], device=device)
+            self.register_buffer(name, buffer)
+        empty = torch.zeros(self.out_features, dtype=self.dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self._segments = layout.segment_ints()
+        self.wanted_backend, self.activations = backend, activations
+        self._bind()
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        activations: str = "exact",
+    ) -> MixedLinear:
+        """Layer over existing packed tensors, without a copy. bias: [N] or None."""
+        dtype = dtype or (bias.dtype if bias is not None else None)
+        layer = cls(weight.layout, bias is not None, dtype, "meta", backend, activations)
+        layer.assign(weight, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        bits: int = 4,
+        group_size: int = 64,
+        symmetric: bool = False,
+        zero: str = "int",
+        scale_dtype: str = "float16",
+        quantizer: str = "hqq",
+        backend: str | None = None,
+    ) -> MixedLinear:
+        """Quantize and pack an nn.Linear. `group_size` -1 is all of K; `zero` ("int" or "float") is for asymmetric.
+
+        Raises FormatError when the group does not divide in_features, QuantizeError for NaN or Inf in the weight.
+        """
+        kind = "none" if symmetric else zero
+        layout = WeightLayout.uniform(linear.out_features, linear.in_features, bits, group_size, kind, scale_dtype)
+        quantized = quantize_weight(linear.weight.detach(), layout, None, quantizer)
+        packed = pack_weight(quantized).to(linear.weight.device)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls.from_packed(packed, bias, linear.weight.dtype, backend)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype; sums are kept in fp32."""
+        buffers = self._buffers
+        weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
+        return self._run(x, weight, self.bias, (self._segments, self.out_features, self.in_features))
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        weight: tuple[torch.Tensor | None, ...],
+        bias: torch.Tensor | None,
+        shape: tuple[list[int], int, int],
+    ) -> torch.Tensor:
+        """The backend's linear, through autograd only when something asks for a gradient."""
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return PackedLinearFunction.apply(x, bias, self._linear, self._dequantize, weight, shape)
+        return self._linear(x, *weight, bias, *shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W [N, K] in the original column order: (codes - zeros) * scales in fp32, rounded once to dtype (fp32)."""
+        buffers = self._buffers
+        weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
+        wanted = dtype or torch.float32
+        made = wanted if wanted in (torch.float16, torch.bfloat16) else torch.float32
+        shape = (self._segments, self.out_features, self.in_features)
+        return self._dequantize(*weight, *shape, made).to(wanted)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight as a value: the same tensors, checked."""
+        return PackedWeight(self.layout, self.qweight, self.scales, self.zeros, self.perm)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Stand-in [N, K] with the dtype and device that other code looks for; one element in memory.
+
+        It reads as NaN, so that code which computes with it instead of calling the layer is noticed; `dequantize()`
+        gives the values.
+        """
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.qweight.device)
+        return nan.expand(self.out_features, self.in_features)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use, "none" on the meta device."""
+        return self._backend_name
+
+    def _bind(self) -> None:
+        """Choose the backend for the device that the tensors are on now."""
+        self._linear: Callable[..., torch.Tensor]
+        self._dequantize: Callable[..., torch.Tensor]
+        device = self.qweight.device.type
+        if device == "meta":
+            # Shapes and dtypes only: the operators' fakes serve, and the choice is made when the tensors arrive.
+            chosen, self._backend_name = BACKENDS["cpu"], "none"
+        else:
+            chosen = select(self.layout, device, self.wanted_backend, self.activations)
+            self._backend_name = chosen.name
+        self._linear, self._dequantize = chosen.products(self.activations)[0], chosen.dequantize
+
+    def assign(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+        """Put packed tensors and a bias in place of the present ones, without a copy, and choose the backend again.
+
+        Raises FormatError when the weight has another layout or the bias is not [N].
+        """
+        if weight.layout != self.layout:
+            raise FormatError(f"the weight's layout {weight.layout} is not this layer's {self.layout}")
+        if (bias is None) != (self.bias is None) or (bias is not None and tuple(bias.shape) != (self.out_features,)):
+            given = None if bias is None else list(bias.shape)
+            raise FormatError(f"bias must be {None if self.bias is None else [self.out_features]}, not {given}")
+        for name, tensor in weight.tensors().items():
+            self._buffers[name] = tensor
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self._bind()
+
+    def set_activations(self, activations: str) -> None:
+        """Take "exact" or "int8" activations from now on. Raises UnsupportedError, and stays as it is, if it cannot."""
+        device = self.qweight.device.type
+        select(self.layout, "cpu" if device == "meta" else device, self.wanted_backend, activations)
+        self.activations = activations
+        self._bind()
+
+    def rebind(self) -> None:
+        """Choose the backend again after a loader has put tensors in place by itself."""
+        self._bind()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MixedLinear:
+        # .half(), .to(bfloat16) and the like must not touch packed tensors: scales in another dtype are other weights.
+        before = dict(self._buffers)
+        target = fn(torch.zeros(0, dtype=self.dtype, device=self.qweight.device))
+        if target.device.type != "meta":
+            # Refuse before anything has moved.
+            select(self.layout, target.device.type, self.wanted_backend, self.activations)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        self.dtype = target.dtype
+        self._bind()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        # nn.Module would cast in silence; a packed tensor of another dtype is another weight.
+        for name in PACKED_NAMES:
+            given, held = state_dict.get(prefix + name), self._buffers[name]
+            if given is not None and held is not None and given.dtype != held.dtype:
+                errors.append(f"{prefix}{name} is {given.dtype} in the state dict, {held.dtype} in the layer")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_linear", "_dequantize", "_backend_name")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind()
+
+    def extra_repr(self) -> str:
+        """Shape, widths, groups, stored bits per weight, backend."""
+        segments = self.layout.segments
+        bits = "|".join(str(b) for b in dict.fromkeys(s.bits for s in segments))
+        groups = "|".join(str(g) for g in dict.fromkeys(s.group_size for s in segments))
+        zero = "|".join(dict.fromkeys(s.zero for s in segments))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, group_size={groups}, "
+            f"zero={zero}, bpw={self.layout.size().bits_per_weight:.3f}, bias={self.bias is not None}, "
+            f"backend={self.backend}" + ("" if self.activations == "exact" else f", activations={self.activations}")
+        )
+
+
+class PackedLinearFunction(torch.autograd.Function):
+    """Gradients with respect to x and bias through a packed weight, which itself is constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        linear: Callable[..., torch.Tensor],
+        dequantize: Callable[..., torch.Tensor],
+        weight: tuple[torch.Tensor | None, ...],
+        shape: tuple[list[int], int, int],
+    ) -> torch.Tensor:
+        """As `mpq::linear`."""
+        ctx.save_for_backward(*weight)
+        ctx.dequantize, ctx.shape = dequantize, shape
+        return linear(x, *weight, bias, *shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """grad_x = grad @ W, grad_bias = the sum of grad over tokens."""
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.dequantize(*ctx.saved_tensors, *ctx.shape, grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, grad_bias, None, None, None, None
+
+
+def packed_modules(model: nn.Module) -> Sequence[tuple[str, MixedLinear]]:
+    """(name, module) of every module of a model that owns packed tensors."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MixedLinear)]

@@ -1,0 +1,163 @@
+"""Put packed layers where a model's nn.Linear modules and experts stand: from a plan, or empty for a loader to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..dense.experts import experts_modules, why_not_packable
+from ..dense.linears import DOWN, GATE_UP, PARTS
+from ..dense.names import list_linears
+from ..errors import FormatError
+from ..format.weights import QuantizedWeight
+from ..format.words import pack_weight
+from ..plan.plan import Plan
+from ..plan.resolve import ResolvedWeight, resolve
+from ..quantize import quantize_weight, require_no_calibration
+from .experts import GroupedLinear, PackedExperts
+from .fused import FusedLinear, FusedMember
+from .linear import MixedLinear
+
+
+@dataclass
+class ReplaceReport:
+    """What `replace_linears` did: module name -> description of the packed layer, or the reason why it was left."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def replace_linears(
+    model: nn.Module,
+    plan: Plan,
+    quantizer: str = "hqq",
+    backend: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    activations: str = "exact",
+) -> ReplaceReport:
+    """Quantize, pack and replace the linear layers and experts of a model in memory, in place, as the plan says.
+
+    progress: called with (done, total, name) after each packed weight. activations: "exact" or "int8", as MixedLinear.
+    Raises PlanError when the plan does not fit the
+    model, QuantizeError for weights with NaN or Inf and for a quantizer that needs calibration; the model is unchanged
+    by an error in the plan.
+    """
+    require_no_calibration(quantizer)
+    linears = list_linears(model)
+    resolved = resolve(plan, linears)
+    report = ReplaceReport(left=dict(resolved.kept))
+    blocks: dict[str, dict[str, GroupedLinear]] = {}
+    for done, weight in enumerate(resolved.weights, start=1):
+        layer = quantize_modules(model, weight, quantizer, backend, activations)
+        if isinstance(layer, GroupedLinear) and weight.experts is not None:
+            names = [member.spec.name for member in weight.members]
+            parts = blocks.setdefault(weight.experts.module, {})
+            parts[weight.name.rpartition(".")[2]] = layer
+            if len(parts) == len(PARTS):  # the dense experts are needed until both are quantized
+                place_experts(model, weight.experts.module, parts)
+        else:
+            names = place(model, weight.name, layer)
+            untie(model, names)
+        report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
+        if progress is not None:
+            progress(done, len(resolved.weights), weight.name)
+    known = {spec.name for spec in linears}
+    known |= {spec.expert.module for spec in linears if spec.expert is not None}
+    experts = experts_modules(model)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if name not in known and parameter is not None and parameter.dim() > 1:
+                place_name = name if key == "weight" else f"{name}.{key}"
+                reason = why_not_packable(module) if name in experts else None
+                report.left[place_name] = reason or f"{type(module).__name__} is not an nn.Linear"
+    return report
+
+
+def quantize_modules(
+    model: nn.Module,
+    weight: ResolvedWeight,
+    quantizer: str,
+    backend: str | None = None,
+    activations: str = "exact",
+) -> MixedLinear:
+    """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
+    if weight.experts is not None:
+        return _quantize_experts(model, weight, quantizer, backend, activations)
+    linears = [_linear(model, member.spec.name) for member in weight.members]
+    quantized = []
+    for member, linear in zip(weight.members, linears, strict=True):
+        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+        values = linear.weight.detach()
+        quantized.append(quantize_weight(values, member.layout, perm, quantizer, name=member.spec.name))
+    device, dtype = linears[0].weight.device, linears[0].weight.dtype
+    packed = pack_weight(QuantizedWeight.stack(quantized)).to(device)
+    bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
+    if not weight.fused:
+        return MixedLinear.from_packed(packed, bias, dtype, backend, activations)
+    return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend, activations)
+
+
+def _quantize_experts(
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None, activations: str
+) -> GroupedLinear:
+    """Packed layer over one linear of all experts of a module."""
+    quantized, biases = [], []
+    held = model.get_parameter(weight.members[0].spec.tensor).detach()
+    for member in weight.members:
+        spec = member.spec
+        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+        quantized.append(quantize_weight(spec.weight_of(held), member.layout, perm, quantizer, name=spec.name))
+        if spec.bias_tensor is not None:
+            biases.append(spec.bias_of(model.get_parameter(spec.bias_tensor).detach()))
+    packed = pack_weight(QuantizedWeight.stack(quantized)).to(held.device)
+    bias = torch.cat(biases) if biases else None
+    count = weight.experts.count if weight.experts is not None else 0
+    return GroupedLinear.from_stacked(packed, count, bias, held.dtype, backend, activations)
+
+
+def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:
+    """Put packed experts where the model's module of experts stands, whose parameters are dropped."""
+    model.set_submodule(name, PackedExperts(layers[GATE_UP], layers[DOWN], model.get_submodule(name)))
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise FormatError(f"{name} is a {type(module).__name__}, not an nn.Linear: was the model changed meanwhile?")
+    return module
+
+
+def stack_biases(biases: list[torch.Tensor | None], rows: list[int]) -> torch.Tensor | None:
+    """Biases of the members above each other; zeros where one member has none; None when none has."""
+    held = next((bias for bias in biases if bias is not None), None)
+    if held is None:
+        return None
+    return torch.cat([held.new_zeros(n) if b is None else b.detach() for b, n in zip(biases, rows, strict=True)])
+
+
+def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
+    """Put a layer into the model under `name`, and the members of a fused one where they stood. Returns their names."""
+    if not isinstance(layer, FusedLinear):
+        model.set_submodule(name, layer)
+        return [name]
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf in parent._modules or hasattr(parent, leaf):
+        raise FormatError(f"{name} exists in the model already: give the fused weight another name")
+    parent.add_module(leaf, layer)
+    prefix = f"{parent_name}." if parent_name else ""
+    names = [prefix + member.name for member in layer.members]
+    for index, member in enumerate(names):
+        model.set_submodule(member, FusedMember(layer, index))
+    return names
+
+
+def untie(model: nn.Module, names: list[str]) -> None:
+    """Tell a transformers model that these modules no longer share their weight (a packed output head)."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    for name in names:
+        if tied:
+            tied.pop(f"{name}.weight", None)

@@ -1,0 +1,284 @@
+"""One checkpoint under one resolved plan: its parts (pack_parts.py), how each is made, and the config and the report.
+
+A part is read, quantized, packed, written, and let go of before the next one: one dense matrix is in memory at a time,
+and of a file that is mapped only the tensor that is being read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.auto_round import LearnedRounding
+from ..calibrate.hessians import Calibrator
+from ..checkpoint.config import PackedModule, PackingConfig
+from ..checkpoint.packed import PackedCheckpoint
+from ..dense.checkpoint import DenseCheckpoint
+from ..dense.linears import LinearSpec
+from ..errors import CheckpointError, QuantizeError
+from ..files.safetensors import Spec
+from ..format.reference import dequantize, weight_error
+from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
+from ..format.words import pack_weight
+from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
+from ..quantize import quantize_weight
+from ..quantize.gptq import activation_order
+from ..version import VERSION
+from .parts import Made, Part, Shard, Unit, digest, into_shards
+from .report import ModuleReport, PackReport, large_parameters
+
+Progress = Callable[[int, int, str], None]
+
+
+class PackJob:
+    """One packing: what is to be written, and the errors measured while it is."""
+
+    def __init__(
+        self,
+        source: DenseCheckpoint,
+        resolved: ResolvedPlan,
+        quantizer: str,
+        progress: Progress | None,
+        calibrator: Calibrator | LearnedRounding | None = None,
+    ) -> None:
+        self.source = source
+        self.resolved = resolved
+        self.quantizer = quantizer
+        self.progress = progress
+        self.calibrator = calibrator
+        self.errors: dict[str, float] = {}
+        self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
+        self.kept = _kept_tensors(source, resolved)
+        self.done = 0
+        members = [member for weight in resolved.weights for member in weight.members]
+        self.total = sum(source.tensors[name].entry.nbytes for name in self.kept.values())
+        self.total += sum(self._weight_bytes(member.spec) for member in members)
+
+    def shards(self, max_bytes: int) -> list[Shard]:
+        """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        units = [self._packed_unit(weight) for weight in self.resolved.weights]
+        units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
+        try:
+            return into_shards(units, max_bytes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source.path}: {error}") from error
+
+    def _packed_unit(self, weight: ResolvedWeight) -> Unit:
+        specs: dict[str, Spec] = {
+            f"{weight.name}.{key}": (TORCH_DTYPES[dtype], shape)
+            for key, (dtype, shape) in weight.layout.tensor_specs().items()
+        }
+        bias = self._bias_dtype(weight)
+        if bias is not None:
+            specs[f"{weight.name}.bias"] = (bias, (weight.layout.out_features,))
+        filled = dict.fromkeys(specs, 0)
+        parts: list[Part] = []
+        for member in weight.members:
+            counts = {key: math.prod(shape) for key, (_, shape) in member.layout.tensor_specs().items()}
+            if parts:
+                counts.pop("perm", None)  # one for all members, written with the first
+            if bias is not None:
+                counts["bias"] = member.spec.out_features
+            places = {f"{weight.name}.{key}": (filled[f"{weight.name}.{key}"], count) for key, count in counts.items()}
+            for name, (_, count) in places.items():
+                filled[name] += count
+            made = partial(self._pack_member, weight, member)
+            restored = partial(self._restore_member, weight, member)
+            digests = partial(self._digests, member.spec)
+            parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
+        return Unit(specs, tuple(parts))
+
+    def _kept_unit(self, name: str, stored: str) -> Unit:
+        tensor = self.source.tensors[stored]
+
+        def digests() -> dict[str, str]:
+            return {stored: digest([self.source.read(stored)])}
+
+        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
+            self._advance(tensor.entry.nbytes, name)
+
+        def make() -> Made:
+            made = Made({name: self.source.read(stored)}, digests())
+            self._advance(tensor.entry.nbytes, name)
+            return made
+
+        places = {name: (0, math.prod(tensor.shape))}
+        return Unit({name: (tensor.dtype, tensor.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+
+    def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
+        spec = member.spec
+        dense = self.source.weight(spec)
+        quantized, error = self._quantize(member, dense)
+        inputs = self._digests(spec, dense)
+        del dense
+        self.source.release(spec.tensor)
+        packed = pack_weight(quantized).tensors()
+        del quantized
+        if "perm" in packed:
+            perm = packed.pop("perm")
+            if self.perm is None or self.perm[0] != weight.name:
+                self.perm = (weight.name, perm)
+                packed["perm"] = perm
+            elif not torch.equal(perm, self.perm[1]):
+                raise QuantizeError(f"{weight.name}: {spec.name} got a permutation of its own")
+        tensors = {f"{weight.name}.{key}": tensor for key, tensor in packed.items()}
+        dtype, bias = self._bias_dtype(weight), self.source.bias(spec)
+        if dtype is not None:  # a member without a bias adds nothing
+            tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
+        self.errors[spec.name] = error
+        self._advance(self._weight_bytes(spec), spec.name)
+        return Made(tensors, inputs, error)
+
+    def _restore_member(
+        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], error: float | None
+    ) -> None:
+        spec = member.spec
+        if f"{weight.name}.perm" in tensors:
+            self.perm = (weight.name, tensors[f"{weight.name}.perm"])
+        if isinstance(self.calibrator, Calibrator):
+            keys = [key for key in member.layout.tensor_specs() if key != "perm"]
+            own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
+            if member.layout.permuted:
+                assert self.perm is not None and self.perm[0] == weight.name
+                own["perm"] = self.perm[1]
+            self.calibrator.enter(spec.name)
+            self.calibrator.set_weight(spec.name, dequantize(PackedWeight(member.layout, **own)))
+        self.errors[spec.name] = 0.0 if error is None else error
+        self._advance(self._weight_bytes(spec), spec.name)
+
+    def _digests(self, spec: LinearSpec, dense: torch.Tensor | None = None) -> dict[str, str]:
+        """sha256 of what is read for a linear. dense: its weight, where it has been read already."""
+        out = {spec.tensor: digest([self.source.weight(spec) if dense is None else dense])}
+        bias = self.source.bias(spec)
+        if bias is not None and spec.bias_tensor is not None:
+            out[spec.bias_tensor] = digest([bias])
+        return out
+
+    def _quantize(self, member: ResolvedMember, weight: torch.Tensor) -> tuple[QuantizedWeight, float]:
+        """The quantized weight [N, K] and its relative error."""
+        spec = member.spec
+        perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+        try:
+            if isinstance(self.calibrator, LearnedRounding):
+                quantized = self.calibrator.weight(spec.name)
+            else:
+                hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
+                if hessian is not None and perm is None and member.layout.permuted:
+                    perm = activation_order(hessian)
+                quantized = quantize_weight(weight, member.layout, perm, self.quantizer, spec.name, hessian)
+        except QuantizeError as error:
+            raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
+        if quantized.layout != member.layout:
+            raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
+        if isinstance(self.calibrator, Calibrator):
+            self.calibrator.set_weight(spec.name, dequantize(quantized))
+        return quantized, weight_error(weight, quantized).relative
+
+    def _weight_bytes(self, spec: LinearSpec) -> int:
+        return spec.out_features * spec.in_features * self.source.tensors[spec.tensor].dtype.itemsize
+
+    def _advance(self, count: int, name: str) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total, name)
+
+    def _bias_dtype(self, weight: ResolvedWeight) -> torch.dtype | None:
+        biases = [m.spec.bias_tensor for m in weight.members if m.spec.bias_tensor is not None]
+        dtypes = {self.source.tensors[name].dtype for name in biases}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{self.source.path}: the biases fused into {weight.name} have dtypes {dtypes}")
+        return dtypes.pop() if dtypes else None
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the output: that of the source, and how its weights are packed."""
+        modules = {}
+        for weight in self.resolved.weights:
+            members = weight.member_rows() if weight.fused else None
+            modules[weight.name] = PackedModule(
+                weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
+            )
+        packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+        # auto_map names code files; none is carried along.
+        config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
+        if not {config.get("dtype"), config.get("torch_dtype")} - {None, "auto"}:
+            # Without it, transformers would take the first floating tensor's dtype, which may be that of scales.
+            config["dtype"] = str(self.source.dtype).removeprefix("torch.")
+        config["quantization_config"] = packing_config.to_dict()
+        return config
+
+    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path], resumed: int) -> PackReport:
+        """Sizes as they are on disk, errors as measured. resumed: parts that an earlier run had finished."""
+        size = written.size()
+        return PackReport(
+            out_dir=str(out),
+            quantizer=self.quantizer,
+            modules=tuple(self._module_report(weight) for weight in self.resolved.weights),
+            kept=dict(self.resolved.kept),
+            packed=size.packed,
+            kept_bytes=size.kept,
+            bias_bytes=size.bias,
+            file_bytes=size.files,
+            source_bytes=sum(tensor.entry.nbytes for tensor in self.source.tensors.values()),
+            files=tuple(file.name for file in written.files.files),
+            copied=tuple(path.name for path in companions),
+            left=self.source.left_files(),
+            large=large_parameters(self.source, self.resolved, self.kept),
+            parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
+            resumed=resumed,
+            unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
+        )
+
+    def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
+        names = tuple(member.spec.name for member in weight.members)
+        size = weight.layout.size()
+        return ModuleReport(
+            weight.name,
+            names,
+            size.codes / size.weights,
+            size.bits_per_weight,
+            size.total_bytes,
+            {name: self.errors[name] for name in names},
+        )
+
+
+def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
+    """The same plan with a permutation of K, to be chosen from the calibration, in every weight that leaves it free.
+
+    Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
+    those whose columns differ in width or kind, stay as they are: there the plan says which column is which. So do
+    experts: those of one module are stored with one order of K, and each reads inputs of its own.
+    """
+
+    def free(weight: ResolvedWeight) -> bool:
+        return (
+            weight.experts is None
+            and not weight.layout.permuted
+            and all(len(band) == 1 for band in weight.layout.bands())
+        )
+
+    def permuted(weight: ResolvedWeight) -> ResolvedWeight:
+        members = tuple(replace(m, layout=replace(m.layout, permuted=True)) for m in weight.members)
+        return replace(weight, members=members, layout=replace(weight.layout, permuted=True))
+
+    return replace(resolved, weights=tuple(permuted(w) if free(w) else w for w in resolved.weights))
+
+
+def _kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
+    """Name in the output -> stored name, of every tensor that stays as it is.
+
+    The tied embedding always stays: it is looked up by row even where the head is packed.
+    """
+    packed = [member.spec for weight in resolved.weights for member in weight.members]
+    dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
+    kept = {name: name for name in source.tensors if name not in dropped}
+    tied = source.model_map
+    if tied.tied_source is not None and tied.tied_target is not None:
+        kept.pop(tied.tied_source, None)
+        kept[tied.tied_target] = tied.tied_source
+    return kept

@@ -1,0 +1,118 @@
+"""Packing: golden bytes, C++ against torch, round trips, and nothing lost at odd sizes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpq_kernels.errors import FormatError
+from mpq_kernels.format.codes import row_position
+from mpq_kernels.format.weights import QuantizedBlock, QuantizedWeight
+from mpq_kernels.format.words import PACKERS, pack_rows, pack_weight, unpack_weight
+from tests.made.weights import BITS, SIZES, mixed_weight, random_weight, support_matrix
+
+VECTORS = json.loads((Path(__file__).parents[2] / "docs" / "format_vectors.json").read_text())
+
+
+def golden_codes(case) -> torch.Tensor:
+    state, values, count = case["seed"], [], case["out_features"] * case["in_features"]
+    for _ in range(count):
+        state = (state * 1664525 + 1013904223) % 2**32
+        values.append(state >> (32 - case["bits"]))
+    return torch.tensor(values, dtype=torch.uint8).view(case["out_features"], case["in_features"])
+
+
+@pytest.mark.parametrize("method", PACKERS)
+@pytest.mark.parametrize("case", VECTORS["codes"], ids=lambda c: f"{c['bits']}bit-{c['out_features']}")
+def test_golden_words(case, method):
+    codes = golden_codes(case)
+    scales = torch.ones(codes.shape[0], 1, dtype=torch.float16)
+    packed = pack_weight(QuantizedWeight.uniform(QuantizedBlock(case["bits"], codes, scales)), method)
+    words = packed.qweight.numpy().view("<u4")
+    assert len(words) == case["qweight_words"]
+    assert [f"{w:08x}" for w in words[:4]] == case["first_words"]
+    assert [f"{w:08x}" for w in words[-4:]] == case["last_words"]
+    assert hashlib.sha256(words.tobytes()).hexdigest() == case["qweight_sha256"]
+
+
+@pytest.mark.parametrize("case", VECTORS["rows"], ids=lambda c: f"{c['out_features']}rows")
+def test_golden_row_order(case):
+    n, groups = case["out_features"], case["groups"]
+    values = torch.arange(1, n * groups + 1, dtype=torch.int32).view(n, groups)
+    flat = pack_rows(values)
+    assert flat[:16].tolist() == case["first"]
+    assert hashlib.sha256(flat.numpy().astype("<u2").tobytes()).hexdigest() == case["sha256_uint16"]
+
+
+def test_worked_example_of_the_format_page():
+    codes = torch.zeros(64, 64, dtype=torch.uint8)
+    codes[13, 9] = 5
+    packed = pack_weight(QuantizedWeight.uniform(QuantizedBlock(4, codes, torch.ones(64, 1))))
+    data = packed.qweight.numpy().tobytes()
+    assert data[320:324] == bytes.fromhex("00000050") and not any(data[:320]) and not any(data[324:])
+
+
+def test_rows_of_scales_sit_at_their_positions():
+    packed = pack_rows(torch.arange(64.0).view(64, 1))
+    assert [packed[row_position(n)].item() for n in range(64)] == list(range(64))
+
+
+@pytest.mark.parametrize(("bits", "zero", "scale_dtype"), support_matrix())
+def test_round_trip_and_both_packers_agree(bits, zero, scale_dtype):
+    weight = random_weight(100, 96, bits, 32, zero, scale_dtype, permuted=True, seed=bits)
+    packed, other = pack_weight(weight), pack_weight(weight, "torch")
+    for name, tensor in packed.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+    for method in PACKERS:
+        assert_equal(unpack_weight(packed, method), weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("k", SIZES)
+def test_odd_sizes_round_trip(n, k, bits):
+    weight = random_weight(n, k, bits, seed=n + k)
+    packed = pack_weight(weight)
+    assert torch.equal(packed.qweight, pack_weight(weight, "torch").qweight)
+    assert_equal(unpack_weight(packed), weight)
+    assert packed.size().total_bytes == sum(t.numel() * t.element_size() for t in packed.tensors().values())
+
+
+def test_segments_round_trip():
+    weight = mixed_weight(permuted=True)
+    assert_equal(unpack_weight(pack_weight(weight)), weight)
+    assert_equal(unpack_weight(pack_weight(weight, "torch"), "torch"), weight)
+
+
+def test_codes_that_are_a_strided_view():
+    weight = random_weight(65, 128, 3)
+    block = weight.blocks[0][2]
+    wide = torch.zeros(65, 256, dtype=torch.uint8)
+    wide[:, ::2] = block.codes
+    view = QuantizedBlock(3, wide[:, ::2], block.scales, block.zeros)
+    assert torch.equal(pack_weight(QuantizedWeight.uniform(view)).qweight, pack_weight(weight).qweight)
+
+
+def test_unknown_method():
+    with pytest.raises(FormatError, match="method='numba' is not one of"):
+        pack_weight(random_weight(4, 4, 4), "numba")
+
+
+@pytest.mark.parametrize("thread_count", [1, 2, 7])
+def test_thread_count_does_not_change_words(thread_count, monkeypatch):
+    weight = random_weight(300, 200, 7)
+    expected = pack_weight(weight).qweight
+    monkeypatch.setattr(os, "cpu_count", lambda: thread_count)
+    assert torch.equal(pack_weight(weight).qweight, expected)
+
+
+def assert_equal(a: QuantizedWeight, b: QuantizedWeight) -> None:
+    assert len(a.blocks) == len(b.blocks) and (a.perm is None) == (b.perm is None)
+    assert a.perm is None or torch.equal(a.perm, b.perm)
+    for (n, k, x), (m, j, y) in zip(a.blocks, b.blocks, strict=True):
+        assert (n, k, x.bits) == (m, j, y.bits)
+        assert torch.equal(x.codes, y.codes) and torch.equal(x.scales, y.scales)
+        assert (x.zeros is None) == (y.zeros is None) and (x.zeros is None or torch.equal(x.zeros, y.zeros))

@@ -1,0 +1,1 @@
+"""What tests share: small models, weights, plans, foreign files, commands."""
