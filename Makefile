@@ -18,7 +18,7 @@ SOURCES := setup.py mpq_kernels/format/codes.py $(shell find csrc -type f -not -
 CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
 	-o -name '*.cu' -o -name '*.cuh' \) -not -path 'csrc/generated/*')
 
-.PHONY: install demo test sanitize lint format bench clean
+.PHONY: install demo test sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -53,16 +53,28 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(MAKE) docs
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The extra's packages alone: asking for '.[docs]' would build the package once more.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.environment
+	$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*extras["docs"], sep="\n")' > $@.txt
+	$(PIP) -r $@.txt
+	touch $@
+
+# Strict: a link without a target, or a name of docs/reference.md that does not exist, is an error.
+docs: install $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave --benchmark-storage=file://.benchmarks
 
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache csrc/generated *.egg-info
+	rm -rf $(VENV) build dist site demo_output gutenberg-3bit .pytest_cache .mypy_cache .ruff_cache csrc/generated *.egg-info
 	rm -f mpq_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
