@@ -331,7 +331,7 @@ def test_failures_leave_reasons_and_the_rest_runs():
 
 def test_a_refusal_comes_before_any_work():
     class Picky(Failing):
-        def refuses(self, rows, cols, width):
+        def why_not_layer(self, rows, cols, width):
             return f"{rows} x {cols} is too odd"
 
     made = list(bench({"failing": Picky()}).rows(unit("tiny-token", "peer", peer="failing")))
