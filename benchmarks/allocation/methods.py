@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.allocation.plans import Results, model_parser
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study

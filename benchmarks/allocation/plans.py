@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan, make_units, plan_bytes
 from mpq_kernels.allocate.fill import Split
 from mpq_kernels.allocate.methods import METHODS

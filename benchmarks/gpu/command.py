@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.facts import facts
 from benchmarks.gpu.budget import PACKED_BACKENDS, Unit, plan, without_absent
 from benchmarks.gpu.measure import LEAST_COPIES, Bench, Broken
 from benchmarks.layers.plot import plot
-from benchmarks.layers.rows import DENSE, GPU_HEADS, GpuRow, facts, gpu_line, read_json, set_ratios, write_json
+from benchmarks.layers.rows import DENSE, GPU_HEADS, GpuRow, gpu_line, read_json, set_ratios, write_json
 from benchmarks.layers.shapes import SHAPES, TOKENS, make_layout, parts_of
 from benchmarks.layers.timing import EagerRun, GraphRun, copies_for, cuda_ceilings
 from benchmarks.peers.installed import all_peers, look_into_site
