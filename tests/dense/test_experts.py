@@ -55,9 +55,6 @@ def test_why_an_experts_module_is_not_packable(mixture, attribute, value, words)
     assert words in why_not_packable(experts)
 
 
-DOWN = "model.layers.0.block_sparse_moe.experts.down"
-
-
 @pytest.mark.parametrize("change", ["missing", "shape", "dtype"])
 def test_sources_with_a_bad_expert_are_refused(mixture, tmp_path, change):
     shutil.copytree(mixture[0], tmp_path / "m")
