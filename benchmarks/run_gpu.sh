@@ -98,7 +98,7 @@ build() { # for the device that is there alone: the others' code would cost minu
     arch=$("$python" -c 'import torch; m, n = torch.cuda.get_device_capability(); print(f"{m}{n}")') || return 1
   fi
   MPQ_CUDA_ARCHS=${MPQ_CUDA_ARCHS:-$arch} "$python" setup.py -q build_ext --inplace || return 1
-  "$python" -c 'from mpq_kernels import cuda_ops; print("CUDA kernels:", cuda_ops.why_not() or "work")'
+  "$python" -c 'from mpq_kernels.backends import cuda; print("CUDA kernels:", cuda.why_unavailable() or "work")'
 }
 
 compile_probe() {

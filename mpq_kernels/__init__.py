@@ -64,4 +64,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-register.install()
+register.register_on_import()

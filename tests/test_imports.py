@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mpq_kernels"
 # Lowest first. A room may import from itself and from rooms of the rows above it in this list; not from others of its
 # own row. A new file needs no line here, only a new room does.
 LAYERS = (
-    ("errors", "version"),
+    ("errors", "progress", "version"),
     ("format", "files"),
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),

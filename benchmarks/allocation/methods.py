@@ -16,14 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.allocation.plans import Results, model_parser
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study
 from mpq_kernels.allocate.units import GRANULARITIES
 from mpq_kernels.dense.names import list_linears
 from mpq_kernels.errors import MPQError
-from mpq_kernels.evaluate.divergence import divergence, reference
+from mpq_kernels.evaluate.divergence import divergence, predict
 from mpq_kernels.evaluate.perplexity import token_windows
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
     units = make_units(linears, args.granularity, make_choices(bits, sizes))
     rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
-    original = reference(model, token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens), 64)
+    original = predict(model, token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens), 64)
     settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
     names = ("budget", "granularity", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})
@@ -67,7 +67,7 @@ def measure(study: Study, run: Any, args: argparse.Namespace, original: Any) -> 
     weights = sum(unit.weights for unit in study.units)
     return {
         "seconds": round(seconds, 1), "bpw": 8 * got.bytes / weights, "ppl": found.ppl, "kl": found.kl,
-        "original_ppl": found.reference_ppl,
+        "original_ppl": found.original_ppl,
     }  # fmt: skip
 
 

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan, make_units, plan_bytes
 from mpq_kernels.allocate.fill import Split
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study
 from mpq_kernels.allocate.units import GRANULARITIES
 from mpq_kernels.dense.names import list_linears
-from mpq_kernels.evaluate.divergence import divergence, reference
+from mpq_kernels.evaluate.divergence import divergence, predict
 from mpq_kernels.evaluate.perplexity import token_windows
 from mpq_kernels.plan.plan import Plan
 
@@ -130,7 +130,7 @@ def main() -> None:
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})
     results.data.setdefault("about", facts(torch.device("cpu")))
     study = Study(model, linears, units, rows, args.quantizer)
-    original = reference(model, text, 64)
+    original = predict(model, text, 64)
     started = time.monotonic()
     if "losses" not in results.work:
         results.keep("losses", METHODS[args.method].run(study))
@@ -145,7 +145,7 @@ def main() -> None:
             with study.with_plan(plan):
                 got = divergence(model, original)
             found = results.put(name, {"bpw": 8 * stored / weights, "ppl": got.ppl, "kl": got.kl, "top1": got.top1})
-            results.data["original_ppl"] = got.reference_ppl
+            results.data["original_ppl"] = got.original_ppl
             print(name, found, flush=True)
         seen[plan.to_json()] = results.put(name, found)
         return found

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.facts import facts
 from benchmarks.gpu.budget import PACKED_BACKENDS, Unit, plan, without_absent
 from benchmarks.gpu.measure import LEAST_COPIES, Bench, Broken
 from benchmarks.layers.plot import plot
-from benchmarks.layers.rows import DENSE, GPU_HEADS, GpuRow, facts, gpu_line, read_json, set_ratios, write_json
+from benchmarks.layers.rows import DENSE, GPU_HEADS, GpuRow, gpu_line, read_json, set_ratios, write_json
 from benchmarks.layers.shapes import SHAPES, TOKENS, make_layout, parts_of
 from benchmarks.layers.timing import EagerRun, GraphRun, copies_for, cuda_ceilings
 from benchmarks.peers.installed import all_peers, look_into_site
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace, words: list[str], started: float) -> int:
         print("gemm.py: no CUDA device; --dry-run does what needs none", file=sys.stderr)
         return 2
     backends = {name: BACKENDS[name].available() for name in wanted}
-    reasons = {name: peer.available() for name, peer in peers.items()}
+    reasons = {name: peer.why_unavailable() for name, peer in peers.items()}
     units = plan(args.shapes, args.widths, args.tokens, peers, args.dtype, working(backends))
     units = without_absent(units, reasons)
     bench = Bench(
@@ -176,7 +177,7 @@ def describe(unit: Unit, total_mb: float, group: int) -> str:
 
 def dry_run(units: Sequence[Unit], peers: dict[str, Peer], args: argparse.Namespace) -> int:
     """Print the plan, then make, check and time every width at a small size on the CPU. 1 when one is wrong."""
-    reasons = {name: peer.available() for name, peer in peers.items()}
+    reasons = {name: peer.why_unavailable() for name, peer in peers.items()}
     for name, reason in reasons.items():
         print(f"{name}: {reason or 'available'}")
     units = without_absent(units, {name: reason for name, reason in reasons.items() if reason != NO_DEVICE})

@@ -99,7 +99,7 @@ class Bench:
 
     def rows(self, unit: Unit) -> Iterator[GpuRow]:
         """One row for each number of tokens, timed or with a reason."""
-        reason = self.reasons.get(unit.peer) or self._refusal(unit)
+        reason = self.reasons.get(unit.peer) or self._why_not(unit)
         if reason:
             yield from self._without(unit, [], reason)
             return
@@ -170,7 +170,7 @@ class Bench:
             compiles = self.peers[unit.peer].compiles if unit.peer else unit.backend in COMPILING_BACKENDS
             if not compiles or left <= 0:
                 continue
-            reason = self.reasons.get(unit.peer) or self._refusal(unit)
+            reason = self.reasons.get(unit.peer) or self._why_not(unit)
             try:
                 if reason is None:
                     with time_limit(left):
@@ -203,11 +203,13 @@ class Bench:
         layers = packed_layers(layout, self.device, unit.dtype, unit.backend, count)
         return list(layers), reference.dequantize(layers[0].packed), nbytes
 
-    def _refusal(self, unit: Unit) -> str | None:
+    def _why_not(self, unit: Unit) -> str | None:
         if unit.mode != "peer":
             return None
         peer = self.peers[unit.peer]
-        reasons = [peer.refuses(sum(SHAPES[part][0]), SHAPES[part][1], unit.width) for part in parts_of(unit.shape)]
+        reasons = [
+            peer.why_not_layer(sum(SHAPES[part][0]), SHAPES[part][1], unit.width) for part in parts_of(unit.shape)
+        ]
         return next((reason for reason in reasons if reason), None)
 
     def _input(self, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:

@@ -24,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.facts import facts, load_average
 from benchmarks.gpu import command
-from benchmarks.layers.rows import CPU_HEADS, Row, cpu_line, facts, load_average, write_json
+from benchmarks.layers.rows import CPU_HEADS, Row, cpu_line, write_json
 from benchmarks.layers.shapes import SHAPES, TOKENS, add_shape, make_layout, parts_of
 from benchmarks.layers.timing import TOLERANCE, Call, copies_for, worst_error
 from benchmarks.peers.torch import dense_calls, int4_calls, packed_layers

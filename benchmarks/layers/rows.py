@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mpq_kernels.version import VERSION
-
 CPU_HEADS = f"{'median us':>10} {'min us':>10} {'GB/s':>6} {'of max':>6} {'bf16 /':>7}"
 GPU_HEADS = f"{'median us':>10} {'spread':>6} {'GB/s':>6} {'floor us':>9} {'of floor':>8}  time of others / this time"
-PEER_PACKAGES = ("humming-kernels", "gemlite", "bitsandbytes", "torchao", "hqq", "cuda-bindings", "matplotlib")
 DENSE = ("bf16", "fp16")
 
 
@@ -123,63 +112,6 @@ def gpu_line(row: GpuRow) -> str:
         f"{head} {row.us_median:10.2f} {row.spread:6.1%} {row.gbytes_per_s:6.0f} {row.floor_us:9.2f} "
         f"{row.of_floor:8.0%}  {ratios}{whole}"
     )
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """Where and with what the numbers were measured."""
-    from mpq_kernels.cli.doctor import examine
-
-    state = examine()
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": str(device),
-        "gpus": state["gpus"]["devices"],
-        "processor": state["machine"]["processor"],
-        "system": platform.system() + " " + platform.release(),
-        "threads": torch.get_num_threads(),
-        "isa": state["compiled"]["operators"]["isa"],
-        "load_average_before": load_average(),
-        "packages": state["packages"],
-        "mpq_kernels": VERSION,
-        "commit": commit(),
-    }
-    if device.type == "cuda":
-        about["packages"] = about["packages"] | {name: _version(name) for name in PEER_PACKAGES}
-        about |= {"driver": _driver(), "cuda": torch.version.cuda, "nvcc": state["nvcc"]}
-        about["cudnn"] = torch.backends.cudnn.version()
-    return about
-
-
-def commit() -> str | None:
-    """Of the checkout, or MPQ_COMMIT where the checkout has no history."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("MPQ_COMMIT") or None
-
-
-def load_average() -> float | None:
-    """Of the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    """As nvidia-smi gives it."""
-    path = shutil.which("nvidia-smi")
-    if path is None:
-        return None
-    words = [path, "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error}"
-    return done.stdout.strip() or None
 
 
 def write_json(path: Path | None, about: dict[str, Any], rows: Sequence[Row]) -> None:

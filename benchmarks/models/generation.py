@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.layers.rows import facts, load_average
+from benchmarks.facts import facts, load_average
 from mpq_kernels.backends import ACTIVATIONS
 from mpq_kernels.errors import MPQError
 from mpq_kernels.evaluate.speed import Measurement, measure, read_bandwidth

@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.layers.rows import facts, load_average
+from benchmarks.facts import facts, load_average
 from mpq_kernels.calibrate.calibration import Calibration
 from mpq_kernels.calibrate.hessians import damped
 from mpq_kernels.dense.checkpoint import DenseCheckpoint

@@ -45,9 +45,9 @@ class Humming(Peer):
     widths = ("1", "2", "3", "4", "5", "6", "7", "8")
     compiles = True
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """The package needs a device already on import."""
-        return super().available() or missing("humming.layer", "humming.tune")
+        return super().why_unavailable() or missing("humming.layer", "humming.tune")
 
     def hold(self, dense: torch.Tensor, width: str, tokens: Sequence[int]) -> Held:
         """Its own quantizer and its own repacking; its heuristics choose the kernels for `tokens`."""
@@ -101,9 +101,9 @@ class Gemlite(Peer):
     dtype = torch.float16
     tokens = (1, 16, 64)
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """The package reads the device's name on import."""
-        return super().available() or missing("gemlite")
+        return super().why_unavailable() or missing("gemlite")
 
     def hold(self, dense: torch.Tensor, width: str, tokens: Sequence[int]) -> Held:
         """Symmetric codes with their zero given as a tensor; gemlite stores -zero * scale instead, rounded."""
@@ -136,9 +136,9 @@ class BitsandbytesNF4(Peer):
     widths = ("4",)
     BLOCK = 64
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """The package and its CUDA library."""
-        return super().available() or missing("bitsandbytes") or _bitsandbytes_library()
+        return super().why_unavailable() or missing("bitsandbytes") or _bitsandbytes_library()
 
     def label(self, width: str) -> str:
         """The width is in the name."""
@@ -194,10 +194,10 @@ class Marlin(Peer):
     name = "marlin"
     widths = ("4", "8")
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """The library and its two operators."""
         path = os.environ.get("VLLM_LIB", "")
-        reason = super().available()
+        reason = super().why_unavailable()
         if reason or not path:
             return reason or "VLLM_LIB does not name a library with vLLM's operators"
         try:
@@ -207,7 +207,7 @@ class Marlin(Peer):
             return f"{path}: {str(error).strip().splitlines()[0]}"
         return None
 
-    def refuses(self, rows: int, cols: int, width: str) -> str | None:
+    def why_not_layer(self, rows: int, cols: int, width: str) -> str | None:
         """Its tiles."""
         bad = rows % 64 or cols % 128 or self.group not in (32, 64, 128)
         return f"{rows} x {cols}, group {self.group}: wants N % 64, K % 128, group 32, 64, 128" if bad else None
@@ -282,7 +282,7 @@ class Elsewhere(Peer):
         super().__init__()
         self.name, self.widths, self._reason = name, (width,), reason  # type: ignore[misc]
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Never."""
         return self._reason
 

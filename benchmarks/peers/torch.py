@@ -1,7 +1,7 @@
 """What runs beside the packed layers. A peer holds W in its own way and says what W it really holds.
 
-    available() -> reason or None                       on this machine: package, device
-    refuses(rows, cols, width) -> reason or None
+    why_unavailable() -> reason or None                       on this machine: package, device
+    why_not_layer(rows, cols, width) -> reason or None
     hold(dense fp32 [N, K], width, tokens) -> Held      quantize, pack
     call(held, tensors) -> x -> y                       over the tensors of `held`, or over clones of them
 
@@ -52,11 +52,11 @@ class Peer:
     def __init__(self, group: int = 128) -> None:
         self.group = group
 
-    def available(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """None when it works on this machine, else the reason."""
         return None if torch.cuda.is_available() else NO_DEVICE
 
-    def refuses(self, rows: int, cols: int, width: str) -> str | None:
+    def why_not_layer(self, rows: int, cols: int, width: str) -> str | None:
         """None when it can hold such a weight, else the reason."""
         return None
 
@@ -101,7 +101,7 @@ class Tinygemm(Peer):
     widths = ("4",)
     INNER_K_TILES = 8
 
-    def refuses(self, rows: int, cols: int, width: str) -> str | None:
+    def why_not_layer(self, rows: int, cols: int, width: str) -> str | None:
         """Its packing wants K in steps of 16 * 8 and N in steps of 8."""
         if cols % (16 * self.INNER_K_TILES) or rows % 8 or self.group not in (32, 64, 128, 256):
             return f"{rows} x {cols}, group {self.group}: wants N % 8 == 0, K % 128 == 0, group 32 to 256"
@@ -153,10 +153,10 @@ def packed_layers(
 ) -> list[MixedLinear]:
     """A packed layer of random codes, and copies of it with their own tensors."""
     weight = random_weight(layout, device, torch.Generator(device).manual_seed(seed))
-    layers = [MixedLinear.from_packed(weight, None, dtype, backend)]
+    layers = [MixedLinear.from_packed(weight, dtype=dtype, backend=backend)]
     for _ in range(copies - 1):
         clone = PackedWeight(layout, **{name: tensor.clone() for name, tensor in weight.tensors().items()})
-        layers.append(MixedLinear.from_packed(clone, None, dtype, backend))
+        layers.append(MixedLinear.from_packed(clone, dtype=dtype, backend=backend))
     return layers
 
 

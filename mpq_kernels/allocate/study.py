@@ -16,18 +16,18 @@ import torch
 
 from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..evaluate.divergence import Reference, divergence, reference
+from ..evaluate.divergence import Predictions, divergence, predict
 from ..format.reference import dequantize
 from ..format.weights import QuantizedWeight
 from ..plan.plan import Plan
 from ..plan.resolve import resolve
+from ..progress import Progress
 from ..quantize import BlockSpec, quantize_block, quantize_weight
 from .inputs import Inputs, collect_inputs
 from .units import Cell, Choice, Unit, allocated
 
 CACHE_BYTES = 4 << 30  # of dequantized candidates
 TOP_K = 2048  # log-probabilities of a token that measured losses compare
-Progress = Callable[[int, int, str], None]
 
 
 class Study:
@@ -66,10 +66,10 @@ class Study:
             return collect_inputs(self.model, self.tokens, allocated(self.linears))
 
     @cached_property
-    def reference(self) -> Reference:
+    def original(self) -> Predictions:
         """What the dense model predicts on the tokens."""
         with self.all_dense():
-            return reference(self.model, self.tokens, TOP_K)
+            return predict(self.model, self.tokens, TOP_K)
 
     def weight(self, cell: Cell) -> torch.Tensor:
         """Dense weights of a cell, fp32."""
@@ -176,7 +176,7 @@ class Study:
 
     def kl(self) -> float:
         """KL of the model as it now is to the dense one, on the tokens: nats a token."""
-        return divergence(self.model, self.reference).kl
+        return divergence(self.model, self.original).kl
 
     def _keep(self, key: tuple[Any, ...], values: torch.Tensor) -> None:
         self._cache[key] = values

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, PlanError
-from ..evaluate.divergence import Reference, divergence, reference
+from ..evaluate.divergence import Predictions, divergence, predict
 from ..evaluate.perplexity import token_windows
 from ..files.strict import read_json_object
 from ..plan.plan import Plan
@@ -50,7 +50,7 @@ class Sweep:
             self.data = held
         limit = getattr(study.model.config.get_text_config(), "max_position_embeddings", WINDOW)
         self.rows = token_windows(tokenizer, text, min(WINDOW, limit), max_tokens)
-        self.original: Reference | None = None  # made when the first point is measured
+        self.original: Predictions | None = None  # made when the first point is measured
 
     def run(self, methods: Sequence[str], budgets: Sequence[float]) -> None:
         """Measure what is not in the file: every method at every budget, and every uniform choice near them."""
@@ -84,13 +84,13 @@ class Sweep:
         if name in self.data["points"]:
             return
         if self.original is None:
-            self.original = reference(self.study.model, self.rows, TOP_K)
+            self.original = predict(self.study.model, self.rows, TOP_K)
         with self.study.with_plan(plan):
             got = divergence(self.study.model, self.original)
         point: dict[str, Any] = {"method": method, "budget": budget, "bpw": bpw, "ppl": got.ppl, "kl": got.kl}
         point |= {"kl_stderr": got.stderr, "top1": got.top1, "plan": json.loads(plan.to_json())}
         self.data["points"][name] = point
-        self.data["original_ppl"] = got.reference_ppl
+        self.data["original_ppl"] = got.original_ppl
         self._write()
 
     def _write(self) -> None:

@@ -21,11 +21,11 @@ from ..format.layout import WeightLayout
 from ..format.random import random_weight
 from ..format.weights import PackedWeight
 from ..nn.linear import MixedLinear
+from ..progress import Progress
 from .latency import FIELDS, Key, LatencyTable
 from .units import Choice, allocated
 
 LEAST_COPIES, MOST_COPIES = 2, 256
-Progress = Callable[[int, int, str], None]
 
 
 def measure_latencies(
@@ -90,7 +90,7 @@ def _calls(key: Key, choice: Choice, x: torch.Tensor, total_mb: float) -> list[C
     layers = []
     for _ in range(_copies(layout.size().total_bytes, total_mb)):
         clone = PackedWeight(layout, **{name: tensor.clone() for name, tensor in weight.tensors().items()})
-        layers.append(MixedLinear.from_packed(clone, None, x.dtype))
+        layers.append(MixedLinear.from_packed(clone, dtype=x.dtype))
     return list(layers)
 
 

@@ -45,7 +45,7 @@ SHOWN = 3
 def check_plan(resolved: ResolvedPlan) -> None:
     """Raise QuantizeError with the linears of a plan that auto-round cannot do, and why."""
     members = [member for weight in resolved.weights for member in weight.members]
-    refused = [f"{m.spec.name} ({reason})" for m in members if (reason := _refusal(m)) is not None]
+    refused = [f"{m.spec.name} ({reason})" for m in members if (reason := _why_not(m)) is not None]
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise QuantizeError(
@@ -187,7 +187,7 @@ def _checked(
     return QuantizedWeight.uniform(QuantizedBlock(segment.bits, codes.to(torch.uint8), scales, stored))
 
 
-def _refusal(member: ResolvedMember) -> str | None:
+def _why_not(member: ResolvedMember) -> str | None:
     """Why auto-round cannot do a linear, None if it can."""
     layout, spec = member.layout, member.spec
     segment = layout.segments[0]

@@ -29,7 +29,7 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """KL divergence to the original, token by token: mean, percentiles, agreement on the most likely token."""
-    from ..evaluate.divergence import Reference, divergence, reference
+    from ..evaluate.divergence import Predictions, divergence, predict
     from ..evaluate.perplexity import token_windows
 
     if original.is_dir():
@@ -37,7 +37,7 @@ def command(
             raise MPQError(f"{original}: is a model, so there must be a text to compare on (--text FILE)")
         dense, tokenizer = open_model(original, device, dtype, None)
         rows = token_windows(tokenizer, read_text(text), window, max_tokens)
-        held = reference(dense, rows, top_k)
+        held = predict(dense, rows, top_k)
         del dense
         if save is not None:
             held.to_file(save)
@@ -45,7 +45,7 @@ def command(
     else:
         if text is not None or save is not None:
             raise MPQError(f"{original}: holds its own tokens; leave --text and --save out")
-        held = Reference.from_file(original)
+        held = Predictions.from_file(original)
     model = load_model(directory, device, dtype, backend)
     with progress("divergence", hidden=as_json or quiet) as report:
         found = divergence(model, held, progress=report)
@@ -53,5 +53,5 @@ def command(
         print_json({"path": str(directory), "original": str(original), **found.to_dict()})
         return
     print(f"KL {found.kl:.5f} +- {found.stderr:.5f} nats a token, {found.predicted:,} tokens, {found.seconds:.1f} s")
-    print(f"same most likely token: {found.top1:.2%}; perplexity {found.ppl:.4f}, original {found.reference_ppl:.4f}")
+    print(f"same most likely token: {found.top1:.2%}; perplexity {found.ppl:.4f}, original {found.original_ppl:.4f}")
     print("percentiles of KL: " + ", ".join(f"{p}%: {value:.4g}" for p, value in found.percentiles.items()))

@@ -104,7 +104,7 @@ class DenseCheckpoint:
     def _companions(self) -> dict[str, str | None]:
         used = {file.name for file in self.files.files} | {CONFIG_FILE}
         used |= set() if SINGLE_FILE in used else {INDEX_FILE}
-        return {name: _reason_to_leave(self.path, name) for name in sorted(os.listdir(self.path)) if name not in used}
+        return {name: _why_left(self.path, name) for name in sorted(os.listdir(self.path)) if name not in used}
 
 
 def check_dense(where: Path, config: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> t
     raise CheckpointError(f"{files.files[0]}: holds no fp32, fp16 or bf16 tensor; only those can be packed")
 
 
-def _reason_to_leave(directory: Path, name: str) -> str | None:
+def _why_left(directory: Path, name: str) -> str | None:
     """Why a file is not carried along, None when it is."""
     if name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
         return "weights that the checkpoint does not use"

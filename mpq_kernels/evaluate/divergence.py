@@ -1,8 +1,8 @@
 """How far a model's predictions are from those of the original: Kullback-Leibler divergence, token by token.
 
-    original --reference--> top-k log-probabilities of every token --divergence--> KL(original || other), top-1
+    original --predict--> top-k log-probabilities of every token --divergence--> KL(original || other), top-1
 
-A reference keeps the k largest log-probabilities of each prediction in fp32, computed with the exact log-sum-exp over
+Predictions keep the k largest log-probabilities of each prediction in fp32, computed with the exact log-sum-exp over
 the whole vocabulary; what lies outside of them is one more outcome. The divergence over k + 1 outcomes is never more
 than the full one, and the same for k = vocabulary. 16-bit logits would blur exactly the small differences that matter.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from ..errors import CheckpointError, MPQError
 from ..files.strict import fsync_directory, write_new_file
+from ..progress import Progress
 from .perplexity import LOGITS_IN_FLIGHT, standard_error
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
@@ -28,7 +28,7 @@ LEAST = 1e-10  # a smaller probability of the tail is taken as this one: fp32 su
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class Predictions:
     """What a model predicts on some tokens.
 
     rows: int64 [windows, window]. ids int32, logp fp32 [windows, window - 1, k]: most likely tokens and their
@@ -54,7 +54,7 @@ class Reference:
         fsync_directory(to.parent)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Reference:
+    def from_file(cls, path: str | os.PathLike[str]) -> Predictions:
         """Read what `to_file` wrote. Raises CheckpointError naming the file and the tensor."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -64,7 +64,7 @@ class Reference:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
         if {name: tensor.dtype for name, tensor in tensors.items()} != TENSORS:
-            raise CheckpointError(f"{path}: holds {sorted(tensors)}, not a reference ({', '.join(TENSORS)})")
+            raise CheckpointError(f"{path}: holds {sorted(tensors)}, not predictions ({', '.join(TENSORS)})")
         rows, ids = tensors["rows"], tensors["ids"]
         shape = (len(rows), rows.shape[-1] - 1)
         if rows.dim() != 2 or ids.dim() != 3 or ids.shape[:2] != shape or tensors["logp"].shape != ids.shape:
@@ -79,7 +79,7 @@ class Divergence:
     """kl: mean KL(original || model) in nats a token; stderr: its standard error over windows.
 
     percentiles: of the tokens' KL, 100 is the largest. top1: part of the tokens where both find the same token most
-    likely. ppl, reference_ppl: perplexities on the same tokens. predicted: tokens.
+    likely. ppl, original_ppl: perplexities on the same tokens. predicted: tokens.
     """
 
     kl: float
@@ -87,7 +87,7 @@ class Divergence:
     percentiles: dict[str, float]
     top1: float
     ppl: float
-    reference_ppl: float
+    original_ppl: float
     predicted: int
     seconds: float
 
@@ -97,7 +97,7 @@ class Divergence:
 
 
 @torch.no_grad()
-def reference(model: Any, rows: torch.Tensor, top_k: int = 512, batch_size: int = 8) -> Reference:
+def predict(model: Any, rows: torch.Tensor, top_k: int = 512, batch_size: int = 8) -> Predictions:
     """Predictions of the original on rows int64 [windows, window]. Raises MPQError for a top_k below 1."""
     if top_k < 1:
         raise MPQError(f"top_k={top_k} keeps no prediction")
@@ -108,20 +108,20 @@ def reference(model: Any, rows: torch.Tensor, top_k: int = 512, batch_size: int 
         nll = -logp.gather(-1, x[:, 1:, None])[..., 0]
         parts.append((ids.int().cpu(), logp.gather(-1, ids).cpu(), nll.cpu()))
     ids, values, nll = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Reference(rows.cpu(), ids, values, nll)
+    return Predictions(rows.cpu(), ids, values, nll)
 
 
 @torch.no_grad()
 def divergence(
     model: Any,
-    original: Reference,
+    original: Predictions,
     batch_size: int = 8,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Divergence:
-    """Compare a model with a reference on the reference's tokens. Raises MPQError for another vocabulary."""
+    """Compare a model with the original's predictions, on their tokens. Raises MPQError for another vocabulary."""
     vocab = model.config.get_text_config().vocab_size
     if int(original.ids.max()) >= vocab:
-        raise MPQError(f"the reference knows token {int(original.ids.max())}, and the model has {vocab} tokens")
+        raise MPQError(f"the original predicts token {int(original.ids.max())}, and the model has {vocab} tokens")
     start = time.perf_counter()
     kls, agree, nlls = [], [], []
     first = 0
@@ -147,7 +147,7 @@ def divergence(
         percentiles={f"{p:g}": float(value) for p, value in zip(PERCENTILES, ranks, strict=True)},
         top1=float(torch.cat(agree).mean()),
         ppl=float(nll.mean().exp()),
-        reference_ppl=float(original.nll.double().mean().exp()),
+        original_ppl=float(original.nll.double().mean().exp()),
         predicted=kl.numel(),
         seconds=time.perf_counter() - start,
     )

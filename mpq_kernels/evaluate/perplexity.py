@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import MPQError
+from ..progress import Progress
 
 LOGITS_IN_FLIGHT = 1 << 26  # elements of one batch of logits: 256 MB in fp32, whatever the vocabulary
 
@@ -45,7 +45,7 @@ def perplexity(
     max_tokens: int | None = None,
     batch_size: int = 8,
     stride: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of `text` as one stream of tokens.
 

@@ -21,6 +21,7 @@ import torch
 from ..errors import MPQError
 from ..format.layout import SizeBreakdown
 from ..nn.linear import packed_modules
+from ..progress import Progress
 from ..version import VERSION
 
 LEAST_CALLS = 10  # of one layer, however slow
@@ -110,7 +111,7 @@ def measure(
     generated: Sequence[int] = (128,),
     batches: Sequence[int] = (1,),
     repetitions: int = 5,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Measurement]:
     """Time every prompt length and every number of generated tokens at every batch size.
 

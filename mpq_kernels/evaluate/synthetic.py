@@ -9,7 +9,7 @@ What such a model says means nothing; its tensors have the sizes, dtypes and mag
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from ..dense.names import build_meta_model, list_linears
 from ..errors import CheckpointError, UnsupportedError
 from ..files.strict import contained_file, read_json_object
 from ..format.random import random_weight
-from ..hf.quantizer import install
+from ..hf.quantizer import install_modules
 from ..nn.linear import packed_modules
 from ..plan.plan import Plan
 from ..plan.resolve import resolve
+from ..progress import Progress
 
 CONFIG_FILE = "config.json"
 LEFT_FREE = 0.95  # part of the free memory that a synthetic model may take
@@ -62,7 +63,7 @@ def synthetic_model(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     activations: str = "exact",
 ) -> Any:
     """The causal language model of a config.json with random weights, packed under `plan`, in evaluation mode.
@@ -86,7 +87,7 @@ def synthetic_model(
     for module in packing.modules.values():
         select(module.layout, device.type, backend, activations)
     dtype = dtype or config_dtype(config)
-    install(model, packing, dtype)
+    install_modules(model, packing, dtype)
     _check_memory(model, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     layers = packed_modules(model)

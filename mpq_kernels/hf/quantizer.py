@@ -26,7 +26,7 @@ from ..checkpoint.packed import validate_tensors
 from ..dense.experts import experts_modules
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError, UnsupportedError
-from ..nn.experts import GroupedLinear, misfit
+from ..nn.experts import GroupedLinear, why_not_fitting
 from ..nn.fused import FusedLinear
 from ..nn.linear import MixedLinear
 from ..nn.replace import place, place_experts, untie
@@ -67,7 +67,7 @@ class MPQQuantizer(HfQuantizer):
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
         validate_tensors(packing.modules, files)
-        install(model, packing, kwargs.get("dtype"))
+        install_modules(model, packing, kwargs.get("dtype"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -95,7 +95,7 @@ class MPQQuantizer(HfQuantizer):
         return True
 
 
-def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
+def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
     """Put empty packed modules, on the meta device, where the model's linears and experts stand.
 
     Raises CheckpointError when the model has no such linear, or one of another shape: a plan for another model.
@@ -113,13 +113,13 @@ def install(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None)
         if module.experts is not None:
             continue
         if module.members is None:
-            layer = MixedLinear(module.layout, module.bias, compute, "meta")
+            layer = MixedLinear(module.layout, module.bias, dtype=compute, device="meta")
         else:
-            layer = FusedLinear(module.layout, module.members, module.bias, compute, "meta")
+            layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
         untie(model, place(model, name, layer))
     for name, parts in blocks.items():
         layers = {
-            leaf: GroupedLinear(part.layout, part.experts.count, part.bias, compute, "meta")
+            leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")
             for leaf, part in parts.items()
             if part.experts is not None
         }
@@ -148,7 +148,7 @@ def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[
     if set(parts) != {GATE_UP, DOWN}:
         raise CheckpointError(f"{where}: the experts {name} take a packed {GATE_UP} and a packed {DOWN}")
     for leaf, part in parts.items():
-        reason = misfit(experts, leaf, part.experts.count if part.experts else 0, part.layout, part.bias)
+        reason = why_not_fitting(experts, leaf, part.experts.count if part.experts else 0, part.layout, part.bias)
         if reason is not None:
             raise CheckpointError(f"{part.name}: {reason}: is config.json its own?")
 

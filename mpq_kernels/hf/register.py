@@ -17,7 +17,7 @@ from types import ModuleType
 TARGET = "transformers.quantizers.auto"  # where transformers keeps its tables of methods
 
 
-def install() -> None:
+def register_on_import() -> None:
     """Register now if transformers' tables are loaded, else as soon as they are; harmless when repeated."""
     if TARGET in sys.modules:
         _register()

@@ -13,7 +13,7 @@ parameters, for its `_apply_gate`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
 from ..format.weights import PackedWeight
-from .linear import MixedLinear
+from .linear import LayerOptions, MixedLinear, PackedOptions
 
 
 class GroupedLinear(MixedLinear):
@@ -35,14 +35,11 @@ class GroupedLinear(MixedLinear):
         layout: WeightLayout,
         experts: int,
         bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        backend: str | None = None,
-        activations: str = "exact",
+        **options: Unpack[LayerOptions],
     ) -> None:
         check_experts(layout, experts)
         self._grouped: Callable[..., torch.Tensor]
-        super().__init__(layout, bias, dtype, device, backend, activations)
+        super().__init__(layout, bias, **options)
         self.experts, self.rows = experts, layout.out_features // experts
 
     @classmethod
@@ -51,12 +48,10 @@ class GroupedLinear(MixedLinear):
         weight: PackedWeight,
         experts: int,
         bias: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        activations: str = "exact",
+        **options: Unpack[PackedOptions],
     ) -> GroupedLinear:
         """Layer over existing packed tensors, without a copy. bias: [experts * N] or None."""
-        layer = cls(weight.layout, experts, bias is not None, dtype, "meta", backend, activations)
+        layer = cls(weight.layout, experts, bias is not None, device="meta", **options)
         layer.assign(weight, bias)
         return layer
 
@@ -144,7 +139,7 @@ class PackedExperts(nn.Module):
     def __init__(self, gate_up: GroupedLinear, down: GroupedLinear, family: nn.Module) -> None:
         super().__init__()
         for leaf, layer in ((GATE_UP, gate_up), (DOWN, down)):
-            reason = misfit(family, leaf, layer.experts, layer.layout, layer.bias is not None)
+            reason = why_not_fitting(family, leaf, layer.experts, layer.layout, layer.bias is not None)
             if reason is not None:
                 raise FormatError(reason)
         self.num_experts = gate_up.experts
@@ -183,7 +178,7 @@ class PackedExperts(nn.Module):
         return weighted.sum(1).to(hidden_states.dtype)
 
 
-def misfit(family: nn.Module, leaf: str, experts: int, layout: WeightLayout, bias: bool) -> str | None:
+def why_not_fitting(family: nn.Module, leaf: str, experts: int, layout: WeightLayout, bias: bool) -> str | None:
     """None when a packed weight can be the `leaf` ("gate_up" or "down") of a module of experts, else why it cannot."""
     reason = why_not_packable(family)
     if reason is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from ..errors import FormatError
 from ..format.layout import Member, WeightLayout
 from ..format.weights import PackedWeight
-from .linear import PACKED_NAMES, MixedLinear
+from .linear import PACKED_NAMES, LayerOptions, MixedLinear, PackedOptions
 
 
 def check_members(layout: WeightLayout, members: Sequence[Member]) -> None:
@@ -65,13 +66,10 @@ class FusedLinear(MixedLinear):
         layout: WeightLayout,
         members: Sequence[Member],
         bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        backend: str | None = None,
-        activations: str = "exact",
+        **options: Unpack[LayerOptions],
     ) -> None:
         check_members(layout, members)
-        super().__init__(layout, bias, dtype, device, backend, activations)
+        super().__init__(layout, bias, **options)
         self.members = tuple(members)
         self._outputs: _Outputs | None = None
         self._member_rows = []
@@ -87,12 +85,10 @@ class FusedLinear(MixedLinear):
         weight: PackedWeight,
         members: Sequence[Member],
         bias: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        activations: str = "exact",
+        **options: Unpack[PackedOptions],
     ) -> FusedLinear:
         """Fused layer over existing packed tensors, without a copy. bias: [N] or None."""
-        layer = cls(weight.layout, members, bias is not None, dtype, "meta", backend, activations)
+        layer = cls(weight.layout, members, bias is not None, device="meta", **options)
         layer.assign(weight, bias)
         return layer
 

@@ -6,7 +6,7 @@ y[M, N] = x[M, K] @ W[N, K].T + bias        W stays packed; nothing is repacked,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -19,6 +19,20 @@ from ..format.words import pack_weight
 from ..quantize import quantize_weight
 
 PACKED_NAMES = ("qweight", "scales", "zeros", "perm")
+
+
+class PackedOptions(TypedDict, total=False):
+    """Keywords of every packed layer over tensors that exist; `MixedLinear` says what they mean."""
+
+    dtype: torch.dtype | None
+    backend: str | None
+    activations: str
+
+
+class LayerOptions(PackedOptions, total=False):
+    """The same for a layer that makes its own, empty tensors."""
+
+    device: torch.device | str | None
 
 
 class MixedLinear(nn.Module):
@@ -64,13 +78,11 @@ class MixedLinear(nn.Module):
         cls,
         weight: PackedWeight,
         bias: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        activations: str = "exact",
+        **options: Unpack[PackedOptions],
     ) -> MixedLinear:
-        """Layer over existing packed tensors, without a copy. bias: [N] or None."""
-        dtype = dtype or (bias.dtype if bias is not None else None)
-        layer = cls(weight.layout, bias is not None, dtype, "meta", backend, activations)
+        """Layer over existing packed tensors, without a copy. bias: [N] or None, whose dtype is the default one."""
+        options["dtype"] = options.get("dtype") or (None if bias is None else bias.dtype)
+        layer = cls(weight.layout, bias is not None, device="meta", **options)
         layer.assign(weight, bias)
         return layer
 
@@ -95,7 +107,7 @@ class MixedLinear(nn.Module):
         quantized = quantize_weight(linear.weight.detach(), layout, None, quantizer)
         packed = pack_weight(quantized).to(linear.weight.device)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(packed, bias, linear.weight.dtype, backend)
+        return cls.from_packed(packed, bias, dtype=linear.weight.dtype, backend=backend)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype; sums are kept in fp32."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ from ..format.weights import QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
 from ..plan.resolve import ResolvedWeight, resolve
+from ..progress import Progress
 from ..quantize import quantize_weight, require_no_calibration
 from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
-from .linear import MixedLinear
+from .linear import MixedLinear, PackedOptions
 
 
 @dataclass
@@ -35,7 +37,7 @@ def replace_linears(
     plan: Plan,
     quantizer: str = "hqq",
     backend: str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     activations: str = "exact",
 ) -> ReplaceReport:
     """Quantize, pack and replace the linear layers and experts of a model in memory, in place, as the plan says.
@@ -51,7 +53,7 @@ def replace_linears(
     report = ReplaceReport(left=dict(resolved.kept))
     blocks: dict[str, dict[str, GroupedLinear]] = {}
     for done, weight in enumerate(resolved.weights, start=1):
-        layer = quantize_modules(model, weight, quantizer, backend, activations)
+        layer = quantize_modules(model, weight, quantizer, backend=backend, activations=activations)
         if isinstance(layer, GroupedLinear) and weight.experts is not None:
             names = [member.spec.name for member in weight.members]
             parts = blocks.setdefault(weight.experts.module, {})
@@ -77,31 +79,27 @@ def replace_linears(
 
 
 def quantize_modules(
-    model: nn.Module,
-    weight: ResolvedWeight,
-    quantizer: str,
-    backend: str | None = None,
-    activations: str = "exact",
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, **options: Unpack[PackedOptions]
 ) -> MixedLinear:
     """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
     if weight.experts is not None:
-        return _quantize_experts(model, weight, quantizer, backend, activations)
+        return _quantize_experts(model, weight, quantizer, options)
     linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         values = linear.weight.detach()
         quantized.append(quantize_weight(values, member.layout, perm, quantizer, name=member.spec.name))
-    device, dtype = linears[0].weight.device, linears[0].weight.dtype
-    packed = pack_weight(QuantizedWeight.stack(quantized)).to(device)
+    packed = pack_weight(QuantizedWeight.stack(quantized)).to(linears[0].weight.device)
+    options.setdefault("dtype", linears[0].weight.dtype)
     bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
     if not weight.fused:
-        return MixedLinear.from_packed(packed, bias, dtype, backend, activations)
-    return FusedLinear.from_members(packed, weight.member_rows(), bias, dtype, backend, activations)
+        return MixedLinear.from_packed(packed, bias, **options)
+    return FusedLinear.from_members(packed, weight.member_rows(), bias, **options)
 
 
 def _quantize_experts(
-    model: nn.Module, weight: ResolvedWeight, quantizer: str, backend: str | None, activations: str
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, options: PackedOptions
 ) -> GroupedLinear:
     """Packed layer over one linear of all experts of a module."""
     quantized, biases = [], []
@@ -113,9 +111,10 @@ def _quantize_experts(
         if spec.bias_tensor is not None:
             biases.append(spec.bias_of(model.get_parameter(spec.bias_tensor).detach()))
     packed = pack_weight(QuantizedWeight.stack(quantized)).to(held.device)
+    options.setdefault("dtype", held.dtype)
     bias = torch.cat(biases) if biases else None
     count = weight.experts.count if weight.experts is not None else 0
-    return GroupedLinear.from_stacked(packed, count, bias, held.dtype, backend, activations)
+    return GroupedLinear.from_stacked(packed, count, bias, **options)
 
 
 def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:

@@ -7,7 +7,7 @@ and of a file that is mapped only the tensor that is being read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,12 @@ from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
+from ..progress import Progress
 from ..quantize import quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
 from .parts import Made, Part, Shard, Unit, digest, into_shards
 from .report import ModuleReport, PackReport, large_parameters
-
-Progress = Callable[[int, int, str], None]
 
 
 class PackJob:

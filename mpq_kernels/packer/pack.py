@@ -32,9 +32,10 @@ from ..files.strict import create_file, json_bytes, write_new_file
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..plan.plan import Plan
 from ..plan.resolve import ResolvedPlan, resolve
+from ..progress import Progress
 from ..quantize import quantizer as quantizer_row
 from ..version import VERSION
-from .job import PackJob, Progress, in_free_order
+from .job import PackJob, in_free_order
 from .output import check_output, check_space
 from .parts import Shard, index_of
 from .report import PackReport

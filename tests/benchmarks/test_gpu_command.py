@@ -159,7 +159,7 @@ def test_backends_that_do_not_work_are_left_out_unless_none_does():
 
 def test_without_a_device_every_peer_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert all(peer.available() for peer in all_peers(128).values())
+    assert all(peer.why_unavailable() for peer in all_peers(128).values())
 
 
 def test_with_a_device_a_missing_package_is_named(monkeypatch):
@@ -167,20 +167,23 @@ def test_with_a_device_a_missing_package_is_named(monkeypatch):
     monkeypatch.delenv("VLLM_LIB", raising=False)
     for module in ("humming", "gemlite", "bitsandbytes"):
         monkeypatch.setitem(sys.modules, module, None)
-    reasons = {name: peer.available() for name, peer in all_peers(128).items()}
+    reasons = {name: peer.why_unavailable() for name, peer in all_peers(128).items()}
     assert reasons["bf16"] is reasons["fp16"] is reasons["tinygemm"] is None
     assert "VLLM_LIB" in reasons["marlin"] and "tinygemm" in reasons["torchao"] and "gemlite" in reasons["hqq"]
     for name, module in (("humming", "humming"), ("gemlite", "gemlite"), ("bnb nf4", "bitsandbytes")):
         assert reasons[name].startswith(f"{module}") and "does not import" in reasons[name]
     monkeypatch.setenv("VLLM_LIB", "/nowhere.so")
-    assert reasons["marlin"] != all_peers(128)["marlin"].available() is not None
+    assert reasons["marlin"] != all_peers(128)["marlin"].why_unavailable() is not None
 
 
 def test_shapes_that_a_peer_cannot_hold():
     peers = all_peers(128)
-    assert peers["tinygemm"].refuses(8192, 8192, "4") is None and peers["marlin"].refuses(8192, 8192, "4") is None
-    assert "K % 128" in peers["tinygemm"].refuses(8192, 4160, "4")
-    assert "N % 64" in peers["marlin"].refuses(100, 4096, "4")
+    assert (
+        peers["tinygemm"].why_not_layer(8192, 8192, "4") is None
+        and peers["marlin"].why_not_layer(8192, 8192, "4") is None
+    )
+    assert "K % 128" in peers["tinygemm"].why_not_layer(8192, 4160, "4")
+    assert "N % 64" in peers["marlin"].why_not_layer(100, 4096, "4")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.facts import PEER_PACKAGES, facts
 from benchmarks.gpu import budget, measure
 from benchmarks.gpu.budget import plan, without_absent
 from benchmarks.gpu.measure import OutOfTime, time_limit
@@ -158,8 +159,8 @@ def test_ceilings_are_bytes_and_operations_over_the_best_time(monkeypatch):
 
 
 def test_facts_name_every_package(monkeypatch):
-    found = rows.facts(torch.device("cuda"))
-    assert set(rows.PEER_PACKAGES) <= set(found["packages"]) and {"driver", "cuda", "nvcc", "commit"} <= set(found)
+    found = facts(torch.device("cuda"))
+    assert set(PEER_PACKAGES) <= set(found["packages"]) and {"driver", "cuda", "nvcc", "commit"} <= set(found)
     json.dumps(found)
 
 
@@ -331,7 +332,7 @@ def test_failures_leave_reasons_and_the_rest_runs():
 
 def test_a_refusal_comes_before_any_work():
     class Picky(Failing):
-        def refuses(self, rows, cols, width):
+        def why_not_layer(self, rows, cols, width):
             return f"{rows} x {cols} is too odd"
 
     made = list(bench({"failing": Picky()}).rows(unit("tiny-token", "peer", peer="failing")))

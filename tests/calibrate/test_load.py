@@ -102,7 +102,8 @@ WALK = """
 import sys
 from pathlib import Path
 import torch
-from mpq_kernels.calibrate import Calibration, Calibrator
+from mpq_kernels.calibrate import Calibration
+from mpq_kernels.calibrate.hessians import Calibrator
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
 from transformers import AutoModelForCausalLM
 

@@ -35,7 +35,7 @@ def layer_of(family):
         dense.down_proj_bias.data = biases[1]
         biases = [bias.reshape(-1) for bias in biases]
     layers = [
-        GroupedLinear.from_stacked(pack_weight(QuantizedWeight.stack(part)), count, bias, torch.float32)
+        GroupedLinear.from_stacked(pack_weight(QuantizedWeight.stack(part)), count, bias, dtype=torch.float32)
         for part, bias in zip((gates, downs), biases, strict=True)
     ]
     packed = PackedExperts(*layers, copy.deepcopy(dense))

@@ -25,7 +25,7 @@ def dense_of(layer: MixedLinear) -> nn.Linear:
 
 def mixed_layer(bias=True, dtype=torch.float32) -> MixedLinear:
     packed = pack_weight(mixed_weight(permuted=True))
-    return MixedLinear.from_packed(packed, torch.randn(200, dtype=dtype) if bias else None, dtype)
+    return MixedLinear.from_packed(packed, torch.randn(200, dtype=dtype) if bias else None, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)

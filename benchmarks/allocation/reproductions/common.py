@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.allocation.plans import Results
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels.allocate import Choice, Knapsack, Unit, make_choices, make_units, plan_bytes
 from mpq_kernels.allocate.fast import solve_fast
 from mpq_kernels.allocate.study import Study, weight_view

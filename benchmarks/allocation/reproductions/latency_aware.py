@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.allocation.reproductions.common import Experiment, compare, parser, solve
-from benchmarks.layers.rows import facts
+from benchmarks.facts import facts
 from mpq_kernels import MixedLinear, Plan, replace_linears
 from mpq_kernels.allocate import Choice, LatencyTable, make_choices, make_plan
 from mpq_kernels.allocate.latency import costs
