@@ -69,7 +69,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.environment
 
 # Strict: a link without a target, or a name of docs/reference.md that does not exist, is an error.
 docs: install $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave --benchmark-storage=file://.benchmarks
