@@ -19,9 +19,14 @@ def draw_frontier(data: dict[str, Any], path: Path) -> None:
     if path.suffix.lower() not in KINDS:
         raise UnsupportedError(f"{path}: a picture is one of {', '.join(KINDS)}")
     try:
-        figure_class = importlib.import_module("matplotlib.figure").Figure
+        matplotlib, figures = (importlib.import_module(f"matplotlib{part}") for part in ("", ".figure"))
     except ImportError as error:
         raise UnsupportedError(f"a picture needs matplotlib ({error}): pip install 'mpq_kernels[plot]'") from None
+    with matplotlib.rc_context({"axes.formatter.min_exponent": 5}):  # ticks in plain numbers: 28, not 2.8 x 10
+        _figure(figures.Figure, data).savefig(path)
+
+
+def _figure(figure_class: Any, data: dict[str, Any]) -> Any:
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in sorted(data["points"].values(), key=lambda p: p["bpw"]):
         lines.setdefault(point["method"], []).append(point)
@@ -36,4 +41,4 @@ def draw_frontier(data: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(str(data["settings"].get("model", "")), fontsize=10)
-    figure.savefig(path)
+    return figure
