@@ -1,4 +1,4 @@
-"""The measurements of a GPU, each layer's made, checked and timed within a time. What and in which order: gpu_plan.py.
+"""The measurements of a GPU, each layer's made, checked and timed within a time. What and in which order: budget.py.
 
     load_of(unit) -> Load         the calls of one graph, and the W that each multiplies by
     Bench.run(units)              one unit after the other until the time is up; JSON after each

@@ -5,7 +5,7 @@
     hold(dense fp32 [N, K], width, tokens) -> Held      quantize, pack
     call(held, tensors) -> x -> y                       over the tensors of `held`, or over clones of them
 
-`packed_layers` makes the layers that are compared with them. Peers from other packages stand in installed_peers.py.
+`packed_layers` makes the layers that are compared with them. Peers from other packages stand in installed.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     tied head                lm_head.weight and embed_tokens.weight are one parameter, stored under either name or both
 
 That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused. Experts of
-mixtures, which it does merge, are mapped by mixture.py.
+mixtures, which it does merge, are mapped by experts.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One checkpoint under one resolved plan: its parts (pack_parts.py), how each is made, and the config and the report.
+"""One checkpoint under one resolved plan: its parts (parts.py), how each is made, and the config and the report.
 
 A part is read, quantized, packed, written, and let go of before the next one: one dense matrix is in memory at a time,
 and of a file that is mapped only the tensor that is being read.

@@ -1,6 +1,6 @@
 """One packed directory on every backend, run by pytest in a process of its own under TRITON_INTERPRET=1.
 
-test_triton.py starts it. The layers that `load` makes of the same files multiply with cpu, reference and triton, and
+test_interpreted.py starts it. The layers that `load` makes of the same files multiply with cpu, reference and triton, and
 with the CUDA kernels behind csrc/torch/cuda_ops.cpp in the simulator of csrc/sim.
 """
 

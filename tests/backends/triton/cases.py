@@ -1,6 +1,6 @@
 """What the Triton kernels must compute, run by pytest in a process of its own under TRITON_INTERPRET=1.
 
-test_triton.py starts it: the interpreter is chosen when triton is imported, for a whole process. Every product is one
+test_interpreted.py starts it: the interpreter is chosen when triton is imported, for a whole process. Every product is one
 program or few, because the interpreter takes a tenth of a second for each step of one.
 """
 
@@ -158,7 +158,7 @@ def test_many_tokens_through_a_dense_weight(monkeypatch):
 
 
 def test_mixed_widths_in_one_launch():
-    """A packed weight of seven segments. Every backend on the same weights: agreement_cases.py."""
+    """A packed weight of seven segments. Every backend on the same weights: agreement.py."""
     segments = tuple(replace(s, group_size=64) if s.group_size == 8 else s for s in MIXED_SEGMENTS)
     packed = pack_weight(weight_of(segments, permuted=True))
     assert launch.work_step(packed.layout) == 16

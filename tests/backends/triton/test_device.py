@@ -1,4 +1,4 @@
-"""The Triton kernels on a device: what triton_cases.py shows under the interpreter holds for compiled code too."""
+"""The Triton kernels on a device: what cases.py shows under the interpreter holds for compiled code too."""
 
 import pytest
 import torch
