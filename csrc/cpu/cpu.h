@@ -83,9 +83,9 @@ int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
 // Bytes of workspace that linear_int8() needs.
 size_t linear_int8_workspace_bytes(const LinearArgs& args);
 
-// As linear(), with x rounded to int8 for each token and each block of columns (int8_plan.h, int8_x.inl). The sums of
-// products of a block are exact integers; blocks are added up in fp32, in order, so a row of y depends neither on M nor
-// on the threads. A token with NaN or Inf in x gets NaN in all of y.
+// As linear(), with x rounded to int8 for each token and each block of columns (int8/blocks.h, int8/round_x.inl). The
+// sums of products of a block are exact integers; blocks are added up in fp32, in order, so a row of y depends neither
+// on M nor on the threads. A token with NaN or Inf in x gets NaN in all of y.
 int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
 // out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to

@@ -1,6 +1,6 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
-#include "cpu/amx.h"
-#include "cpu/int8_plan.h"
+#include "cpu/int8/amx.h"
+#include "cpu/int8/blocks.h"
 #include "cpu/kernels.h"
 #include "generated/layout.h"
 

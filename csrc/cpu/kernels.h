@@ -1,7 +1,10 @@
-// What one instruction set provides to dispatch.cpp. The same source (kernels.inl) is compiled once for each set, with
-// that set's compiler flags and everything in unnamed namespaces: an inline function shared between those translation
-// units could otherwise be linked with AVX-512 code into the portable path.
+// What one instruction set provides to dispatch.cpp. The same sources (exact/kernels.inl, int8/kernels.inl) are
+// compiled once for each set, by the files of cpu/instances with that set's compiler flags, and everything in unnamed
+// namespaces: an inline function shared between those translation units could otherwise be linked with AVX-512 code
+// into the portable path.
 #pragma once
+
+#include <cstdint>
 
 #include "cpu/cpu.h"
 

@@ -1,9 +1,10 @@
-// Standalone test of the kernels of csrc/cpu/int8_amx.inl, on any machine: over simulated tile registers they must give
-// the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the processor where it has AMX, and
-// where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated. Returns 1 on failure.
+// Standalone test of the kernels of csrc/cpu/int8/tile_registers.inl, on any machine: over simulated tile registers
+// they must give the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the processor where
+// it has AMX, and where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated. Returns 1 on
+// failure.
 #include <csignal>
 
-#include "cpu/amx.h"
+#include "cpu/int8/amx.h"
 #include "cpu_calls.h"
 #include "simulated_tiles.h"
 #include "trapped_amx.h"
