@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-Kernels avx2_kernels() { return {linear_tokens, dequantize_weight}; }
+Kernels exact_avx2() { return {linear_tokens, dequantize_weight}; }
 
 }  // namespace mpq::cpu

@@ -4,6 +4,6 @@
 
 namespace mpq::cpu {
 
-Kernels portable_kernels() { return {linear_tokens, dequantize_weight}; }
+Kernels exact_portable() { return {linear_tokens, dequantize_weight}; }
 
 }  // namespace mpq::cpu

@@ -7,7 +7,7 @@
 
 namespace mpq::cpu {
 
-LinearInt8 amx_int8() { return linear_int8_tokens<AmxTiles>; }
+LinearInt8 int8_amx() { return linear_int8_tokens<AmxTiles>; }
 
 bool amx_multiplies() { return tiles_multiply<AmxTiles>(); }
 

@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-LinearInt8 avx512_int8() { return linear_int8_tokens<NoTiles>; }
+LinearInt8 int8_avx512() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu

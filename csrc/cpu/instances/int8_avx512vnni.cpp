@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-LinearInt8 avx512vnni_int8() { return linear_int8_tokens<NoTiles>; }
+LinearInt8 int8_avx512vnni() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu

@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-LinearInt8 avxvnni_int8() { return linear_int8_tokens<NoTiles>; }
+LinearInt8 int8_avxvnni() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu

@@ -4,6 +4,6 @@
 
 namespace mpq::cpu {
 
-LinearInt8 portable_int8() { return linear_int8_tokens<NoTiles>; }
+LinearInt8 int8_portable() { return linear_int8_tokens<NoTiles>; }
 
 }  // namespace mpq::cpu

@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-const Products& avx512bf16_products() { return kPairProducts; }
+const Products* pairs_avx512bf16() { return &kPairProducts; }
 
 }  // namespace mpq::cpu

@@ -43,7 +43,7 @@ void leave_faulted(int) { _exit(static_cast<int>(Trial::kFaulted)); }
 
 const char* refusal() {
   if (!processor_lists_amx()) return "the processor does not list AMX-TILE and AMX-INT8";
-  if (!supported(Isa::kAvx512Vnni)) return "the processor has no AVX-512 VNNI, which these kernels use besides AMX";
+  if (!supported(Isa::avx512vnni)) return "the processor has no AVX-512 VNNI, which these kernels use besides AMX";
   if (!system_saves_tiles()) return "the operating system does not save the tile registers (XCR0, bits 17 and 18)";
   if (!request_permission()) {
     if (errno == ENOSPC) return "an alternate signal stack of this process is too small for the tile registers";
