@@ -76,6 +76,9 @@ def layout_header(formats) -> str:
         out.append(f"constexpr int kZero{kind.capitalize()} = {index};")
     for name, dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")):
         out.append(f"constexpr int kDtype{name} = {formats.SCALE_DTYPES.index(dtype)};")
+    out.append("// Places of the integers that operators take for each segment.")
+    places = ["kSegment" + "".join(map(str.capitalize, name.split("_"))) for name in formats.SEGMENT_INTS]
+    out.append(f"enum SegmentInt {braces([*places, 'kSegmentInts'])};")
     out.append("// Place of row n of a supertile in its block of scales.")
     out.append(f"constexpr uint8_t kRowPosition[{formats.TILE_N}] = {braces(position)};")
     out.append("// kSource<width>[word * (32 / width) + i] = n * 64 + k of the code in the i-th field of the word.")

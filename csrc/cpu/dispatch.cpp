@@ -2,6 +2,7 @@
 #include "cpu/int8/amx.h"
 #include "cpu/int8/blocks.h"
 #include "cpu/kernels.h"
+#include "format/ids.h"
 #include "generated/layout.h"
 
 #if defined(__x86_64__)

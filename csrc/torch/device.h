@@ -7,18 +7,21 @@
 
 #include <cstdint>
 
+#include "torch/operands.h"
+
 #if defined(MPQ_SIM)
 
 #define MPQ_NAMESPACE mpq_simulated
 #define MPQ_KEY CPU
 
-namespace mpq::machine {
+namespace mpq::device {
 
 using torch::stable::Tensor;
 using Stream = void*;
 
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
-inline int32_t device_index(const Tensor&) { return 0; }
+inline int32_t index_of(const Tensor&) { return 0; }
+inline Place place_of(const Tensor&) { return {true, 0}; }
 inline Stream current_stream(int32_t) { return nullptr; }
 // 0 outside of a capture.
 inline unsigned long long capture_id(Stream) { return 0; }
@@ -27,7 +30,7 @@ struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
 
-}  // namespace mpq::machine
+}  // namespace mpq::device
 
 #else
 
@@ -37,14 +40,15 @@ struct DeviceGuard {
 #define MPQ_NAMESPACE mpq
 #define MPQ_KEY CUDA
 
-namespace mpq::machine {
+namespace mpq::device {
 
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 using Stream = cudaStream_t;
 
 inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
-inline int32_t device_index(const Tensor& tensor) { return tensor.get_device_index(); }
+inline int32_t index_of(const Tensor& tensor) { return tensor.get_device_index(); }
+inline Place place_of(const Tensor& tensor) { return {false, index_of(tensor)}; }
 
 // Torch's current stream. The symbol is in the CUDA part of torch, which a build without CUDA does not have.
 inline Stream current_stream(int32_t device) {
@@ -68,6 +72,6 @@ inline unsigned long long capture_id(Stream stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-}  // namespace mpq::machine
+}  // namespace mpq::device
 
 #endif
