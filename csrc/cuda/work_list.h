@@ -1,5 +1,5 @@
-// Turns arguments into kernel parameters: which block reads which bytes, what lies where in shared memory and in the
-// workspace. Pure functions of values, on the host.
+// Turns arguments into kernel parameters: which block reads which bytes (cut_work.h), what lies where in shared memory
+// (shared_memory.h) and in the workspace. Pure functions of values, on the host.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,12 @@
 
 #include "include/mpq.h"
 #include "params.h"
+#include "shared_memory.h"
 
 namespace mpq::cuda {
 
-// Threads, and tokens of 8 for one block.
-struct Shape {
-  int token_tiles;  // 1, 2 or 4
-  int log2_group_rows;
-  uint32_t warps;
-};
-
-struct LinearPlan {
+// One launch of the kernels of linear.
+struct LinearLaunch {
   bool generic;  // groups that tensor cores cannot take: one slower kernel for all of them
   Shape shape;
   int max_unit;  // tiles that a warp may copy at a time
@@ -25,11 +20,6 @@ struct LinearPlan {
   bool table;  // bands and segments lie at the beginning of the workspace: too many for the parameters
   size_t partials_offset, workspace_bytes;
 };
-
-// MPQ_OK or why these arguments are refused. Pointers are compared with null and aligned, never read.
-int check_weight(const mpq_weight& weight);
-int check_linear(const mpq_linear_args& args, int64_t columns_of_y);
-int check_device(const mpq_device& device);
 
 // Bands and segments in order, as kernels see them.
 class TableReader {
@@ -48,12 +38,7 @@ class TableReader {
   uint64_t pieces_ = 0, scales_ = 0, zeros_ = 0;
 };
 
-// Fills `params` but for the addresses inside the workspace, and `plan`. Arguments must have been checked.
-int plan_linear(const mpq_linear_args& args, const mpq_device& device, LinearPlan& plan, LinearParams& params);
-
-// Groups that tensor cores take: 16, 32 or a multiple of 64 columns, or the whole segment.
-bool tensor_core_group(const mpq_segment& segment);
-
-inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+// Fills `params` but for the addresses inside the workspace, and `launch`. Arguments must have been checked.
+int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params);
 
 }  // namespace mpq::cuda

@@ -30,10 +30,12 @@ MPQ_DEVICE float load_scalar(const void* from, uint64_t index, int dtype) {
 }
 
 // What a lane multiplies its 8 rows of one group by, [4 h + t].
+template <int kBits>
 struct RowScales {
   float scale[8], zero[8];
 
   MPQ_DEVICE void load(const LinearParams& p, const Segment& s, int row_tiles, int row_tile, int group, uint32_t lane) {
+    constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
     const uint64_t block = uint64_t(uint32_t(group)) * uint32_t(row_tiles) + uint32_t(row_tile);
     const uint32_t rows = (lane >> 2) * 8;
     MPQ_UNROLL for (int i = 0; i < 8; ++i) {
@@ -44,7 +46,7 @@ struct RowScales {
       else if (zero_kind_of(s) == kZeroFloat)
         zero[i] = load_scalar(p.zeros, place, p.scale_dtype);
       else
-        zero[i] = bits_of(s) == 1 ? 0.5f : float(1 << (bits_of(s) - 1));
+        zero[i] = kMiddle;
     }
   }
 };
@@ -79,7 +81,7 @@ MPQ_DEVICE void decode_chunk(const LinearParams& p, const Segment& s, int row_ti
   Unpack<kBits>::run(load_chunk<kBits>(p, s, place, chunk, lane), a);
   const int first = tile * kTileK + 16 * chunk, last_group = s.groups - 1;
   const bool one_group = s.groups == 1 || s.group_size % 16 == 0;
-  RowScales rows;
+  RowScales<kBits> rows;
   // Four passes, one for each of the lane's columns, or one for all of them. Indices stay constants: registers.
   MPQ_NO_UNROLL for (int pass = one_group ? 4 : 0; pass < (one_group ? 5 : 4); ++pass) {
     const int column = one_group ? first : first + 8 * (pass >> 1) + 2 * int(lane & 3) + (pass & 1);
