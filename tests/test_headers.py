@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 from cpu_sources import cpu_sources, isa_flags
 
+from mpq_kernels.formats import ZERO_KINDS
+from mpq_kernels.layout import Segment, WeightLayout
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 HEADERS = sorted(
     p.relative_to(CSRC) for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cuh") and p.parent.name != "generated"
 )
 INCLUDE = re.compile(r'^#(?:include|define MPQ_SIMD) "(.+)"', re.MULTILINE)
+DEFINED = re.compile(r"^(?:\w[\w:<>,*& ]*)[ *&](\w+)(?= ?[({=;\[<])", re.MULTILINE)  # at the left margin
 COMPILER = os.environ.get("CXX", "g++")
 CXX = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", "-x", "c++", "-"]
 
@@ -95,6 +99,39 @@ def test_header_alone(results, header):
     assert not results[header].result()
 
 
+def code(path: Path) -> str:
+    """Text of a file without comments and strings."""
+    return re.sub(r'//.*|"[^"\n]*"', "", (CSRC / path).read_text())
+
+
+def lacking(files: list[Path]) -> list[str]:
+    """Names of one of these files that another uses without including it by name."""
+    owners = {name: path for path in files for name in DEFINED.findall(code(path))}
+    found = []
+    for path in files:
+        text = (CSRC / path).read_text()
+        for name in sorted(set(re.findall(r"\w+", code(path))) & owners.keys()):
+            if owners[name] != path and str(owners[name]) not in text:
+                found.append(f"{path}: {name} of {owners[name]}")
+    return found
+
+
+def test_kernels_include_what_they_use():
+    """Compilers do not look for names that a template calls until something instantiates it."""
+    files = [p for p in HEADERS if p.suffix == ".inl"]
+    names = {name for path in files for name in DEFINED.findall(code(path))}
+    assert {"for_each_chunk", "kFewBlocks", "GroupParams", "Stripe", "add_places", "kUnpackBlock"} <= names
+    assert lacking(files) == []
+
+
+def test_a_lost_include_of_a_template_is_found(tmp_path, monkeypatch):
+    for file in ("exact/decode.inl", "exact/decode_float.inl"):
+        text = (CSRC / "cpu" / file).read_text().replace('#include "cpu/exact/decode.inl"\n', "")
+        (tmp_path / Path(file).name).write_text(text)
+    monkeypatch.setitem(globals(), "CSRC", tmp_path)
+    assert lacking([Path("decode.inl"), Path("decode_float.inl")]) == ["decode_float.inl: for_each_chunk of decode.inl"]
+
+
 def test_all_rooms_are_looked_at():
     assert {header.parts[0] for header in HEADERS} >= {"cpu", "cuda", "include", "sim", "torch"}
 
@@ -111,3 +148,11 @@ def test_what_is_wrong_is_found(tmp_path, monkeypatch, text, word):
     (tmp_path / "wrong.h").write_text(text)
     monkeypatch.setitem(globals(), "commands", lambda header: [([*CXX, f"-I{tmp_path}"], "")])
     assert word in errors("wrong.h")
+
+
+def test_segments_are_given_in_the_order_of_the_header():
+    text = (CSRC / "generated/layout.h").read_text()
+    names = [re.sub(r"(?!^)(?=[A-Z])", "_", name).lower() for name in re.findall(r"kSegment(\w+)", text)]
+    segments = (Segment(0, 70, 0, 128, 3, 64, "int"), Segment(0, 70, 128, 320, 5, 192, "none"))
+    wanted = [ZERO_KINDS.index(s.zero) if name == "zero" else getattr(s, name) for s in segments for name in names[:-1]]
+    assert names[-1] == "ints" and WeightLayout(70, 320, segments).segment_ints() == wanted

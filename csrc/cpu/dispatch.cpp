@@ -78,8 +78,10 @@ bool has_avx_vnni() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #else
-#define MPQ_X86_ROW(name, ...) \
-  {#name, kAsked, nullptr, nullptr, Isa::portable, nullptr, []() -> const char* { return "it is of x86-64"; }},
+#define MPQ_X86_ROW(name, ...)                                                    \
+  {#name, kAsked, nullptr, nullptr, Isa::portable, nullptr, []() -> const char* { \
+     return "it is an instruction set of x86-64";                                 \
+   }},
 #endif
 
 constexpr Row kRows[] = {MPQ_CPU_ISAS(MPQ_ROW, MPQ_X86_ROW)};

@@ -1,6 +1,7 @@
 // Weights as fp32 numbers, for kernels that do not multiply codes: fl32(fl32(code - zero) * scale) + 0, any group size.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "unpack.cuh"

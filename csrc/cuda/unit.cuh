@@ -6,6 +6,7 @@
 // x is fl32(fl32(code - zero) * scale), bit for bit.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "unpack.cuh"

@@ -17,7 +17,6 @@
 #include "cpu/int8/amx.h"
 #include "cpu/int8/tile.inl"
 #include "cpu/shared/codes.inl"
-#include "cpu/shared/convert.inl"
 #include "cpu/simd/simd.h"
 
 namespace mpq::cpu {
