@@ -31,21 +31,8 @@ OPS, CUDA, HOST = "mpq_kernels._ops", "mpq_kernels._cuda", "mpq_kernels._host"
 # No path of the build machine may reach an error message or a binary.
 PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
-AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
-# The instruction set of each CPU kernel file; the file is chosen at run time. The empty row builds everywhere.
-ISA_FLAGS = {
-    "csrc/cpu/kernels_portable.cpp": "",
-    "csrc/cpu/kernels_avx2.cpp": AVX2,
-    "csrc/cpu/kernels_avx512.cpp": AVX512,
-    "csrc/cpu/decode_avx512bf16.cpp": f"{AVX512} -mavx512bf16",
-    "csrc/cpu/int8_portable.cpp": "",
-    "csrc/cpu/int8_avx2.cpp": AVX2,
-    "csrc/cpu/int8_avxvnni.cpp": f"{AVX2} -mavxvnni",
-    "csrc/cpu/int8_avx512.cpp": AVX512,
-    "csrc/cpu/int8_avx512vnni.cpp": f"{AVX512} -mavx512vnni",
-    "csrc/cpu/int8_amx.cpp": f"{AVX512} -mavx512vnni -mamx-tile -mamx-int8",
-}
+# A file of csrc/cpu/instances names its instruction set itself; it is compiled for x86-64 only, and chosen at run time.
+ISA_FLAGS = re.compile(r"^// x86-64 flags: (.*)$", re.MULTILINE)
 CUDA_ARCHS = "80;89;90;100+PTX"
 # The instructions that kernels are written in: those of the newest of these that an architecture has. Each is compiled
 # once, whatever the number of architectures that machine code is made for.
@@ -89,6 +76,9 @@ def layout_header(formats) -> str:
         out.append(f"constexpr int kZero{kind.capitalize()} = {index};")
     for name, dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")):
         out.append(f"constexpr int kDtype{name} = {formats.SCALE_DTYPES.index(dtype)};")
+    out.append("// Places of the integers that operators take for each segment.")
+    places = ["kSegment" + "".join(map(str.capitalize, name.split("_"))) for name in formats.SEGMENT_INTS]
+    out.append(f"enum SegmentInt {braces([*places, 'kSegmentInts'])};")
     out.append("// Place of row n of a supertile in its block of scales.")
     out.append(f"constexpr uint8_t kRowPosition[{formats.TILE_N}] = {braces(position)};")
     out.append("// kSource<width>[word * (32 / width) + i] = n * 64 + k of the code in the i-th field of the word.")
@@ -101,6 +91,12 @@ def layout_header(formats) -> str:
                 source[index] = n * formats.TILE_K + k
         out.append(f"constexpr uint16_t kSource{width}[{formats.TILE_CODES}] = {braces(source)};")
     return "\n".join([*out, "}  // namespace mpq", ""])
+
+
+def isa_flags(source: Path) -> str:
+    """Compiler flags that the text of a source asks for; "" where it asks for none."""
+    found = ISA_FLAGS.search(source.read_text())
+    return found[1] if found else ""
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -222,7 +218,7 @@ class NinjaBuild(build_ext):
         objects = []
         for source in ext.sources:
             objects.append(str(build / (Path(source).stem + ".o")))
-            flags = f"{CXX_FLAGS} {PREFIX_MAP} {compile_flags} -I{ROOT / 'csrc'} {ISA_FLAGS.get(source, '')}"
+            flags = f"{CXX_FLAGS} {PREFIX_MAP} {compile_flags} -I{ROOT / 'csrc'} {isa_flags(ROOT / source)}"
             rule = "cc"
             if source.endswith(".cu"):
                 rule = "cu"
@@ -234,9 +230,7 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
 
 
-cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-if not X86:
-    cpu_sources = [s for s in cpu_sources if not ISA_FLAGS.get(s)]
+cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp") if X86 or not isa_flags(p))
 CUDA_OPS = "csrc/torch/cuda_ops.cpp"
 ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
 ops_sources.remove(CUDA_OPS)

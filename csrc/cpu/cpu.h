@@ -2,26 +2,27 @@
 // answer whether AMX works), no allocation, no exceptions: raw pointers, a caller-owned workspace, integer error codes.
 //
 // Every pointer may be unaligned (weights are mapped files). Layout of planes, scales and zeros:
-// mpq_kernels/formats.py.
+// mpq_kernels/format/codes.py.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace mpq::cpu {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
-// The VNNI sets differ from those that they extend in linear_int8 only. kAvx512Bf16 is kAvx512Vnni but for linear() of
-// bf16 x; kAmx is the best of both but for linear_int8() of 16 tokens and more.
-enum class Isa : int {
-  kPortable = 0,
-  kAvx2 = 1,
-  kAvx512 = 2,
-  kAvxVnni = 3,
-  kAvx512Vnni = 4,
-  kAmx = 5,
-  kAvx512Bf16 = 6
-};
+
+// Instruction sets, named as in isa.h: Isa::avx2.
+#define MPQ_ENUMERATOR(name, ...) name,
+enum class Isa : int { MPQ_CPU_ISAS(MPQ_ENUMERATOR, MPQ_ENUMERATOR) };
+#undef MPQ_ENUMERATOR
+
+// All of them, best first.
+#define MPQ_ENUMERATOR(name, ...) Isa::name,
+constexpr Isa kIsas[] = {MPQ_CPU_ISAS(MPQ_ENUMERATOR, MPQ_ENUMERATOR)};
+#undef MPQ_ENUMERATOR
 
 enum Error : int {
   kOk = 0,
@@ -83,9 +84,9 @@ int linear(const LinearArgs& args, Isa isa, const Parallel& parallel);
 // Bytes of workspace that linear_int8() needs.
 size_t linear_int8_workspace_bytes(const LinearArgs& args);
 
-// As linear(), with x rounded to int8 for each token and each block of columns (int8_plan.h, int8_x.inl). The sums of
-// products of a block are exact integers; blocks are added up in fp32, in order, so a row of y depends neither on M nor
-// on the threads. A token with NaN or Inf in x gets NaN in all of y.
+// As linear(), with x rounded to int8 for each token and each block of columns (int8/blocks.h, int8/round_x.inl). The
+// sums of products of a block are exact integers; blocks are added up in fp32, in order, so a row of y depends neither
+// on M nor on the threads. A token with NaN or Inf in x gets NaN in all of y.
 int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
 // out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to
@@ -96,7 +97,7 @@ const char* error_text(int code);
 
 bool supported(Isa isa);           // compiled in, and this machine and its operating system can run it
 const char* isa_refusal(Isa isa);  // why not; nullptr where it is supported
-Isa best_isa();                    // never kAmx, whose speed is not measured, nor does this ask for it
+Isa best_isa();                    // never one that must be asked for, nor is it tried
 const char* isa_name(Isa isa);
 
 }  // namespace mpq::cpu

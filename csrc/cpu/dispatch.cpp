@@ -1,7 +1,8 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
-#include "cpu/amx.h"
-#include "cpu/int8_plan.h"
+#include "cpu/int8/amx.h"
+#include "cpu/int8/blocks.h"
 #include "cpu/kernels.h"
+#include "format/ids.h"
 #include "generated/layout.h"
 
 #if defined(__x86_64__)
@@ -9,6 +10,9 @@
 #endif
 
 namespace mpq::cpu {
+
+const Products* pairs_portable() { return nullptr; }  // portable C++ multiplies bf16 x like any other
+
 namespace {
 
 bool known(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16; }
@@ -45,46 +49,52 @@ int check_weight(const Weight& w) {
   return row == w.N && col == 0 ? kOk : kErrorCover;
 }
 
-Kernels kernels_of(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16 || isa == Isa::kAmx)
-    return avx512_kernels();
-  if (isa == Isa::kAvx2 || isa == Isa::kAvxVnni) return avx2_kernels();
-#endif
-  (void)isa;
-  return portable_kernels();
-}
+enum Choice { kUnasked, kAsked };
 
-// What multiplies bf16 x in pairs, or null.
-const Products* pairs_of(Isa isa, DType x_dtype) {
-#if defined(__x86_64__)
-  const bool has = isa == Isa::kAvx512Bf16 || (isa == Isa::kAmx && supported(Isa::kAvx512Bf16));
-  if (has && x_dtype == DType::kBF16) return &avx512bf16_products();
-#endif
-  (void)isa;
-  (void)x_dtype;
-  return nullptr;
-}
+// A row of isa.h.
+struct Row {
+  const char* name;
+  Choice choice;
+  Kernels (*exact)();
+  const Products* (*pairs)();
+  Isa pairs_isa;  // which pairs() may run on
+  LinearInt8 (*int8)();
+  const char* (*refusal)();
+};
 
-LinearInt8 int8_of(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAmx) return amx_int8();
-  if (isa == Isa::kAvx512Vnni || isa == Isa::kAvx512Bf16) return avx512vnni_int8();
-  if (isa == Isa::kAvx512) return avx512_int8();
-  if (isa == Isa::kAvxVnni) return avxvnni_int8();
-  if (isa == Isa::kAvx2) return avx2_int8();
-#endif
-  (void)isa;
-  return portable_int8();
-}
+#define MPQ_ROW(name, choice, exact, pairs, int8, refusal) \
+  {#name, choice, exact_##exact, pairs_##pairs, Isa::pairs, int8_##int8, []() -> const char* { return refusal; }},
 
 #if defined(__x86_64__)
+#define MPQ_X86_ROW MPQ_ROW
+
+const char* unless(bool has) {
+  return has ? nullptr : "the processor does not have it, or the operating system does not use it";
+}
+
 // Not every compiler that is supported knows a name for it.
 bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#else
+#define MPQ_X86_ROW(name, ...)                                                    \
+  {#name, kAsked, nullptr, nullptr, Isa::portable, nullptr, []() -> const char* { \
+     return "it is an instruction set of x86-64";                                 \
+   }},
 #endif
+
+constexpr Row kRows[] = {MPQ_CPU_ISAS(MPQ_ROW, MPQ_X86_ROW)};
+
+const Row& row_of(Isa isa) { return kRows[static_cast<int>(isa)]; }
+
+bool known(Isa isa) { return static_cast<size_t>(isa) < sizeof kRows / sizeof *kRows; }
+
+// What multiplies bf16 x in pairs, or null.
+const Products* pairs_of(Isa isa, DType x_dtype) {
+  const Row& row = row_of(isa);
+  return x_dtype == DType::kBF16 && supported(row.pairs_isa) ? row.pairs() : nullptr;
+}
 
 // kOk where there is nothing wrong with a call, M = 0 included; `needed` bytes of workspace are asked for.
 int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
@@ -108,7 +118,7 @@ size_t linear_workspace_bytes(const LinearArgs& args) {
 
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel) {
   const int error = check_linear(args, isa, linear_workspace_bytes(args));
-  if (error == kOk && args.M) kernels_of(isa).linear(args, parallel, pairs_of(isa, args.x_dtype));
+  if (error == kOk && args.M) row_of(isa).exact().linear(args, parallel, pairs_of(isa, args.x_dtype));
   return error;
 }
 
@@ -123,7 +133,7 @@ size_t linear_int8_workspace_bytes(const LinearArgs& args) {
 
 int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel) {
   const int error = check_linear(args, isa, linear_int8_workspace_bytes(args));
-  if (error == kOk && args.M) int8_of(isa)(args, parallel);
+  if (error == kOk && args.M) row_of(isa).int8()(args, parallel);
   return error;
 }
 
@@ -132,7 +142,7 @@ int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const 
   if (const int error = check_weight(weight)) return error;
   if (!known(out_dtype)) return kErrorDType;
   if (!out) return kErrorNull;
-  kernels_of(isa).dequantize(weight, out, out_dtype, parallel);
+  row_of(isa).exact().dequantize(weight, out, out_dtype, parallel);
   return kOk;
 }
 
@@ -159,61 +169,17 @@ const char* error_text(int code) {
   }
 }
 
-const char* isa_refusal(Isa isa) {
-  if (isa == Isa::kAmx) return amx_refusal();
-  return supported(isa) ? nullptr : "the processor does not have it, or the operating system does not use it";
-}
+const char* isa_refusal(Isa isa) { return known(isa) ? row_of(isa).refusal() : "there is no such instruction set"; }
 
-bool supported(Isa isa) {
-  switch (isa) {
-    case Isa::kPortable:
-      return true;
-#if defined(__x86_64__)
-    case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::kAvxVnni:
-      return supported(Isa::kAvx2) && has_avx_vnni();
-    case Isa::kAvx512Bf16:
-      return supported(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
-    case Isa::kAvx512Vnni:
-      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
-    case Isa::kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#endif
-    case Isa::kAmx:
-      return amx_refusal() == nullptr;
-    default:
-      return false;
-  }
-}
+bool supported(Isa isa) { return isa_refusal(isa) == nullptr; }
 
 Isa best_isa() {
-  constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2};
-  for (Isa isa : kBestFirst) {
-    if (supported(isa)) return isa;
+  for (const Isa isa : kIsas) {
+    if (row_of(isa).choice == kUnasked && supported(isa)) return isa;
   }
-  return Isa::kPortable;
+  return Isa::portable;
 }
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kPortable:
-      return "portable";
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvxVnni:
-      return "avxvnni";
-    case Isa::kAvx512Vnni:
-      return "avx512vnni";
-    case Isa::kAmx:
-      return "amx";
-    case Isa::kAvx512Bf16:
-      return "avx512bf16";
-  }
-  return "unknown";
-}
+const char* isa_name(Isa isa) { return known(isa) ? row_of(isa).name : "unknown"; }
 
 }  // namespace mpq::cpu

@@ -1,9 +1,13 @@
-// What one instruction set provides to dispatch.cpp. The same source (kernels.inl) is compiled once for each set, with
-// that set's compiler flags and everything in unnamed namespaces: an inline function shared between those translation
-// units could otherwise be linked with AVX-512 code into the portable path.
+// What one instruction set provides to dispatch.cpp. The same sources (exact/kernels.inl, int8/kernels.inl) are
+// compiled once for each set, by the files of cpu/instances with that set's compiler flags, and everything in unnamed
+// namespaces: an inline function shared between those translation units could otherwise be linked with AVX-512 code
+// into the portable path.
 #pragma once
 
+#include <cstdint>
+
 #include "cpu/cpu.h"
+#include "cpu/isa.h"
 
 namespace mpq::cpu {
 
@@ -44,19 +48,14 @@ struct Kernels {
 // units.
 static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 
-Kernels portable_kernels();
-Kernels avx2_kernels();
-Kernels avx512_kernels();
-
-const Products& avx512bf16_products();
-
 using LinearInt8 = void (*)(const LinearArgs& args, const Parallel& parallel);
 
-LinearInt8 portable_int8();
-LinearInt8 avx2_int8();
-LinearInt8 avxvnni_int8();
-LinearInt8 avx512_int8();
-LinearInt8 avx512vnni_int8();
-LinearInt8 amx_int8();
+// exact_avx2(), int8_avx2() and so on: what the files of cpu/instances define, each the function of its name.
+#define MPQ_DECLARE(name, choice, exact, pairs, int8, ...) \
+  Kernels exact_##exact();                                 \
+  const Products* pairs_##pairs();                         \
+  LinearInt8 int8_##int8();
+MPQ_CPU_ISAS(MPQ_DECLARE, MPQ_DECLARE)
+#undef MPQ_DECLARE
 
 }  // namespace mpq::cpu

@@ -1,12 +1,14 @@
-// The C interface: check, plan, enqueue.
+// The C interface: check, prepare, enqueue.
 
 #include <algorithm>
 #include <cstring>
 
+#include "check.h"
 #include "generated/layout.h"
 #include "include/mpq.h"
 #include "launch.h"
-#include "plan.h"
+#include "segments.h"
+#include "work_list.h"
 
 namespace mpq::cuda {
 
@@ -45,25 +47,25 @@ class TableWriter {
 };
 
 // Bands, then segments, then for experts the first row group of each, at `to`.
-int write_table(const mpq_weight& w, const LinearPlan& plan, const dev::Launch& how, char* to, int num_experts,
+int write_table(const mpq_weight& w, const LinearLaunch& launch, const dev::Launch& how, char* to, int num_experts,
                 LinearParams& params) {
   TableWriter writer(how, to);
   params.bands = reinterpret_cast<const Band*>(to);
   params.segments = reinterpret_cast<const Segment*>(to + params.num_bands * sizeof(Band));
-  const int log2_rows = plan.generic ? 0 : plan.shape.log2_group_rows;
+  const int log2_rows = launch.generic ? 0 : launch.shape.log2_group_rows;
   Segment segment;
   Band band;
-  for (TableReader reader(w, plan.max_unit, log2_rows); reader.more();) {
+  for (TableReader reader(w, launch.max_unit, log2_rows); reader.more();) {
     if (!reader.next(segment, band)) continue;
     if (int status = writer.add(band)) return status;
   }
-  for (TableReader reader(w, plan.max_unit, log2_rows); reader.more();) {
+  for (TableReader reader(w, launch.max_unit, log2_rows); reader.more();) {
     reader.next(segment, band);
     if (int status = writer.add(segment)) return status;
   }
   if (num_experts) {
     const int64_t rows = w.out_features / num_experts;
-    TableReader reader(w, plan.max_unit, log2_rows);
+    TableReader reader(w, launch.max_unit, log2_rows);
     while (reader.more()) {
       if (reader.next(segment, band) && band.n0 % rows == 0) {
         if (int status = writer.add(band.first_group)) return status;
@@ -74,43 +76,43 @@ int write_table(const mpq_weight& w, const LinearPlan& plan, const dev::Launch& 
   return writer.flush();
 }
 
-// The part of the plan that needs addresses. how: grid and stream.
-int place(const mpq_linear_args& a, const LinearPlan& plan, const dev::Launch& how, int num_experts,
+// The part of the parameters that needs addresses. how: grid and stream.
+int place(const mpq_linear_args& a, const LinearLaunch& launch, const dev::Launch& how, int num_experts,
           LinearParams& params) {
   char* workspace = static_cast<char*>(a.workspace);
-  if (plan.workspace_bytes > a.workspace_bytes) return MPQ_ERROR_WORKSPACE;
-  if ((plan.workspace_bytes && !workspace) || (!num_experts && !a.counters)) return MPQ_ERROR_NULL;
+  if (launch.workspace_bytes > a.workspace_bytes) return MPQ_ERROR_WORKSPACE;
+  if ((launch.workspace_bytes && !workspace) || (!num_experts && !a.counters)) return MPQ_ERROR_NULL;
   if (reinterpret_cast<uintptr_t>(workspace) % 16 || reinterpret_cast<uintptr_t>(a.counters) % 4)
     return MPQ_ERROR_ALIGNMENT;
   params.counters = static_cast<uint32_t*>(a.counters);
-  params.partials = reinterpret_cast<float*>(workspace + plan.partials_offset);
-  if (!plan.table) return MPQ_OK;
+  params.partials = reinterpret_cast<float*>(workspace + launch.partials_offset);
+  if (!launch.table) return MPQ_OK;
   dev::Launch one = how;
   one.grid_x = one.grid_y = 1;
   one.shared_bytes = 0;
-  return write_table(a.weight, plan, one, workspace, num_experts, params);
+  return write_table(a.weight, launch, one, workspace, num_experts, params);
 }
 
-dev::Launch launch_of(const mpq_linear_args& a, const LinearPlan& plan, const LinearParams& params, void* stream) {
+dev::Launch launch_of(const mpq_linear_args& a, const LinearLaunch& launch, const LinearParams& params, void* stream) {
   dev::Launch how;
-  how.grid_x = plan.grid_x;
-  how.grid_y = plan.grid_y;
-  how.threads = plan.shape.warps * 32;
-  how.shared_bytes = plan.generic ? 0 : params.shared.total;
+  how.grid_x = launch.grid_x;
+  how.grid_y = launch.grid_y;
+  how.threads = launch.shape.warps * 32;
+  how.shared_bytes = launch.generic ? 0 : params.shared.total;
   how.stream = static_cast<dev::Stream>(stream);
-  how.overlap = (a.flags & MPQ_OVERLAP) != 0 && !plan.table;
+  how.overlap = (a.flags & MPQ_OVERLAP) != 0 && !launch.table;
   return how;
 }
 
 int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream) {
-  LinearPlan plan;
+  LinearLaunch launch;
   LinearParams params;
-  if (int status = plan_linear(a, device, plan, params)) return status;
-  const dev::Launch how = launch_of(a, plan, params, stream);
-  if (int status = place(a, plan, how, 0, params)) return status;
+  if (int status = prepare_linear(a, device, launch, params)) return status;
+  const dev::Launch how = launch_of(a, launch, params, stream);
+  if (int status = place(a, launch, how, 0, params)) return status;
   const bool bf16 = a.x_dtype == MPQ_BF16;
-  if (plan.generic) return launched(launch_generic(bf16, how, params));
-  if (plan.shape.token_tiles < 4) return launched(launch_decode(bf16, plan.shape.token_tiles, how, params));
+  if (launch.generic) return launched(launch_generic(bf16, how, params));
+  if (launch.shape.token_tiles < 4) return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
   return launched(launch_medium(bf16, how, params));
 }
 
@@ -139,13 +141,13 @@ int check_grouped(const mpq_grouped_args& a) {
   return MPQ_OK;
 }
 
-// Plans as for the tokens of a typical expert; full row groups, so no partial sums.
-int plan_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearPlan& plan, GroupedParams& params) {
+// Prepares as for the tokens of a typical expert; full row groups, so no partial sums.
+int prepare_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearLaunch& launch, GroupedParams& params) {
   mpq_linear_args typical = a.linear;
   typical.tokens = std::max<int64_t>(1, ceil_div(a.linear.tokens, a.num_experts));
   if (typical.tokens > 16) typical.tokens = 32;
   if (typical.tokens <= 16) typical.tokens = typical.tokens <= 8 ? 8 : 16;
-  if (int status = plan_linear(typical, device, plan, params.linear)) return status;
+  if (int status = prepare_linear(typical, device, launch, params.linear)) return status;
   params.linear.in.tokens = int32_t(a.linear.tokens);
   params.linear.out.row_stride = a.linear.y_row_stride;
   params.num_experts = a.num_experts;
@@ -154,12 +156,12 @@ int plan_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearPlan
   params.items_before = params.linear.shared.total;
   params.linear.shared.total += uint32_t(a.num_experts + 1) * 4;
   if (int64_t{params.linear.shared.total} > device.shared_bytes) return MPQ_ERROR_DEVICE;
-  plan.table = true;
-  plan.workspace_bytes = params.linear.num_bands * sizeof(Band) + params.linear.num_segments * sizeof(Segment) +
-                         size_t(a.num_experts + 1) * 4;
-  plan.partials_offset = 0;
-  plan.grid_x = uint32_t(device.multiprocessors);
-  plan.grid_y = 1;
+  launch.table = true;
+  launch.workspace_bytes = params.linear.num_bands * sizeof(Band) + params.linear.num_segments * sizeof(Segment) +
+                           size_t(a.num_experts + 1) * 4;
+  launch.partials_offset = 0;
+  launch.grid_x = uint32_t(device.multiprocessors);
+  launch.grid_y = 1;
   return MPQ_OK;
 }
 
@@ -279,10 +281,10 @@ int mpq_workspace_size(const mpq_linear_args* args, const mpq_device* device, si
   if (!args || !device || !bytes) return MPQ_ERROR_NULL;
   if (int status = check_linear(*args, args->weight.out_features)) return status;
   if (int status = check_device(*device)) return status;
-  LinearPlan plan;
+  LinearLaunch launch;
   LinearParams params;
-  const int status = plan_linear(part_of(*args, 0), *device, plan, params);
-  *bytes = plan.workspace_bytes;
+  const int status = prepare_linear(part_of(*args, 0), *device, launch, params);
+  *bytes = launch.workspace_bytes;
   return status;
 }
 
@@ -300,10 +302,10 @@ int mpq_grouped_workspace_size(const mpq_grouped_args* args, const mpq_device* d
   if (!args || !device || !bytes) return MPQ_ERROR_NULL;
   if (int status = check_grouped(*args)) return status;
   if (int status = check_device(*device)) return status;
-  LinearPlan plan;
+  LinearLaunch launch;
   GroupedParams params;
-  const int status = plan_grouped(*args, *device, plan, params);
-  *bytes = plan.workspace_bytes;
+  const int status = prepare_grouped(*args, *device, launch, params);
+  *bytes = launch.workspace_bytes;
   return status;
 }
 
@@ -312,13 +314,13 @@ int mpq_grouped_linear(const mpq_grouped_args* args, const mpq_device* device, v
   if (int status = check_grouped(*args)) return status;
   if (int status = check_device(*device)) return status;
   if (args->linear.tokens == 0) return MPQ_OK;
-  LinearPlan plan;
+  LinearLaunch launch;
   GroupedParams params;
-  if (int status = plan_grouped(*args, *device, plan, params)) return status;
-  const mpq::dev::Launch how = launch_of(args->linear, plan, params.linear, stream);
-  if (int status = place(args->linear, plan, how, args->num_experts, params.linear)) return status;
+  if (int status = prepare_grouped(*args, *device, launch, params)) return status;
+  const mpq::dev::Launch how = launch_of(args->linear, launch, params.linear, stream);
+  if (int status = place(args->linear, launch, how, args->num_experts, params.linear)) return status;
   params.expert_groups = reinterpret_cast<const int32_t*>(params.linear.segments + params.linear.num_segments);
-  return launched(launch_grouped(args->linear.x_dtype == MPQ_BF16, plan.shape.token_tiles, how, params));
+  return launched(launch_grouped(args->linear.x_dtype == MPQ_BF16, launch.shape.token_tiles, how, params));
 }
 
 int mpq_dequantize(const mpq_dequantize_args* args, const mpq_device* device, void* stream) {

@@ -1,9 +1,11 @@
 // Arguments are refused here, before anything is enqueued.
+#include "check.h"
 
 #include <climits>
+#include <cstdint>
 
 #include "generated/layout.h"
-#include "plan.h"
+#include "segments.h"
 
 namespace mpq::cuda {
 

@@ -1,9 +1,9 @@
 // W as a dense matrix in caller's memory, columns in their original order. Before a product of many tokens: a matrix
 // product reads every weight once for each block of tokens, and a dense one costs no decoding.
 
+#include "fp32_weights.cuh"
 #include "launch.h"
 #include "ring.cuh"
-#include "weights.cuh"
 
 namespace mpq::cuda {
 

@@ -1,9 +1,9 @@
 // y = x W^T + bias for weights in which some group of columns is neither 16, 32, 64 n nor a whole segment: one warp
 // decodes every weight to fp32 and multiplies without tensor cores. Right for every group size, not made to be fast.
 
+#include "fp32_weights.cuh"
 #include "launch.h"
 #include "linear.cuh"
-#include "weights.cuh"
 
 namespace mpq::cuda {
 

@@ -8,11 +8,13 @@
 // the block waits for x.
 #pragma once
 
+#include "device.cuh"
 #include "panel.cuh"
 #include "params.h"
 #include "reduce.cuh"
 #include "ring.cuh"
 #include "unit.cuh"
+#include "work.cuh"
 
 namespace mpq::cuda {
 

@@ -7,6 +7,7 @@
 // Beyond the last column x is zero. fp16 stays as it is, bf16 is multiplied by 2^80 (unit.cuh). A lane loads 8 columns.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "unit.cuh"

@@ -1,4 +1,4 @@
-// What the host tells a kernel: plain structures, passed by value. Written by plan.cpp, read by the kernels.
+// What the host tells a kernel: plain structures, passed by value. Written by work_list.cpp, read by the kernels.
 //
 // A weight is cut into row bands (segments with equal n0 and n1), a band into row groups of `1 << log2_group_rows` row
 // tiles, and the work is the list of all row groups, each of them `k_tiles` long:

@@ -3,6 +3,7 @@
 // the same input gives the same bits, whatever the order in which blocks run.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "panel.cuh"
 #include "params.h"

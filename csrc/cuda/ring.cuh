@@ -8,6 +8,7 @@
 // tile take its units in turn.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "work.cuh"

@@ -6,6 +6,7 @@
 // x is fl32(fl32(code - zero) * scale), bit for bit.
 #pragma once
 
+#include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "unpack.cuh"
@@ -68,7 +69,8 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
                             const float2 (&sum_x)[kTokenTiles], uint32_t& scales, int zero_kind, int scale_dtype,
                             uint32_t lane) {
   float scale[8], zero[8];
-  float offset = 0.0f;  // zero[i] - offset is the zero point
+  constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
+  float offset = 0.0f;                              // zero[i] - offset is the zero point
   load_row_values(scale, scales, scale_dtype);
   scales += row_values_bytes(scale_dtype);
   if (zero_kind == kZeroInt) {
@@ -82,7 +84,7 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
     load_row_values(zero, scales, scale_dtype);
     scales += row_values_bytes(scale_dtype);
   } else {
-    MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = kBits == 1 ? 0.5f : float(1 << (kBits - 1));
+    MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = kMiddle;
   }
   MPQ_UNROLL for (int t = 0; t < 4; ++t) {
     MPQ_UNROLL for (int h = 0; h < 2; ++h) {
@@ -120,7 +122,7 @@ template <int kBits>
 struct Planes {
   static constexpr bool four = kBits >= 4, eight = kBits == 8,
                         two = kBits == 2 || kBits == 3 || kBits == 6 || kBits == 7, one = kBits & 1;
-  // Widths above 4 come one tile at a time (plan.cpp), so that their places are constants.
+  // Widths above 4 come one tile at a time (segments.h), so that their places are constants.
   static MPQ_DEVICE int unit(int unit) { return kBits > 4 ? 1 : unit; }
   // Bytes from a unit's first byte to tile `tile` of a plane.
   static MPQ_DEVICE uint32_t second_four_at(int) { return 2048; }

@@ -25,14 +25,10 @@ cpu::Isa current_isa() {
 
 namespace {
 
-// AMX comes last because its speed has not been measured.
-constexpr cpu::Isa kIsas[] = {cpu::Isa::kAvx512Bf16, cpu::Isa::kAvx512Vnni, cpu::Isa::kAvx512, cpu::Isa::kAvxVnni,
-                              cpu::Isa::kAvx2,       cpu::Isa::kPortable,   cpu::Isa::kAmx};
-
 // Instruction sets that work on this processor, best first, comma-separated.
 std::string cpu_isas() {
   std::string names;
-  for (cpu::Isa isa : kIsas) {
+  for (cpu::Isa isa : cpu::kIsas) {
     if (!cpu::supported(isa)) continue;
     if (!names.empty()) names += ",";
     names += cpu::isa_name(isa);
@@ -43,7 +39,7 @@ std::string cpu_isas() {
 std::string cpu_isa() { return cpu::isa_name(current_isa()); }
 
 cpu::Isa isa_of(const std::string& name) {
-  for (cpu::Isa isa : kIsas) {
+  for (cpu::Isa isa : cpu::kIsas) {
     if (name == cpu::isa_name(isa)) return isa;
   }
   STD_TORCH_CHECK(false, "unknown instruction set ", name, "; this processor has ", cpu_isas());

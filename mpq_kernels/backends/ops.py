@@ -1,6 +1,6 @@
-"""Loads the operators of csrc/torch/ops.cpp and says what they return without running them.
+"""Loads the operators of csrc/torch/cpu_ops.cpp and says what they return without running them.
 
-Schemas and CPU kernels are registered by csrc/torch/ops.cpp; the fakes, which torch.compile and torch.export trace
+Schemas and CPU kernels are registered by csrc/torch/cpu_ops.cpp; the fakes, which torch.compile and torch.export trace
 with, stand here once for every device.
 """
 

@@ -79,6 +79,9 @@ ZERO_KINDS = ("none", "int", "float")
 # Scales (and float zeros) may have these dtypes; the position is the number that kernels receive.
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
+# The integers that operators take for each segment, in this order; the zero kind is its position in ZERO_KINDS.
+SEGMENT_INTS = ("n0", "n1", "k0", "k1", "bits", "group_size", "zero")
+
 
 def plane_shifts(bits: int) -> tuple[int, ...]:
     """Right shift that brings each plane's field of a code down to bit 0: 7 -> (3, 1, 0)."""

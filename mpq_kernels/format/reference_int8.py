@@ -21,8 +21,8 @@ from .reference import dequantize, magnitudes
 from .weights import PackedWeight, QuantizedWeight
 from .words import unpack_weight
 
-BLOCK_COLUMNS = 128  # csrc/cpu/int8_plan.h
-LEAST_AMAX = 2.0**-100  # csrc/cpu/int8_x.inl
+BLOCK_COLUMNS = 128  # csrc/cpu/int8/blocks.h
+LEAST_AMAX = 2.0**-100  # csrc/cpu/int8/round_x.inl
 
 
 def blocks_of(segment: Segment) -> Iterator[tuple[int, int]]:

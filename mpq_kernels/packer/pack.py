@@ -60,8 +60,9 @@ def pack(
 
     quantizer: a key of quantize.QUANTIZERS. calibration: for quantizers that take it, a Calibration or the path (a
     pathlib.Path) of a UTF-8 text, of the kind that the model is used for and not what it is tested on. What is then
-    held in memory besides one weight: calibrate/hessians.py, calibrate/auto_round.py. overwrite: replace an older packed checkpoint, once
-    the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own.
+    held in memory besides one weight: calibrate/hessians.py, calibrate/auto_round.py. overwrite: replace an older
+    packed checkpoint, once the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a
+    file of its own.
     progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
     that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
     removes it and starts over, None raises CheckpointError when there is any.

@@ -1,4 +1,5 @@
-// One kernel for each kind of bug that the simulator finds. tests/backends/cuda/test_simulator.py has the text that each must give.
+// One kernel for each kind of bug that the simulator finds. tests/backends/cuda/test_simulator.py has the text that
+// each must give.
 #include "sim_kernels.h"
 
 using namespace mpq::dev;

@@ -1,5 +1,5 @@
-// Kernels for tests/backends/cuda/test_simulator.py: one for each primitive of csrc/cuda/device.cuh that is right, and in
-// sim_bugs.cpp one for each kind of bug. All take the same parameters; the table at the end names them.
+// Kernels for tests/backends/cuda/test_simulator.py: one for each primitive of csrc/cuda/device.cuh that is right, and
+// in sim_bugs.cpp one for each kind of bug. All take the same parameters; the table at the end names them.
 #include "sim_kernels.h"
 
 #include <cstring>

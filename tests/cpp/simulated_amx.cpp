@@ -1,9 +1,7 @@
 // The kernels of int8_amx.cpp over simulated tile registers and portable vectors, for any machine.
+#include "cpu/int8/kernels.inl"
 #include "cpu/kernels.h"
-#include "cpu/simd_portable.h"
 #include "simulated_tiles.h"
-// The kernels are written against the names that the headers above define.
-#include "cpu/int8.inl"
 
 namespace mpq::cpu {
 namespace {

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu/amx.h"
+#include "cpu/int8/amx.h"
 
 namespace mpq::cpu {
 

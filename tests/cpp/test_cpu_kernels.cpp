@@ -7,10 +7,16 @@
 
 namespace {
 
-const Isa kIsas[] = {Isa::kPortable,   Isa::kAvx2,       Isa::kAvx512, Isa::kAvxVnni,
-                     Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
-// The others have the same exact kernels.
-const Isa kExactIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+// Those with exact kernels of their own, for any x or for bf16; the others have the same.
+std::vector<Isa> exact_isas() {
+  std::vector<Isa> out;
+#define MPQ_ADD(name, choice, exact, pairs, ...) \
+  if (std::string(#name) == #exact || std::string(#name) == #pairs) out.push_back(Isa::name);
+  MPQ_CPU_ISAS(MPQ_ADD, MPQ_ADD)
+#undef MPQ_ADD
+  return out;
+}
+const std::vector<Isa> kExactIsas = exact_isas();
 
 void check_one_hot(Model& model, Isa isa, int64_t M, bool odd, const std::string& label) {
   Call call(model, isa, DType::kF32, M, false, odd, label + " one-hot");
@@ -180,7 +186,7 @@ int check_conversions() {
       call.run(kSerial);
       for (int i = 0; i < 65536; ++i) {
         const double want = decode(call.x_at(i, 0), dtype), got = decode(call.y_at(i, 0), dtype);
-        const bool lost = isa == Isa::kAvx512Bf16 && dtype == DType::kBF16 && std::isinf(want);  // code 0 times Inf
+        const bool lost = isa == Isa::avx512bf16 && dtype == DType::kBF16 && std::isinf(want);  // code 0 times Inf
         check(got == want || ((std::isnan(want) || lost) && std::isnan(got)), call.name, "value");
       }
     }
@@ -217,29 +223,29 @@ void check_errors() {
   Model model = make_model({{2, {{64, 4, 64, kZeroNone}, {6, 2, 3, kZeroNone}}}}, DType::kF16, false, false);
   float x[70] = {}, y[2] = {7.0f, 7.0f};
   LinearArgs args{x, DType::kF32, 0, 70, model.weight(), nullptr, DType::kF32, y, nullptr, 0};
-  check(linear_workspace_bytes(args) == 0 && linear(args, Isa::kPortable, kSerial) == kOk && y[0] == 7.0f, "errors",
+  check(linear_workspace_bytes(args) == 0 && linear(args, Isa::portable, kSerial) == kOk && y[0] == 7.0f, "errors",
         "M=0");
   args.M = 1;
   std::vector<char> workspace(linear_workspace_bytes(args));
   args.workspace = workspace.data();
   args.workspace_bytes = workspace.size() - 1;
-  check(linear(args, Isa::kPortable, kSerial) == kErrorWorkspace, "errors", "short workspace");
+  check(linear(args, Isa::portable, kSerial) == kErrorWorkspace, "errors", "short workspace");
   LinearArgs many = args;
   many.M = 1 << 20;
   check(linear_workspace_bytes(many) <= 192 * 128 * 4 + 64, "errors", "workspace grows without limit");
   args.workspace_bytes = workspace.size();
-  check(linear(args, Isa::kPortable, kSerial) == kOk, "errors", "valid call");
+  check(linear(args, Isa::portable, kSerial) == kOk, "errors", "valid call");
   std::vector<char> wide(linear_int8_workspace_bytes(args));
   LinearArgs rounded = args;
   rounded.workspace = wide.data(), rounded.workspace_bytes = wide.size() - 1;
-  check(linear_int8(rounded, Isa::kPortable, kSerial) == kErrorWorkspace, "errors", "short workspace of int8");
+  check(linear_int8(rounded, Isa::portable, kSerial) == kErrorWorkspace, "errors", "short workspace of int8");
   check(linear_int8_workspace_bytes(many) <= 192 * 128 * 4 + 256, "errors", "workspace of int8 grows without limit");
   const auto expect = [&](int want, auto change, const char* what) {
     Model copy = model;
     LinearArgs bad = args;
     bad.weight.segments = copy.segments.data();
     change(bad, copy.segments);
-    check(linear(bad, Isa::kPortable, kSerial) == want && std::strlen(error_text(want)) > 5, "errors", what);
+    check(linear(bad, Isa::portable, kSerial) == want && std::strlen(error_text(want)) > 5, "errors", what);
   };
   expect(kErrorShape, [](LinearArgs& a, auto&) { a.M = -1; }, "negative M");
   expect(kErrorNull, [](LinearArgs& a, auto&) { a.x = nullptr; }, "null x");

@@ -1,9 +1,10 @@
-// Standalone test of the kernels of csrc/cpu/int8_amx.inl, on any machine: over simulated tile registers they must give
-// the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the processor where it has AMX, and
-// where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated. Returns 1 on failure.
+// Standalone test of the kernels of csrc/cpu/int8/tile_registers.inl, on any machine: over simulated tile registers
+// they must give the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the processor where
+// it has AMX, and where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated. Returns 1 on
+// failure.
 #include <csignal>
 
-#include "cpu/amx.h"
+#include "cpu/int8/amx.h"
 #include "cpu_calls.h"
 #include "simulated_tiles.h"
 #include "trapped_amx.h"
@@ -34,13 +35,13 @@ struct Alike {
 };
 
 std::vector<Alike> alike() {
-  std::vector<Alike> out = {{Isa::kPortable, {}, simulated_int8()}};
+  std::vector<Alike> out = {{Isa::portable, {}, simulated_int8()}};
 #if defined(__x86_64__) && defined(__linux__)
-  if (supported(Isa::kAvx512Vnni)) {
-    out.push_back({Isa::kAvx512Vnni, {Isa::kAvx2, Isa::kAvx512, Isa::kAvxVnni, Isa::kAmx}, nullptr});
-    if (!supported(Isa::kAmx)) {
+  if (supported(Isa::avx512vnni)) {
+    out.push_back({Isa::avx512vnni, {Isa::avx2, Isa::avx512, Isa::avxvnni, Isa::amx}, nullptr});
+    if (!supported(Isa::amx)) {
       trap_amx();
-      out.back().simulated = amx_int8();
+      out.back().simulated = int8_amx();
     }
   }
 #endif
@@ -188,8 +189,8 @@ int check_trials() {
   check(try_in_child([] { return kill(getpid(), SIGSEGV) != 0; }) == Trial::kFaulted, "trial", "no memory");
   check(try_in_child([]() -> bool { __builtin_trap(); }) == Trial::kFaulted, "trial", "no such instruction");
   const Trial found = try_in_child(amx_multiplies);
-  if (supported(Isa::kAmx)) check(found == Trial::kRight, "trial", "AMX");
-  if (!supported(Isa::kAmx))
+  if (supported(Isa::amx)) check(found == Trial::kRight, "trial", "AMX");
+  if (!supported(Isa::amx))
     check(found == Trial::kFaulted || found == Trial::kWrong, "trial", "AMX where there is none");
   check(waitpid(-1, nullptr, __WALL) == -1 && errno == ECHILD, "trial", "a child is left");
   check(!told, "trial", "SIGCHLD");
@@ -208,8 +209,8 @@ int main() {
   check(tile_counts.configured > 0 && tile_counts.released > 0, "kernels", "never released");
   check(simulated_multiplies() && !signed_multiplies(), "trial product", "does not tell right from wrong");
   const int misuse_cases = check_misuse(), trials = check_trials();
-  const char* refusal = isa_refusal(Isa::kAmx);
-  const char* trapped = supported(Isa::kAvx512Vnni) ? "trapped: " : "not checked: ";
+  const char* refusal = isa_refusal(Isa::amx);
+  const char* trapped = supported(Isa::avx512vnni) ? "trapped: " : "not checked: ";
   std::printf("amx: %s%s\n", refusal ? trapped : "checked", refusal ? refusal : "");
   std::printf("%d uniform, %d segmented weights, %ld tile products, %d misuses, %d trials\n", uniform_cases,
               segment_cases, tile_counts.dots.load(), misuse_cases, trials);

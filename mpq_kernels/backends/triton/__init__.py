@@ -52,7 +52,7 @@ for _name, _run, _fake in (
     ("grouped_linear", _grouped, ops.grouped_linear_fake),
     ("dequantize", _dequantize, ops.dequantize_fake),
 ):
-    # The schema of mpq::, which stands in csrc/torch/ops.cpp, under this name.
+    # The schema of mpq::, which stands in csrc/torch/cpu_ops.cpp, under this name.
     LIBRARY.define(str(getattr(torch.ops.mpq, _name).default._schema).partition("::")[2])
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq_triton::{_name}", _fake, lib=LIBRARY)

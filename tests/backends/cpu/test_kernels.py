@@ -5,7 +5,6 @@ Red zones around y and the workspace, poisoned padding, odd pointers, simulated 
 """
 
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.made.cpu_sources import cpu_sources, isa_flags
+
 ROOT = Path(__file__).parents[3]
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-g0", "-ffp-contract=off"]
 if os.environ.get("MPQ_TEST_SANITIZE"):
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
-ISA_FLAGS = {
-    "kernels_avx2": AVX2,
-    "kernels_avx512": AVX512,
-    "decode_avx512bf16": f"{AVX512} -mavx512bf16",
-    "int8_avx2": AVX2,
-    "int8_avxvnni": f"{AVX2} -mavxvnni",
-    "int8_avx512": AVX512,
-    "int8_avx512vnni": f"{AVX512} -mavx512vnni",
-    "int8_amx": f"{AVX512} -mavx512vnni -mamx-tile -mamx-int8",
-}
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +33,7 @@ def build(sources: list[Path], folder: Path) -> list[str]:
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        flags = [*FLAGS, *ISA_FLAGS.get(source.stem, "").split(), f"-I{ROOT / 'csrc'}"]
+        flags = [*FLAGS, *isa_flags(source), f"-I{ROOT / 'csrc'}"]
         subprocess.run([COMPILER, *flags, "-c", str(source), "-o", target], check=True)
         return target
 
@@ -55,9 +43,8 @@ def build(sources: list[Path], folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Objects of csrc/cpu; those of an instruction set for x86-64 only there."""
-    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
-    return build([s for s in sources if X86 or s.stem not in ISA_FLAGS], tmp_path_factory.mktemp("kernels"))
+    """Objects of csrc/cpu."""
+    return build(cpu_sources(), tmp_path_factory.mktemp("kernels"))
 
 
 def passes(name: str, kernels: list[str], folder: Path, others: tuple[str, ...] = ()) -> str:

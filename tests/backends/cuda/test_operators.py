@@ -109,14 +109,14 @@ REFUSALS = {
     "qweight too short": (0, lambda t: t[:-1], "qweight must have"),
     "qweight of another dtype": (0, lambda t: t.float(), "qweight has the wrong dtype"),
     "scales too short": (1, lambda t: t[:-1], "scales must have"),
-    "no zeros": (2, None, "has zeros, but there is no tensor"),
-    "zeros of another dtype": (2, lambda t: t.half(), "zeros have the wrong dtype"),
+    "no zeros": (2, None, "segments name zeros, but none were given"),
+    "zeros of another dtype": (2, lambda t: t.half(), "integer zeros must be uint8"),
     "perm too short": (3, torch.zeros(3, dtype=torch.int32), "perm must have in_features=320"),
     "bias too short": (4, torch.zeros(69), "out_features=70"),
     "half a segment": (5, lambda s: s[:-1], "7 integers each"),
-    "group size": (5, lambda s: [*s[:5], 0, s[6]], "no group_size"),
-    "bits": (5, lambda s: [*s[:4], 9, *s[5:]], "qweight must have"),
-    "rows": (6, 71, "tile the weight"),
+    "group size": (5, lambda s: [*s[:5], 0, s[6]], "group_size=0 does not divide"),
+    "bits": (5, lambda s: [*s[:4], 9, *s[5:]], "bits=9 is not 1..8"),
+    "rows": (6, 71, "do not cover 71 x 320"),
     "columns": (7, 0, "positive"),
 }
 
@@ -136,7 +136,7 @@ def test_refusals_of_x(ops):
         ops.linear(torch.zeros(2, 321).half(), *rest)
     with pytest.raises(RuntimeError, match="one shape, dtype and device"):
         ops.silu_mul_linear(torch.zeros(2, 320).half(), torch.zeros(1, 320).half(), *rest)
-    with pytest.raises(RuntimeError, match="not a multiple of the 3 experts"):
+    with pytest.raises(RuntimeError, match="do not share out among 3 experts"):
         ops.grouped_linear(torch.zeros(2, 320).half(), *rest[:5], torch.zeros(4, dtype=torch.int32), *rest[5:])
 
 

@@ -1,7 +1,7 @@
 """One packed directory on every backend, run by pytest in a process of its own under TRITON_INTERPRET=1.
 
-test_interpreted.py starts it. The layers that `load` makes of the same files multiply with cpu, reference and triton, and
-with the CUDA kernels behind csrc/torch/cuda_ops.cpp in the simulator of csrc/sim.
+test_interpreted.py starts it. The layers that `load` makes of the same files multiply with cpu, reference and triton,
+and with the CUDA kernels behind csrc/torch/cuda_ops.cpp in the simulator of csrc/sim.
 """
 
 import itertools

@@ -1,0 +1,155 @@
+// Decode, M = 1..4 tokens: codes are multiplied as they come out of the words, without a dequantized copy.
+//
+//   y[n] = sum over groups of scale * (sum code * x  -  zero * sum x)
+//
+// All sums are kept per lane until the end, the sum of x included: for a one-hot x the one lane that is not zero then
+// computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. The zero is taken off last, from a sum
+// of codes that is exact there, whatever the number of pieces that a Math takes codes in.
+//
+// A Math has the products: Math::accumulate<Bits, M>(stripe, x, begin, end, g0, acc[G][2][M]) adds codes * x over the
+// chunks [begin, end) to the lanes (q, t), and Math::kPrefetch<Bits> tells whether words are asked for ahead.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "cpu/inline.h"
+#include "cpu/kernels.h"
+#include "cpu/shared/codes.inl"
+#include "cpu/shared/convert.inl"
+#include "cpu/shared/prefetch.inl"
+#include "cpu/simd/simd.h"
+
+namespace mpq::cpu {
+namespace {
+
+constexpr int64_t kSpanChunks = 8;  // long groups are cut so that the words of a span stay in the first-level cache
+
+// Sum of a token's x over chunks, in the lanes where accumulate() puts the products.
+MPQ_INLINE F sum_x(const float* chunks, int64_t begin, int64_t end) {
+  F sum = zeros_f();
+  for (int64_t i = 16 * begin; i < 16 * end; i += kLanes) sum = add(sum, load(chunks + i));
+  float by_q[4];
+  fold(sum, by_q);
+  return lane_sums(by_q);
+}
+
+// totals[m][2 g + h] += scale * (codes * x - zero * sum x) over a span of chunks inside one group.
+//
+// Not inlined: GCC would hoist the loads of scales and zeros out of the loop over spans and spill all of them.
+template <class Math, int Bits, int M>
+__attribute__((noinline)) void add_span(const Stripe& stripe, const Tokens& x, int64_t begin, int64_t end,
+                                        const GroupParams& params, F (&totals)[M][16]) {
+  constexpr int G = kRowGroups[M];
+  F xsum[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) xsum[m] = sum_x(x.chunks + m * x.stride, begin, end);
+  for (int g0 = 0; g0 < 8; g0 += G) {
+    F acc[G][2][M];
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * G; ++i) {
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[i >> 1][i & 1][m] = zeros_f();
+    }
+    Math::template accumulate<Bits, M>(stripe, x, begin, end, g0, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * G; ++i) {
+      const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
+      const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const F centered = fnma(zero, xsum[m], acc[i >> 1][i & 1][m]);
+        totals[m][2 * g0 + i] = fma(scale, centered, totals[m][2 * g0 + i]);
+      }
+    }
+  }
+}
+
+// Every group starts on a chunk of 16 columns and ends on one, or at the end of the segment.
+MPQ_INLINE bool groups_are_chunks(const Segment& segment) {
+  return segment.group_size % 16 == 0 || segment.group_size == segment.k1 - segment.k0;
+}
+
+// body(begin, end, params) for the spans of chunks of a segment, each inside one group.
+template <typename Body>
+MPQ_INLINE void for_each_span(const Segment& segment, DType scale_dtype, int64_t row_tile, Body body) {
+  const int64_t group_chunks = ceil_div(segment.group_size, 16);
+  const int64_t groups = (segment.k1 - segment.k0) / segment.group_size;
+  GroupParams params;
+  for (int64_t group = 0; group < groups; ++group) {
+    load_group(segment, scale_dtype, row_tile, group, params);
+    const int64_t last = (group + 1) * group_chunks;
+    for (int64_t begin = group * group_chunks; begin < last; begin += kSpanChunks) {
+      body(begin, begin + kSpanChunks < last ? begin + kSpanChunks : last, params);
+    }
+  }
+}
+
+MPQ_INLINE Tokens at_column(const Tokens& x, int64_t column) {
+  return {x.chunks + column, x.pairs ? x.pairs + column / 2 : nullptr, x.stride};
+}
+
+// sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens.
+template <class Math, int Bits, int M>
+void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, float* sums) {
+  const Stripe stripe = stripe_of(segment, row_tile);
+  const Tokens columns = at_column(x, segment.k0);
+  F totals[M][16];
+  for (int m = 0; m < M; ++m) {
+    for (int i = 0; i < 16; ++i) totals[m][i] = zeros_f();
+  }
+  for_each_span(segment, scale_dtype, row_tile, [&](int64_t begin, int64_t end, const GroupParams& params) {
+    if constexpr (Math::template kPrefetch<Bits>) prefetch_words<Bits>(stripe, begin, end - begin);
+    add_span<Math, Bits, M>(stripe, columns, begin, end, params, totals);
+  });
+  for (int m = 0; m < M; ++m) {
+    for (int i = 0; i < 16; ++i) {
+      float rows[4];
+      fold(totals[m][i], rows);
+      for (int t = 0; t < 4; ++t) sums[m * 64 + 4 * i + t] += rows[t];
+    }
+  }
+}
+
+template <class Math>
+constexpr Products products_of(TileSegment tile) {
+  return {{
+              {},
+              {nullptr, decode_segment<Math, 1, 1>, decode_segment<Math, 1, 2>, decode_segment<Math, 1, 3>,
+               decode_segment<Math, 1, 4>},
+              {nullptr, decode_segment<Math, 2, 1>, decode_segment<Math, 2, 2>, decode_segment<Math, 2, 3>,
+               decode_segment<Math, 2, 4>},
+              {nullptr, decode_segment<Math, 3, 1>, decode_segment<Math, 3, 2>, decode_segment<Math, 3, 3>,
+               decode_segment<Math, 3, 4>},
+              {nullptr, decode_segment<Math, 4, 1>, decode_segment<Math, 4, 2>, decode_segment<Math, 4, 3>,
+               decode_segment<Math, 4, 4>},
+              {nullptr, decode_segment<Math, 5, 1>, decode_segment<Math, 5, 2>, decode_segment<Math, 5, 3>,
+               decode_segment<Math, 5, 4>},
+              {nullptr, decode_segment<Math, 6, 1>, decode_segment<Math, 6, 2>, decode_segment<Math, 6, 3>,
+               decode_segment<Math, 6, 4>},
+              {nullptr, decode_segment<Math, 7, 1>, decode_segment<Math, 7, 2>, decode_segment<Math, 7, 3>,
+               decode_segment<Math, 7, 4>},
+              {nullptr, decode_segment<Math, 8, 1>, decode_segment<Math, 8, 2>, decode_segment<Math, 8, 3>,
+               decode_segment<Math, 8, 4>},
+          },
+          tile};
+}
+
+// body(chunk, Index<C>) for the chunks [begin, end), C = chunk % 4 where
+// chunks share their words.
+template <int Bits, typename Body>
+MPQ_INLINE void for_each_chunk(int64_t begin, int64_t end, Body body) {
+  if constexpr (chunks_have_words<Bits>()) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk, Index<0>{});
+    return;
+  }
+  for (int64_t tile = begin / 4; 4 * tile < end; ++tile) {
+    for_each_of_4([&](auto c) __attribute__((always_inline)) {
+      const int64_t chunk = 4 * tile + c.value;
+      if (chunk >= begin && chunk < end) body(chunk, c);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace mpq::cpu

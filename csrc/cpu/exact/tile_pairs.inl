@@ -1,0 +1,144 @@
+// Many tokens by dot products of pairs of bf16: the codes of a span as bf16, two columns in a word, rows side by side.
+//
+//   tile[8 * chunk + i][64] words: columns 2 i and 2 i + 1 of a chunk, rows in position order      x: Tokens::pairs
+//
+// A span lies inside one group, so scale and zero are taken to the sum of the codes, as in decode: a one-hot x gives
+// the very bits of dequantize().
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "cpu/exact/decode.inl"
+#include "cpu/exact/decode_pairs.inl"
+#include "cpu/inline.h"
+#include "cpu/kernels.h"
+#include "cpu/shared/codes.inl"
+#include "cpu/shared/convert.inl"
+#include "cpu/shared/frame.inl"
+#include "cpu/simd/simd.h"
+
+namespace mpq::cpu {
+namespace {
+
+static_assert(kTileVectors * kLanes == 64 && kSet == 4 && kPairs == 2);
+
+// The codes of bytes J and J + 2, as bf16.
+template <int Bits, int H, int J>
+MPQ_INLINE I code_pairs(I merged) {
+  if constexpr (Bits <= 5) {
+    return to_pairs<Bits, 8 * J + field_start<Bits, H>(), 1>(merged);
+  } else {
+    // fp32 of a code has nothing in its lower half.
+    const I low = _mm512_castps_si512(code_floats<Bits, H, J>(merged));
+    const I high = _mm512_castps_si512(code_floats<Bits, H, J + 2>(merged));
+    return _mm512_or_si512(shift<-16>(low), high);
+  }
+}
+
+// tile[8][64] of one chunk, the C-th of its supertile.
+template <int Bits, int C>
+void unpack_pairs(const Stripe& stripe, int64_t chunk, uint32_t* tile) {
+  for (int g = 0; g < 8; g += 2) {
+    I codes[2][2];
+    load_codes<Bits, C>(stripe, chunk, g, 0, codes[0]);
+    load_codes<Bits, C>(stripe, chunk, g + 1, 0, codes[1]);
+    const auto store_columns = [&](auto j) __attribute__((always_inline)) {
+      I words[4] = {code_pairs<Bits, 0, j.value>(codes[0][0]), code_pairs<Bits, 1, j.value>(codes[0][1]),
+                    code_pairs<Bits, 0, j.value>(codes[1][0]), code_pairs<Bits, 1, j.value>(codes[1][1])};
+      gather_rows(words);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) store_i(tile + 64 * (4 * j.value + q) + 8 * g, words[q]);
+    };
+    store_columns(Index<0>{});
+    store_columns(Index<1>{});
+  }
+}
+
+// tile[8 * (end - begin)][64] of the chunks [begin, end) of a segment.
+template <int Bits>
+void unpack_span(const Stripe& stripe, int64_t begin, int64_t end, uint32_t* tile) {
+  constexpr void (*kChunks[4])(const Stripe&, int64_t, uint32_t*) = {unpack_pairs<Bits, 0>, unpack_pairs<Bits, 1>,
+                                                                     unpack_pairs<Bits, 2>, unpack_pairs<Bits, 3>};
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    kChunks[chunk % 4](stripe, chunk, tile + 512 * (chunk - begin));
+  }
+}
+
+using UnpackSpan = void (*)(const Stripe&, int64_t, int64_t, uint32_t*);
+
+constexpr UnpackSpan kUnpackSpan[9] = {
+    nullptr,        unpack_span<1>, unpack_span<2>, unpack_span<3>, unpack_span<4>,
+    unpack_span<5>, unpack_span<6>, unpack_span<7>, unpack_span<8>,
+};
+
+// A span of codes and the x that it is multiplied with, from the first token on.
+struct PairTile {
+  const uint32_t* tile;  // [words][64]
+  int64_t words;         // of one token: 8 for each chunk
+  const GroupParams& params;
+  const uint32_t* x;
+  int64_t stride;
+};
+
+// Sum of x over the words of one token.
+MPQ_INLINE float sum_words(const uint32_t* x, int64_t words) {
+  F sum = zeros_f();
+  for (int64_t w = 0; w < words; w += 16) {
+    const __mmask16 mask = words - w < 16 ? 0xff : 0xffff;
+    sum = dot_pairs(sum, _mm512_maskz_loadu_epi32(mask, x + w), set1_i(0x3f803f80));  // times 1
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// sums[T][64] += x[T] @ the span.
+template <int T>
+void multiply_span(const PairTile& span, float* sums) {
+  F acc[T][kTileVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < T; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) acc[m][v] = zeros_f();
+  }
+  add_places(acc, span.tile, span.x, span.stride, span.words,
+             [](F sum, I w, I x) __attribute__((always_inline)) { return dot_pairs(sum, w, x); });
+#pragma GCC unroll 8
+  for (int m = 0; m < T; ++m) {
+    const F x_sum = set1(sum_words(span.x + m * span.stride, span.words));
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* out = sums + 64 * m + kLanes * v;
+      const F centered = fnma(load(span.params.zeros + kLanes * v), x_sum, acc[m][v]);
+      store(out, fma(load(span.params.scales + kLanes * v), centered, load(out)));
+    }
+  }
+}
+
+using MultiplySpan = void (*)(const PairTile&, float*);
+
+constexpr MultiplySpan kMultiplySpan[kTokenBlock + 1] = {
+    nullptr, multiply_span<1>, multiply_span<2>, multiply_span<3>, multiply_span<4>, multiply_span<5>, multiply_span<6>,
+};
+
+// sums[tokens][64] += W[row tile of this segment] @ x.
+void tile_pairs(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, int64_t tokens,
+                float* sums) {
+  alignas(64) uint32_t tile[kSpanChunks * 512];
+  const Stripe stripe = stripe_of(segment, row_tile);
+  const uint32_t* columns = at_column(x, segment.k0).pairs;
+  const int64_t rounds = ceil_div(tokens, kTokenBlock);  // of equal size, as nearly as can be
+  for_each_span(segment, scale_dtype, row_tile, [&](int64_t begin, int64_t end, const GroupParams& params) {
+    kUnpackSpan[segment.bits](stripe, begin, end, tile);
+    for (int64_t r = 0; r < rounds; ++r) {
+      const int64_t first = tokens * r / rounds;
+      const int64_t count = tokens * (r + 1) / rounds - first;
+      const uint32_t* words = columns + first * (x.stride / 2) + 8 * begin;
+      kMultiplySpan[count]({tile, 8 * (end - begin), params, words, x.stride / 2}, sums + 64 * first);
+    }
+  });
+}
+
+constexpr Products kPairProducts = products_of<PairMath>(tile_pairs);
+
+}  // namespace
+}  // namespace mpq::cpu

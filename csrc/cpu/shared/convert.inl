@@ -1,0 +1,81 @@
+// 64 values at a time between fp32 and the dtypes of activations, scales and zeros; any alignment.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "cpu/inline.h"
+#include "cpu/shared/codes.inl"
+#include "cpu/simd/simd.h"
+#include "generated/layout.h"
+
+namespace mpq::cpu {
+namespace {
+
+MPQ_INLINE int64_t dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+MPQ_INLINE const char* bytes_at(const void* p, int64_t offset) { return static_cast<const char*>(p) + offset; }
+
+inline void to_f32_64(const void* src, DType dtype, float* dst) {
+  for (int i = 0; i < 64; i += kLanes) {
+    if (dtype == DType::kF32) {
+      store(dst + i, load(static_cast<const float*>(src) + i));
+    } else if (dtype == DType::kF16) {
+      store(dst + i, load_f16(bytes_at(src, 2 * i)));
+    } else {
+      store(dst + i, load_bf16(bytes_at(src, 2 * i)));
+    }
+  }
+}
+
+// The first `count` of 64 values; the others become 0.
+inline void to_f32_partial(const void* src, DType dtype, int64_t count, float* dst) {
+  if (count >= 64) return to_f32_64(src, dtype, dst);
+  alignas(64) char raw[256] = {};
+  __builtin_memcpy(raw, src, static_cast<size_t>(count * dtype_bytes(dtype)));
+  to_f32_64(raw, dtype, dst);
+}
+
+inline void from_f32_64(const float* src, DType dtype, void* dst) {
+  char* out = static_cast<char*>(dst);
+  for (int i = 0; i < 64; i += kLanes) {
+    if (dtype == DType::kF32) {
+      store(static_cast<float*>(dst) + i, load(src + i));
+    } else if (dtype == DType::kF16) {
+      store_f16(out + 2 * i, load(src + i));
+    } else {
+      store_bf16(out + 2 * i, load(src + i));
+    }
+  }
+}
+
+// Writes only the first `count` of 64 values.
+inline void from_f32_partial(const float* src, DType dtype, int64_t count, void* dst) {
+  if (count >= 64) return from_f32_64(src, dtype, dst);
+  alignas(64) char raw[256];
+  from_f32_64(src, dtype, raw);
+  __builtin_memcpy(dst, raw, static_cast<size_t>(count * dtype_bytes(dtype)));
+}
+
+// fp32 scales and zeros of one group, 64 rows of a tile in position order.
+struct GroupParams {
+  alignas(64) float scales[64];
+  alignas(64) float zeros[64];
+};
+
+inline void load_group(const Segment& segment, DType scale_dtype, int64_t row_tile, int64_t group, GroupParams& out) {
+  const int64_t row_tiles = ceil_div(segment.n1 - segment.n0, kTileN);
+  const int64_t first = (group * row_tiles + row_tile) * 64;
+  const int64_t width = dtype_bytes(scale_dtype);
+  to_f32_64(bytes_at(segment.scales, first * width), scale_dtype, out.scales);
+  if (segment.zero_kind == kZeroFloat) {
+    to_f32_64(bytes_at(segment.zeros, first * width), scale_dtype, out.zeros);
+  } else if (segment.zero_kind == kZeroInt) {
+    for (int i = 0; i < 64; i += kLanes) store(out.zeros + i, load_u8(bytes_at(segment.zeros, first + i)));
+  } else {
+    for (int i = 0; i < 64; i += kLanes) store(out.zeros + i, set1(kSymmetricZero[segment.bits]));
+  }
+}
+
+}  // namespace
+}  // namespace mpq::cpu

@@ -1,0 +1,56 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+
+#include "generated/layout.h"
+#include "segments.h"
+
+namespace mpq::cuda {
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kRowsOfSums = 68;  // floats between two tokens of reduced rows: no bank conflicts
+
+uint32_t round_up(uint32_t value, uint32_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Shared memory of one unit: codes, then 32 copies (one a lane) of 8 scales and 8 zeros for each flush.
+uint32_t unit_bytes(const mpq_segment& s, int max_unit, int scale_dtype) {
+  const int log2 = log2_unit(s, max_unit), unit = 1 << log2;
+  const uint32_t flushes = (sub_tile(s) ? 4u : uint32_t(unit)) >> log2_flush(s, log2);
+  const uint32_t scale = kLanes * 8 * kScaleBytes[scale_dtype];
+  const uint32_t zero = s.zero == MPQ_ZERO_INT ? kLanes * 8 : s.zero == MPQ_ZERO_FLOAT ? scale : 0;
+  return uint32_t(unit) * 512 * s.bits + flushes * (scale + zero);
+}
+
+}  // namespace
+
+bool map_shared(const mpq_linear_args& args, const mpq_device& device, const Shape& shape, int max_unit,
+                LinearParams& params) {
+  const mpq_weight& w = args.weight;
+  SharedMap& m = params.shared;
+  m.stage_bytes = 0;
+  for (int i = 0; i < w.num_segments; ++i)
+    m.stage_bytes = std::max(m.stage_bytes, unit_bytes(w.segments[i], max_unit, w.scale_dtype));
+  m.descriptors = 0;
+  m.flag = round_up(shape.warps * kStages * 16, 128);
+  m.ring = m.flag + 128;
+  m.panel = m.ring + shape.warps * kStages * m.stage_bytes;
+  const int tokens = int(std::min<int64_t>(args.tokens, shape.token_tiles * 8));
+  const uint32_t reduced = shape.warps * 8 * kRowsOfSums * sizeof(float);
+  const uint32_t sums = uint32_t(shape.token_tiles) * 8 * sizeof(float) * (params.in.chunk_sums ? 5 : 1);
+  const int64_t limit = device.shared_bytes;
+  for (int tiles = std::min<int>(params.k_tiles, 4096);; tiles = tiles / 2) {
+    const uint32_t loaded = uint32_t(tiles + kMaxUnit - 1);
+    m.panel_tiles = tiles;
+    m.panel_stride = loaded * kTileK * 2 + 16;
+    const uint32_t panel = round_up(std::max(uint32_t(tokens) * m.panel_stride, reduced), 128);
+    m.tile_sums = m.panel + panel;
+    m.chunk_sums = m.tile_sums + loaded * uint32_t(shape.token_tiles) * 8 * sizeof(float);
+    m.total = m.tile_sums + loaded * sums;
+    if (int64_t{m.total} <= limit) return true;
+    if (tiles < 2) return false;
+  }
+}
+
+}  // namespace mpq::cuda
