@@ -1,4 +1,4 @@
-"""What every command shares: the flags, tables and JSON on stdout, messages and progress on stderr."""
+"""What every command prints with: tables and JSON on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 ProgressCall = Callable[[int, int, str], None]
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
-PackedDir = Annotated[Path, typer.Argument(metavar="OUT", help="Packed directory, as `mpq pack` writes it.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="Dense Hugging Face directory with safetensors.")]
-AnyDir = Annotated[Path, typer.Argument(metavar="DIR", help="Packed or dense model directory.")]
 
 
 def fail(message: str) -> int:
@@ -32,6 +23,11 @@ def note(message: str, quiet: bool) -> None:
     """A remark on stderr, unless quiet."""
     if not quiet:
         print(message, file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 file", "2 files", "1,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def print_json(data: Any) -> None:
