@@ -13,8 +13,6 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
-from ..files.strict import close_names
-
 
 class OneOf:
     """Parser of an option: one of the names that `read` gives; with `several`, names with commas between them."""
@@ -31,6 +29,8 @@ class OneOf:
 
     def __call__(self, text: str) -> str:
         """The text itself. Raises typer.BadParameter with all names for an unknown one."""
+        from ..files.strict import close_names
+
         names = self.names
         for name in text.split(",") if self.several else (text,):
             if name not in names:
