@@ -43,10 +43,10 @@ class Sweep:
             except CheckpointError as error:
                 raise PlanError(str(error)) from error
             if set(self.data) - set(held):
-                raise PlanError(f"{path}: is not the file of a sweep; choose another name for --out")
+                raise PlanError(f"{path}: is not the file of a sweep; choose another name (--output)")
             if held["settings"] != settings:
                 other = [key for key in settings if held["settings"].get(key) != settings[key]]
-                raise PlanError(f"{path}: was made with another {', '.join(other)}; choose another name for --out")
+                raise PlanError(f"{path}: was made with another {', '.join(other)}; choose another name (--output)")
             self.data = held
         limit = getattr(study.model.config.get_text_config(), "max_position_embeddings", WINDOW)
         self.rows = token_windows(tokenizer, text, min(WINDOW, limit), max_tokens)

@@ -42,8 +42,8 @@ DIVISOR = 32  # auto-round leaves linears in 16 bits whose N or K is no multiple
 SHOWN = 3
 
 
-def check_plan(resolved: ResolvedPlan) -> None:
-    """Raise QuantizeError with the linears of a plan that auto-round cannot do, and why."""
+def check_plan(resolved: ResolvedPlan, source: DenseCheckpoint) -> None:
+    """Raise QuantizeError for a mixture model, and with the linears of a plan that auto-round cannot do, and why."""
     members = [member for weight in resolved.weights for member in weight.members]
     refused = [f"{m.spec.name} ({reason})" for m in members if (reason := _why_not(m)) is not None]
     if refused:
@@ -51,6 +51,11 @@ def check_plan(resolved: ResolvedPlan) -> None:
         raise QuantizeError(
             f"quantizer={QUANTIZER!r} cannot do {', '.join(refused[:SHOWN])}{more}: change the plan there, keep them "
             f"as they are (bits={KEPT_BITS}), or choose 'gptq' or 'hqq'"
+        )
+    if any(spec.expert for spec in source.linears()):
+        raise QuantizeError(
+            f"quantizer={QUANTIZER!r}: {source.path} is a mixture model, whose experts auto-round would rebuild; "
+            "choose 'gptq', 'hqq' or 'rtn'"
         )
 
 
@@ -72,12 +77,7 @@ class LearnedRounding:
         if calibration.act_order or calibration.token_weights is not None:
             what = "act_order" if calibration.act_order else "token_weights"
             raise QuantizeError(f"quantizer={QUANTIZER!r} has no {what}; leave it out")
-        check_plan(resolved)
-        if any(spec.expert for spec in source.linears()):
-            raise QuantizeError(
-                f"quantizer={QUANTIZER!r}: {source.path} is a mixture model, whose experts auto-round would rebuild; "
-                "choose 'gptq', 'hqq' or 'rtn'"
-            )
+        check_plan(resolved, source)
         check_installed()
         self.source, self.calibration, self.quiet = source, calibration, quiet
         self.members = {m.spec.name: m for weight in resolved.weights for m in weight.members}

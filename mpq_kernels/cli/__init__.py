@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
+from ..version import VERSION
 from . import bench, doctor, generate, inspect, kld, pack, plan, ppl, tune, verify
+from .choices import Command
 from .output import fail
-from .plan import allocate, imports, latency, sweep
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "pack": pack.command,
+    "inspect": inspect.command,
+    "verify": verify.command,
+    "generate": generate.command,
+    "ppl": ppl.command,
+    "kld": kld.command,
+    "bench": bench.command,
+    "tune": tune.command,
+    "doctor": doctor.command,
+}
 
 app = typer.Typer(
     name="mpq",
@@ -22,21 +36,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plan.app.command("allocate")(allocate.command)
-plan.app.command("methods")(allocate.methods)
-plan.app.command("sweep")(sweep.command)
-plan.app.command("import")(imports.command)
-plan.app.command("latency")(latency.command)
 app.add_typer(plan.app, name="plan")
-app.command("pack")(pack.command)
-app.command("inspect")(inspect.command)
-app.command("verify")(verify.command)
-app.command("generate")(generate.command)
-app.command("ppl")(ppl.command)
-app.command("kld")(kld.command)
-app.command("bench")(bench.command)
-app.command("tune")(tune.command)
-app.command("doctor")(doctor.command)
+for _name, _command in COMMANDS.items():
+    app.command(_name, cls=Command)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mpq_kernels {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command; it has a text of its own (`help` above)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, check_device, load_model, named_dtype
-from .output import QuietFlag, note, print_json, progress, size_dict
+from .choices import OneOf
+from .models import check_device, load_model, named_dtype
+from .options import ActivationsOption, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag, given
+from .output import note, print_json, progress, size_dict
 
 if TYPE_CHECKING:
     from ..evaluate.speed import Measurement, ModelFacts
     from ..plan.plan import Plan
 
-FORMATS = ("md", "csv", "json")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # the last three are refused by the loader, in words
 
 
@@ -33,18 +35,21 @@ def command(
     generate: Annotated[str, typer.Option("--generate", "-n", help="Generated tokens; 0 for none.")] = "128",
     batch_size: Annotated[str, typer.Option("--batch-size", "-b", help="Sequences at once.")] = "1",
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs of each test.")] = 5,
-    output: Annotated[str, typer.Option("--output", "-o", help="md, csv or json.")] = "md",
+    form: Annotated[
+        str, typer.Option("--format", parser=OneOf(lambda: FORMATS), help="How the table on stdout is written.")
+    ] = "md",
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     activations: ActivationsOption = "exact",
     dtype: DtypeOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the CPU kernels.")] = None,
+    as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Measure prompt (pp) and generation (tg) tokens per second: every length at every batch size."""
     prompts, generated = _numbers(prompt, "--prompt", 0), _numbers(generate, "--generate", 0)
     batches = _numbers(batch_size, "--batch-size", 1)
-    _check_usage(ctx, plan, bits, output)
+    _check_usage(ctx, plan, bits, as_json)
     if not prompts and not generated:
         raise typer.BadParameter("--prompt 0 and --generate 0 leave nothing to measure")
     import torch
@@ -62,11 +67,10 @@ def command(
         note("weights are synthetic: speed and sizes are real, what the model says is not", quiet)
     with progress("bench", hidden=quiet) as report:
         results = measure(model, prompts, generated, batches, repetitions, report)
-    if output == "json":
+    if as_json:
         print_json(_json(name, facts, results))
     else:
-        rows = [_row(name, facts, result) for result in results]
-        _print_csv(rows) if output == "csv" else _print_markdown(rows)
+        FORMATS[form]([_row(name, facts, result) for result in results])
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:
@@ -80,14 +84,13 @@ def _numbers(text: str, option: str, least: int) -> list[int]:
     return [value for value in dict.fromkeys(values) if value]
 
 
-def _check_usage(ctx: typer.Context, plan: Path | None, bits: int | None, output: str) -> None:
+def _check_usage(ctx: typer.Context, plan: Path | None, bits: int | None, as_json: bool) -> None:
     if plan is not None and bits is not None:
         raise typer.BadParameter("give --plan or --bits, not both")
-    source = ctx.get_parameter_source("group_size")
-    if bits is None and source is not None and source.name == "COMMANDLINE":
+    if bits is None and given(ctx, "group_size"):
         raise typer.BadParameter("--group-size goes with --bits")
-    if output not in FORMATS:
-        raise typer.BadParameter(f"--output {output} is not one of {', '.join(FORMATS)}")
+    if as_json and given(ctx, "form"):
+        raise typer.BadParameter("give --format or --json, not both")
 
 
 def _synthetic_plan(path: Path, plan: Path | None, bits: int | None, group_size: int) -> Plan | None:
@@ -178,3 +181,6 @@ def _markdown_names() -> dict[str, str]:
     same = ("device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
     first = {"model": "model", "params": "params", "packed bytes": "packed_bytes", "bits/weight": "bits_per_weight"}
     return first | {name: name for name in same}
+
+
+FORMATS: dict[str, Callable[[list[dict[str, Any]]], None]] = {"md": _print_markdown, "csv": _print_csv}

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from typing import Any
 import typer
 
 from ..version import VERSION
-from .output import JsonFlag, print_json, print_table
+from .options import JsonFlag
+from .output import print_json, print_table
 
 AMX_WORKS = 'available for int8 activations, not measured; choose it with torch.ops.mpq.set_cpu_isa("amx")'
+CUDA_FILE = "_cuda.so"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "numpy")
 
 
 def command(as_json: JsonFlag = False) -> None:
     """Report versions, processor, GPUs, compiled parts and backends, to paste into a bug report.
 
-    Exit code 1 when a compiled part does not load or no backend works.
+    Exit code 1 when a compiled part that should load does not, or no backend works.
     """
     data = examine()
     if as_json:
@@ -37,23 +40,28 @@ def command(as_json: JsonFlag = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that `mpq doctor --json` prints; a part that fails becomes its reason in words."""
-    parts = compiled_parts()
     backends = examine_backends()
+    parts = compiled_parts(backends)
     works = any(item["reason"] is None and not item["only_on_request"] for item in backends)
     return {
         "packages": _packages(),
         "machine": _machine(),
         "gpus": _gpus(),
+        "triton_configurations": _triton_configurations(),
         "nvcc": _nvcc(),
         "compiled": parts,
         "backends": backends,
-        "healthy": works and all(part["reason"] is None for part in parts.values()),
+        "healthy": works and not any(part["broken"] for part in parts.values()),
     }
 
 
-def compiled_parts() -> dict[str, dict[str, Any]]:
-    """Name -> {file, layout_id, reason} of the two compiled parts; reason None when it loads and fits."""
-    return {"operators": _operators(), "host": _host()}
+def compiled_parts(backends: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> {file, layout_id, reason, broken} of the three compiled parts, after `examine_backends`.
+
+    reason: None when it is loaded and fits. broken: whether it should be; the CUDA kernels may be absent, and are not
+    loaded where nothing can run them.
+    """
+    return {"operators": _operators(), "host": _host(), "cuda": _cuda(backends)}
 
 
 def examine_backends() -> list[dict[str, Any]]:
@@ -84,7 +92,8 @@ def _operators() -> dict[str, Any]:
 
         from ..backends import ops
     except (MPQError, ImportError) as error:
-        return {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None, "reason": str(error)}
+        nothing: dict[str, Any] = {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None}
+        return nothing | {"reason": str(error), "broken": True}
     return {
         "file": str(ops.LIBRARY),
         "layout_id": torch.ops.mpq.layout_id(),
@@ -92,6 +101,7 @@ def _operators() -> dict[str, Any]:
         "isa": torch.ops.mpq.cpu_isa(),
         "amx": torch.ops.mpq.cpu_isa_refusal("amx") or AMX_WORKS,
         "reason": None,
+        "broken": False,
     }
 
 
@@ -102,10 +112,46 @@ def _host() -> dict[str, Any]:
         # By name at run time: there is no source file for a type checker to find.
         module = importlib.import_module("mpq_kernels._host")
     except ImportError as error:
-        return {"file": None, "layout_id": None, "reason": f"{error}: build it with `pip install .` in the source tree"}
+        missing = f"{error}: build it with `pip install .` in the source tree"
+        return {"file": None, "layout_id": None, "reason": missing, "broken": True}
     same = module.LAYOUT_ID == LAYOUT_ID
     reason = None if same else f"built for another layout than {LAYOUT_ID}: build it again (`pip install .`)"
-    return {"file": module.__file__, "layout_id": module.LAYOUT_ID, "reason": reason}
+    return {"file": module.__file__, "layout_id": module.LAYOUT_ID, "reason": reason, "broken": not same}
+
+
+def _cuda(backends: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The library of CUDA kernels, which the backend loads once torch finds a device to run it."""
+    import torch
+
+    from ..format.codes import LAYOUT_ID
+
+    file = Path(__file__).parents[1] / CUDA_FILE
+    loaded = hasattr(torch.ops.mpq, "cuda_layout_id")
+    layout_id = torch.ops.mpq.cuda_layout_id() if loaded else None
+    found: dict[str, Any] = {"file": str(file) if file.exists() else None, "layout_id": layout_id}
+    if not file.exists():
+        return found | {"reason": "not built: that takes nvcc 12.4 or later (`pip install .`)", "broken": False}
+    if layout_id == LAYOUT_ID:
+        return found | {"reason": None, "broken": False}
+    why = next((item["reason"] for item in backends if item["name"] in ("cuda", "all")), None)
+    device = torch.version.cuda is not None and torch.cuda.is_available()
+    return found | {"reason": f"not loaded: {why}", "broken": device}
+
+
+def _triton_configurations() -> str:
+    """Where the Triton kernels' configurations come from: `mpq tune`, or the table of the package."""
+    from ..errors import MPQError
+
+    try:
+        from ..backends.triton import configs
+
+        file = configs.cache_file()
+        devices = sorted(configs.read(file)) if file.exists() else []
+    except (MPQError, ImportError, OSError) as error:
+        return f"unknown ({error})"
+    if not devices:
+        return "the package's table (no `mpq tune` has been run)"
+    return f"measured for {', '.join(devices)} ({file})"
 
 
 def _packages() -> dict[str, str | None]:
@@ -176,9 +222,10 @@ def _print(data: dict[str, Any]) -> None:
     rows = list(data["machine"].items())
     gpus = data["gpus"]
     rows.append(("gpus", ", ".join(gpus["devices"]) or f"none: {gpus['reason']}"))
-    rows.append(("nvcc", data["nvcc"] or "not found (not needed: this release has no CUDA kernels)"))
+    rows.append(("triton configurations", data["triton_configurations"]))
+    rows.append(("nvcc", data["nvcc"] or "not found (only needed to build the CUDA kernels)"))
     print_table(None, ["<machine", "<"], rows)
-    parts = [[n, p["layout_id"], p["file"] or "", p["reason"] or "loads"] for n, p in data["compiled"].items()]
+    parts = [[n, p["layout_id"], p["file"] or "", p["reason"] or "loaded"] for n, p in data["compiled"].items()]
     print_table(None, ["<compiled part", "<layout", "<file", "<state"], parts)
     operators = data["compiled"]["operators"]
     if operators["isa"]:

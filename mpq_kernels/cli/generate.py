@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model
-from .output import AnyDir, JsonFlag, QuietFlag, note, print_json
+from .models import open_model
+from .options import ActivationsOption, AnyDir, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag
+from .output import note, print_json
 
 
 def command(

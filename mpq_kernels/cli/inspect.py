@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import JsonFlag, PackedDir, groups, kinds, print_json, print_table, size_dict, widths
-from .plan import print_kept
+from .options import JsonFlag, PackedDir
+from .output import groups, kinds, print_json, print_table, size_dict, widths
+from .plan.resolved import print_kept
 
 if TYPE_CHECKING:
     from ..checkpoint.packed import PackedCheckpoint

@@ -8,22 +8,28 @@ from typing import Annotated
 import typer
 
 from ..errors import MPQError
-from .models import BackendOption, DeviceOption, DtypeOption, load_model, open_model, read_text
-from .output import AnyDir, JsonFlag, QuietFlag, note, print_json, progress
+from .models import load_model, open_model, read_text
+from .options import ActivationsOption, AnyDir, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag
+from .output import note, print_json, progress
 
 
 def command(
     directory: AnyDir,
-    original: Annotated[Path, typer.Option(help="Dense directory of the original, or a file written by --save.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file; not needed with a file of --save.")] = None,
+    original: Annotated[
+        Path, typer.Option(metavar="MODEL|FILE", help="Dense directory of the original, or a file written by --save.")
+    ],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text file; not needed with a file of --save.")
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first so many tokens.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Log-probabilities of the original that are compared.")] = 512,
     save: Annotated[
-        Path | None, typer.Option(help="Write the original's predictions, for the next comparison.")
+        Path | None, typer.Option(metavar="FILE", help="Write the original's predictions, for the next comparison.")
     ] = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
+    activations: ActivationsOption = "exact",
     dtype: DtypeOption = "float32",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -46,7 +52,7 @@ def command(
         if text is not None or save is not None:
             raise MPQError(f"{original}: holds its own tokens; leave --text and --save out")
         held = Predictions.from_file(original)
-    model = load_model(directory, device, dtype, backend)
+    model = load_model(directory, device, dtype, backend, activations)
     with progress("divergence", hidden=as_json or quiet) as report:
         found = divergence(model, held, progress=report)
     if as_json:

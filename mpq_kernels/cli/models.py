@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..errors import CheckpointError, MPQError, UnsupportedError
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
-DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
-BackendOption = Annotated[str | None, typer.Option(help="Backend for packed weights; `mpq doctor` lists them.")]
-ActivationsOption = Annotated[
-    str, typer.Option(help="exact, or int8: faster products on the CPU, the inputs of packed layers rounded.")
-]
-DtypeOption = Annotated[
-    str, typer.Option(help="Dtype to compute in: auto (the model's own), float32, float16, bfloat16.")
-]
 
 
 def open_model(
@@ -39,8 +26,7 @@ def read_text(path: Path) -> str:
 def load_model(directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact") -> Any:
     """The model of a packed or a dense directory, in eval mode.
 
-    Raises CheckpointError for a directory that is neither, UnsupportedError for a device, dtype or backend that does
-    not serve.
+    Raises CheckpointError for a directory that is neither, UnsupportedError for a device or backend that cannot.
     """
     from transformers.utils import logging
 
@@ -70,12 +56,10 @@ def load_model(directory: Path, device: str, dtype: str, backend: str | None, ac
 
 
 def named_dtype(dtype: str) -> Any:
-    """The torch.dtype that a --dtype option names, None for auto. Raises UnsupportedError."""
-    import torch
+    """The torch.dtype that a --dtype option names, None for auto."""
+    from ..dense.checkpoint import COMPUTE_DTYPES
 
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    return None if dtype == "auto" else getattr(torch, dtype)
+    return None if dtype == "auto" else COMPUTE_DTYPES[dtype]
 
 
 def check_device(device: str) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: the flags, tables and JSON on stdout, messages and progress on stderr."""
+"""What every command prints with: tables and JSON on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -6,20 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-ProgressCall = Callable[[int, int, str], None]
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
-PackedDir = Annotated[Path, typer.Argument(metavar="OUT", help="Packed directory, as `mpq pack` writes it.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="Dense Hugging Face directory with safetensors.")]
-AnyDir = Annotated[Path, typer.Argument(metavar="DIR", help="Packed or dense model directory.")]
+from ..progress import Progress
 
 
 def fail(message: str) -> int:
@@ -32,6 +23,11 @@ def note(message: str, quiet: bool) -> None:
     """A remark on stderr, unless quiet."""
     if not quiet:
         print(message, file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 file", "2 files", "1,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def print_json(data: Any) -> None:
@@ -58,7 +54,7 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
 
 
 @contextmanager
-def progress(label: str, hidden: bool) -> Iterator[ProgressCall | None]:
+def progress(label: str, hidden: bool) -> Iterator[Progress | None]:
     """A progress bar on stderr; yields a function (done, total, what), or None when nothing is to be shown.
 
     hidden: --json or --quiet. Nothing is shown either when stderr is not a terminal.
@@ -66,18 +62,18 @@ def progress(label: str, hidden: bool) -> Iterator[ProgressCall | None]:
     if hidden or not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as bars
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn(label),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
+        bars.TextColumn(label),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[what]}"),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    with bars.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(label, total=None, what="")
 
         def report(done: int, total: int, what: str) -> None:

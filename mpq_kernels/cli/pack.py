@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import JsonFlag, ModelDir, QuietFlag, fail, note, print_json, print_table, progress, size_dict
-from .plan import GroupOption, HeadOption, ScaleOption, SymmetricFlag, ZeroOption, print_kept, uniform_plan
+from .dry_run import dry_run
+from .options import (
+    GroupOption,
+    HeadOption,
+    JsonFlag,
+    ModelDir,
+    QuantizerOption,
+    QuietFlag,
+    ScaleOption,
+    SymmetricFlag,
+    ZeroOption,
+    given,
+)
+from .output import count, fail, note, print_json, print_table, progress
+from .plan.resolved import print_kept
+from .plan.uniform import uniform_plan
 
 if TYPE_CHECKING:
     from ..calibrate.calibration import Calibration
     from ..packer.report import PackReport
-    from ..plan.plan import Plan
 
 
 def command(
@@ -23,28 +36,23 @@ def command(
     model: ModelDir,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     bits: Annotated[int | None, typer.Option(min=1, max=8, help="One width for every linear layer, 1 to 8.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan as JSON, instead of --bits.")] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Plan as JSON, instead of --bits.")] = None,
     group_size: GroupOption = 64,
     symmetric: SymmetricFlag = False,
     zero: ZeroOption = "int",
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
-    quantizer: Annotated[
-        str,
-        typer.Option(
-            help="rtn (round to nearest), hqq (search for scales and zeros), gptq or auto-round (need --calibration)."
-        ),
-    ] = "hqq",
+    quantizer: QuantizerOption = "hqq",
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read, and hqq if given.")
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that gptq and auto-round read, and hqq if given.")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
+        int | None, typer.Option(min=1, help="Tokens of it that are used; 65,536 without it.")
     ] = None,
     act_order: Annotated[
         bool, typer.Option("--act-order", help="Let gptq choose the order of the columns; stored as a permutation.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
+    only_sizes: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has finished.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Remove what a killed run has finished.")] = False,
@@ -55,15 +63,15 @@ def command(
     _check_usage(ctx, bits, plan)
     if resume and restart:
         raise typer.BadParameter("--resume goes on with what a killed run has finished, --restart removes it: give one")
-    _check_calibration(quantizer, calibration, calibration_tokens, act_order, dry_run)
+    _check_calibration(quantizer, calibration, calibration_tokens, act_order, only_sizes)
     if plan is not None:
         from ..plan.plan import Plan
 
         chosen = Plan.from_file(plan)
     else:
         chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
-    if dry_run:
-        _dry_run(model, chosen, quantizer, calibration, act_order, as_json)
+    if only_sizes:
+        dry_run(model, out, chosen, quantizer, calibration is not None, act_order, overwrite, as_json)
         return
     from ..packer.pack import pack
 
@@ -99,19 +107,18 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
     if plan is None:
         return
     for name in ("group_size", "symmetric", "zero", "scale_dtype", "lm_head"):
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if given(ctx, name):
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --bits; a plan says it for each module")
 
 
 def _check_calibration(
-    quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, dry_run: bool
+    quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, only_sizes: bool
 ) -> None:
     """--calibration with the quantizers that take it, and only with them; sizes can be asked for without it."""
-    from ..quantize import quantizer as quantizer_row
+    from ..quantize import QUANTIZERS
 
-    row = quantizer_row(quantizer)
-    if row.needs_calibration and calibration is None and not dry_run:
+    row = QUANTIZERS[quantizer]
+    if row.needs_calibration and calibration is None and not only_sizes:
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
     if not row.takes_calibration and calibration is not None:
         raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
@@ -128,52 +135,6 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
     return Calibration.from_file(path, act_order=act_order, **limit)
 
 
-def _dry_run(model: Path, plan: Plan, quantizer: str, calibration: Path | None, act_order: bool, as_json: bool) -> None:
-    """What `pack` would write: the same job, of which only the sizes are asked."""
-    from ..calibrate.experts import in_walk_order
-    from ..dense.checkpoint import DenseCheckpoint
-    from ..files.safetensors import file_bytes, nbytes
-    from ..packer.job import PackJob, in_free_order
-    from ..packer.pack import MAX_SHARD_BYTES, check_calibratable
-    from ..plan.resolve import resolve
-    from ..quantize import quantizer as quantizer_row
-
-    source = DenseCheckpoint.open(model)
-    resolved = resolve(plan, source.linears())
-    check_calibratable(resolved, quantizer)
-    if act_order:
-        resolved = in_free_order(resolved)
-    row = quantizer_row(quantizer)
-    if (row.needs_calibration or calibration is not None) and not row.whole_model:
-        resolved = in_walk_order(resolved, source)
-    shards = PackJob(source, resolved, row.name, None).shards(MAX_SHARD_BYTES)
-    tensors: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(shape),
-            "bytes": nbytes((dtype, shape)),
-        }
-        for shard in shards
-        for name, (dtype, shape) in shard.specs.items()
-    ]
-    files = {shard.name: file_bytes(shard.specs) for shard in shards}
-    total, together = resolved.size(), sum(tensor["bytes"] for tensor in tensors)
-    before = sum(tensor.entry.nbytes for tensor in source.tensors.values())
-    if as_json:
-        summary = {"packed": size_dict(total), "total_bytes": together, "source_bytes": before}
-        print_json(summary | {"files": files, "tensors": tensors, "kept": resolved.kept})
-        return
-    rows = [[t["name"], t["dtype"], " x ".join(map(str, t["shape"])), t["bytes"]] for t in tensors]
-    print_table("dry run: nothing is written", ["<tensor", "<dtype", "<shape", "bytes"], rows)
-    print_kept(resolved.kept)
-    print_table(None, ["<file", "bytes"], list(files.items()))
-    print(
-        f"packed {total.total_bytes:,} bytes at {total.bits_per_weight:.4f} bits per weight, "
-        f"all tensors {together:,} bytes (was {before:,}), files {sum(files.values()):,}"
-    )
-
-
 def _print_report(report: PackReport) -> None:
     rows: list[list[object]] = []
     for module in report.modules:
@@ -186,7 +147,7 @@ def _print_report(report: PackReport) -> None:
         print_table("large parameters that were not packed", ["<parameter", "elements", "<reason"], large)
     if report.unreached:
         print(
-            f"no calibration token reached {len(report.unreached)} experts, which were calibrated on all that their "
+            f"no calibration token reached {count(len(report.unreached), 'expert')}, calibrated on all that their "
             f"module reads: {', '.join(report.unreached)}"
         )
     print(

@@ -8,18 +8,20 @@ from typing import Annotated
 
 import typer
 
-from .models import ActivationsOption, BackendOption, DeviceOption, DtypeOption, open_model, read_text
-from .output import AnyDir, JsonFlag, QuietFlag, print_json, progress
+from .models import open_model, read_text
+from .options import ActivationsOption, AnyDir, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag
+from .output import print_json, progress
 
 
 def command(
     directory: AnyDir,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file, read as one stream.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text file, read as one stream.")],
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window; the first of each is context only.")] = 256,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 8,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows, which then overlap; without it, all of a window.")
+        int | None,
+        typer.Option(min=1, help="Tokens from the start of a window to that of the next; without it, a whole window."),
     ] = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
@@ -28,7 +30,7 @@ def command(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Perplexity over windows that do not overlap, without special tokens (docs/cli.md has the convention)."""
+    """Perplexity over windows of a text, side by side unless --stride makes them overlap."""
     from ..evaluate.perplexity import perplexity
 
     content = read_text(text)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import JsonFlag, PackedDir, ProgressCall, QuietFlag, print_json, print_table, progress, widths
+from ..progress import Progress
+from .options import JsonFlag, PackedDir, QuietFlag
+from .output import count, print_json, print_table, progress, widths
 
 if TYPE_CHECKING:
     from ..checkpoint.packed import PackedCheckpoint
@@ -42,11 +44,9 @@ def command(
         rows = [[layer["name"], layer["bits"], layer["relative_error"], layer["max_error"]] for layer in layers]
         columns = ["<module", "<bits", "error", "max error"]
         print_table(f"||W - packed W|| / ||W|| and max |W - packed W| against {against}", columns, rows)
-    kept = "" if against is None else f", {len(checkpoint.kept_tensors())} kept tensors equal to {against}"
-    print(
-        f"{checkpoint.path}: good. {total} packed modules, {len(checkpoint.tensors)} tensors in "
-        f"{len(checkpoint.files.files)} file(s), {size.files:,} bytes{kept}"
-    )
+    kept = "" if against is None else f", {count(len(checkpoint.kept_tensors()), 'kept tensor')} equal to {against}"
+    tensors, files = count(len(checkpoint.tensors), "tensor"), count(len(checkpoint.files.files), "file")
+    print(f"{checkpoint.path}: good. {count(total, 'packed module')}, {tensors} in {files}, {size.files:,} bytes{kept}")
     if hashed is None:
         print("not hashed: the directory has no mpq_manifest.json, which `mpq pack` writes")
     else:
@@ -86,7 +86,7 @@ def _compare(checkpoint: PackedCheckpoint, against: Path, hidden: bool) -> list[
 
 
 def _layer_errors(
-    checkpoint: PackedCheckpoint, source: DenseCheckpoint, report: ProgressCall | None
+    checkpoint: PackedCheckpoint, source: DenseCheckpoint, report: Progress | None
 ) -> Iterator[dict[str, Any]]:
     from ..errors import CheckpointError
     from ..format.reference import weight_error

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ..calibrate import auto_round
 from ..calibrate.auto_round import LearnedRounding
+from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
@@ -26,9 +28,10 @@ from ..files.safetensors import Spec
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
-from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight
+from ..plan.plan import Plan
+from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, resolve
 from ..progress import Progress
-from ..quantize import quantize_weight
+from ..quantize import QUANTIZERS, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
 from .parts import Made, Part, Shard, Unit, digest, into_shards
@@ -244,6 +247,23 @@ class PackJob:
             size.total_bytes,
             {name: self.errors[name] for name in names},
         )
+
+
+def prepare(
+    source: DenseCheckpoint, plan: Plan, quantizer: str, calibrated: bool, act_order: bool = False
+) -> ResolvedPlan:
+    """The plan on the source's linears, in the order in which they are packed; no weight is read.
+
+    quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
+    the order of the columns. Raises PlanError for a plan that does not fit, QuantizeError for what it cannot do.
+    """
+    resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
+    if row.whole_model:
+        auto_round.check_plan(resolved, source)
+        return resolved
+    if not calibrated:
+        return resolved
+    return in_walk_order(in_free_order(resolved) if act_order else resolved, source)
 
 
 def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:

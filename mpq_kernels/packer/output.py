@@ -40,7 +40,7 @@ def check_output(out_dir: str | os.PathLike[str], model_dir: Path, overwrite: bo
         if not overwrite:
             finished = " (a run that is to be resumed may have come to its end)" if resume else ""
             raise CheckpointError(
-                f"{out}: is not empty{finished}; choose another directory, or overwrite=True to replace it"
+                f"{out}: is not empty{finished}; choose another, or replace it with overwrite=True (--overwrite)"
             )
         _check_ours(out)
     return out
@@ -54,7 +54,8 @@ def _check_ours(out: Path) -> None:
         quantization, cause = None, str(error)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"{out}: overwrite=True replaces packed checkpoints only, and this is none ({cause}); remove it yourself"
+            f"{out}: overwrite=True (--overwrite) replaces packed checkpoints only, and this is none ({cause}); "
+            "remove it yourself"
         )
 
 

@@ -20,7 +20,6 @@ import torch
 
 from ..calibrate import auto_round
 from ..calibrate.calibration import Calibration
-from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
 from ..checkpoint.manifest import MANIFEST_FILE, file_entry, manifest_bytes, manifest_text
 from ..checkpoint.packed import PackedCheckpoint
@@ -31,11 +30,10 @@ from ..files.shards import INDEX_FILE
 from ..files.strict import create_file, json_bytes, write_new_file
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..plan.plan import Plan
-from ..plan.resolve import ResolvedPlan, resolve
 from ..progress import Progress
 from ..quantize import quantizer as quantizer_row
 from ..version import VERSION
-from .job import PackJob, in_free_order
+from .job import PackJob, prepare
 from .output import check_output, check_space
 from .parts import Shard, index_of
 from .report import PackReport
@@ -74,10 +72,8 @@ def pack(
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = DenseCheckpoint.open(model_dir)
-    resolved = resolve(plan, source.linears())
-    check_calibratable(resolved, quantizer)
-    if calibrated is not None and not quantizer_row(quantizer).whole_model:
-        resolved = in_walk_order(in_free_order(resolved) if calibrated.act_order else resolved, source)
+    act_order = calibrated is not None and calibrated.act_order
+    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
@@ -143,12 +139,6 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
         {MANIFEST_FILE: manifest_text(listed)} | dict(texts)
     ).items():  # without config.json it is no model
         write_new_file(directory / name, text)
-
-
-def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
-    """Raise QuantizeError when a quantizer cannot do what the plan asks."""
-    if quantizer_row(quantizer).whole_model:
-        auto_round.check_plan(resolved)
 
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:

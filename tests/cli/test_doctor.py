@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from mpq_kernels.backends import BACKENDS, ops
+from mpq_kernels.backends import BACKENDS, cuda, ops
+from mpq_kernels.backends.triton import configs
 from mpq_kernels.cli import doctor, main
 from mpq_kernels.format.codes import LAYOUT_ID
 
@@ -18,8 +19,9 @@ def test_facts():
     assert data["packages"]["torch"] == torch.__version__
     assert data["packages"]["transformers"] == transformers.__version__
     assert data["packages"]["python"] == sys.version.split()[0]
-    for part in data["compiled"].values():
-        assert (part["layout_id"], part["reason"]) == (LAYOUT_ID, None)
+    for name in ("operators", "host"):
+        part = data["compiled"][name]
+        assert (part["layout_id"], part["reason"], part["broken"]) == (LAYOUT_ID, None, False)
     operators = data["compiled"]["operators"]
     assert operators["file"] == str(ops.LIBRARY)
     assert operators["isas"] == torch.ops.mpq.cpu_isas().split(",")
@@ -33,7 +35,7 @@ def test_facts():
 
 
 def test_the_instruction_set_in_use_is_reported(isa):
-    assert doctor.compiled_parts()["operators"]["isa"] == isa
+    assert doctor.compiled_parts([])["operators"]["isa"] == isa
 
 
 def test_text_names_every_part_and_backend(capsys):
@@ -84,3 +86,35 @@ def test_no_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert doctor.examine()["nvcc"] is None
+
+
+def test_the_cuda_kernels_are_a_part(monkeypatch, tmp_path):
+    """Absent: said, and no fault. Present: loaded with a device, else not loaded, with the backend's reason."""
+    part = doctor.examine()["compiled"]["cuda"]
+    assert (part["file"] is not None) == cuda.LIBRARY.exists() and part["broken"] is False
+    if part["file"] and not torch.cuda.is_available():
+        assert part["reason"] == f"not loaded: {cuda.BACKEND.available()}" and part["layout_id"] is None
+    monkeypatch.setattr(doctor, "CUDA_FILE", "_gone.so")
+    data = doctor.examine()
+    assert data["compiled"]["cuda"]["file"] is None and "nvcc" in data["compiled"]["cuda"]["reason"]
+    assert data["healthy"] is True
+
+
+def test_a_cuda_library_that_should_load_and_does_not_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor, "CUDA_FILE", "version.py")  # any file that is there
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mpq, "cuda_layout_id", lambda: "mpq1-other", raising=False)
+    part = doctor._cuda([{"name": "cuda", "reason": "built for another layout"}])
+    assert part["broken"] is True and part["reason"] == "not loaded: built for another layout"
+    monkeypatch.setattr(torch.ops.mpq, "cuda_layout_id", lambda: LAYOUT_ID)
+    assert doctor._cuda([]) | {"file": None} == {"file": None, "layout_id": LAYOUT_ID, "reason": None, "broken": False}
+
+
+def test_where_triton_configurations_come_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "no `mpq tune`" in doctor.examine()["triton_configurations"]
+    configs.write(configs.cache_file(), {"A GPU": configs.TABLE["cuda"]})
+    assert doctor.examine()["triton_configurations"] == f"measured for A GPU ({configs.cache_file()})"
+    configs.cache_file().write_text("no JSON")
+    assert doctor.examine()["triton_configurations"].startswith("unknown (")

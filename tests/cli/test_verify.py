@@ -1,11 +1,8 @@
-"""`mpq verify`: hashes, values, and the error of every layer against the original; and `mpq pack --resume`."""
+"""`mpq verify`: hashes, values, the error of every layer against the original, and bounded memory."""
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import mpq_kernels
+from mpq_kernels import Plan
 from mpq_kernels.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.cli.verify import _compare
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
 from mpq_kernels.errors import CheckpointError
 from mpq_kernels.format.reference import dequantize, weight_error
-from mpq_kernels.plan.plan import Plan
 from tests.made.checkpoints import tiny_model
-from tests.made.commands import Runner
-from tests.made.packed import digests
+from tests.made.commands import HEAD, Runner, broken_copy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gutenberg-6m"
 
@@ -112,7 +108,6 @@ def add_space(out):
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
 
 
-# name -> (damage, parts of the message)
 FAULTS = {
     "a code": (flip_code, ["safetensors: sha256 ", "not as it was"]),
     "config": (add_space, ["config.json: bytes "]),
@@ -179,84 +174,6 @@ def test_error_of_a_weight_in_several_chunks(monkeypatch):
     assert weight_error(torch.zeros(50, 128), quantized).relative == float("inf")
 
 
-# pack --resume
-
-
-INTERRUPTED = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children begin with it ignored
-import mpq_kernels.packer.job
-from mpq_kernels.cli import main
-real, names = mpq_kernels.packer.job.quantize_weight, []
-def quantize_weight(*args):
-    names.append(args[4])
-    if len(names) == 10:
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(*args)
-mpq_kernels.packer.job.quantize_weight = quantize_weight
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_interrupted_command_is_resumed(tmp_path, capsys):
-    """Ctrl-C: exit code 130, and one line says what is kept; without --resume or --restart nothing happens to it."""
-    out, run = tmp_path / "out", Runner(capsys)
-    environment = os.environ | {"PYTHONPATH": str(Path(mpq_kernels.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERRUPTED, "pack", EXAMPLE, out, "--bits", "4", "--quantizer", "hqq"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    err = process.stderr
-    assert process.returncode == 130
-    assert "parts are finished and kept: resume=True (--resume) goes on with it" in err and "Traceback" not in err
-    words = ["pack", EXAMPLE, out, "--bits", "4", "--quantizer", "hqq"]
-    assert "--restart" in run(*words, code=1).err
-    assert "goes on with what a killed run" in " ".join(run(*words, "--resume", "--restart", code=2).err.split())
-    other = run(*words[:-1], "rtn", "--resume", code=1)
-    assert "quantizer was hqq, is rtn" in other.err
-    note = run(*words, "--resume").err
-    assert "9 of 74 parts had been finished by an earlier run" in note
-    assert "0 of 74 parts" in run(*words[:2], tmp_path / "wanted", *words[3:], "--resume").err
-    assert digests(out) == digests(tmp_path / "wanted")
-    assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
-
-
-def test_restart(tmp_path, capsys, monkeypatch):
-    import mpq_kernels.packer.write
-
-    monkeypatch.setattr(mpq_kernels.packer.write, "COMMIT_SHARE", 0)
-
-    def stop(done, total, name):
-        if done > total // 2:
-            raise RuntimeError
-
-    out, plan = tmp_path / "out", Plan.uniform(EXAMPLE, 4)
-    with pytest.raises(RuntimeError):
-        mpq_kernels.pack(EXAMPLE, out, plan, "rtn", progress=stop)
-    words = ["pack", EXAMPLE, out, "--bits", "2", "--quantizer", "rtn"]
-    assert "plan sha256 was" in Runner(capsys)(*words, "--resume", code=1).err
-    Runner(capsys)(*words, "--restart")
-    assert os.listdir(tmp_path) == ["out"]
-    assert {s.bits for m in PackedCheckpoint.open(out).modules.values() for s in m.layout.segments} == {2}
-
-
-def test_random_kills(tmp_path):
-    """Two kills -9 of each of three models at random moments, each resumed; the script does twenty."""
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4}
-    models = [tmp_path / name for name in ("mixtral", "gpt_oss")]
-    for path in models:
-        tiny_model(path.name, path, sizes=sizes)
-    script = Path(__file__).parents[2] / "benchmarks" / "models" / "packing.py"
-    command = [sys.executable, script, "kills", "--count", "2", "--work", tmp_path, "--json", tmp_path / "kills.json"]
-    done = subprocess.run([*command, "--models", EXAMPLE, *models], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "kills.json").read_text())["kills"]
-    assert result["same"] == result["kills"] == 6 and {row["model"] for row in result["rows"]} == {
-        "gutenberg-6m", "mixtral", "gpt_oss",
-    }  # fmt: skip
-
-
-# memory
-
-
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
@@ -309,3 +226,48 @@ def test_released_tensors_are_read_again(tmp_path):
     assert torch.equal(tensor, wanted) and torch.equal(source.read(name), wanted)
     with pytest.raises(CheckpointError, match="there is no tensor"):
         source.read("none")
+
+
+def test_verify_measures_the_error_of_every_layer(run):
+    data = run("verify", "mixed", "--against", "dense", "--json").json()
+    assert data["ok"] is True
+    dense = load_file("dense/model.safetensors")
+    errors = {layer["name"]: layer for layer in data["layers"]}
+    assert len(errors) == 14
+    checkpoint = PackedCheckpoint.open("mixed")
+    qkv = dequantize(checkpoint.weight("model.layers.0.self_attn.qkv_proj"))
+    for name, rows in (("q_proj", qkv[:128]), ("k_proj", qkv[128:192]), ("v_proj", qkv[192:])):
+        wanted = dense[f"model.layers.0.self_attn.{name}.weight"].double()
+        layer = errors[f"model.layers.0.self_attn.{name}"]
+        assert layer["relative_error"] == pytest.approx(((rows - wanted).norm() / wanted.norm()).item(), rel=1e-6)
+    assert errors["model.layers.0.self_attn.v_proj"]["bits"] == "5"
+    assert errors["model.layers.0.mlp.down_proj"]["bits"] == "8|2"
+    text = run("verify", "mixed", "--against", "dense").out
+    assert "model.layers.1.self_attn.v_proj" in text
+    assert ": good." in text
+    assert run("verify", "packed", "--json").json()["layers"] is None
+
+
+def test_verify_refuses_bad_values(run, tmp_path, space):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.scales"][7] = float("nan")
+
+    refused = run("verify", broken_copy(space, tmp_path, "packed", change), code=1)
+    assert "model.layers.1.mlp.up_proj" in refused.err
+    assert "NaN" in refused.err
+
+
+def test_verify_refuses_another_model(run, tmp_path, space):
+    def change(tensors):
+        tensors["model.norm.weight"][0] += 1
+
+    kept = run("verify", broken_copy(space, tmp_path, "packed", change), "--against", "dense", code=1)
+    assert "model.norm.weight" in kept.err
+    tiny_model("llama", tmp_path / "other", tied=False, sizes=HEAD | {"num_hidden_layers": 1})
+    assert "another model" in run("verify", "packed", "--against", tmp_path / "other", code=1).err
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"]])
+def test_dense_and_missing_directories_are_refused(run, command):
+    assert "dense" in run(*command, "dense", code=1).err
+    assert "nowhere" in run(*command, "nowhere", code=1).err

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mpq_kernels as mpq
 from mpq_kernels.cli import main
 from tests.made.checkpoints import tiny_model
 
@@ -45,6 +46,12 @@ class Runner:
         assert "\x1b[" not in out  # not a terminal: no colours
         return SimpleNamespace(out=out, err=err, json=lambda: json.loads(out))
 
+    def misuse(self, *words) -> str:
+        """The message of wrong usage, exit code 2, without the box that it stands in."""
+        done = self(*words, code=2)
+        assert done.out == ""
+        return " ".join(done.err.replace("\u2502", " ").split())
+
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
@@ -80,3 +87,14 @@ def broken_copy(space, tmp_path, source, change):
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
     return copy
+
+
+def bench_models(root):
+    """`root`, with a tiny dense model, the same packed, its plan, and its config alone."""
+    tiny_model("llama", root / "dense", tied=False, dtype=torch.bfloat16)
+    plan = mpq.Plan.uniform(root / "dense", bits=3, group_size=-1)
+    plan.to_file(root / "plan.json")
+    mpq.pack(root / "dense", root / "packed", plan, quantizer="rtn")
+    (root / "bare").mkdir()
+    shutil.copy(root / "dense" / "config.json", root / "bare")
+    return root

@@ -1,107 +1,62 @@
-"""`mpq plan allocate` and `mpq plan methods`: the plan that loses least within a budget."""
+"""`mpq plan allocate`: the plan that loses least within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...errors import PlanError
-from ..models import open_model, read_text
-from ..output import JsonFlag, ModelDir, QuietFlag, note, print_json, print_table, progress
+from ..choices import OneOf
+from ..options import (
+    CalibrationOption,
+    GranularityOption,
+    GroupsOption,
+    JsonFlag,
+    MethodOption,
+    ModelDir,
+    OutputOption,
+    QuietFlag,
+    TextFreeQuantizerOption,
+    TokensOption,
+    WidthsOption,
+)
+from ..output import note, print_json, progress
+from .study import Setting
 
 if TYPE_CHECKING:
-    from ...allocate import Limits
-    from ...allocate.study import Study
-
-BudgetOption = Annotated[str, typer.Option(help="2.5bits (stored, for each weight), 1500000bytes, 840us or 0.02error.")]
-MethodOption = Annotated[str, typer.Option(help="Importance method; `mpq plan methods` lists them.")]
-GranularityOption = Annotated[str, typer.Option(help="layer, linear, fuse, expert, column or row.")]
-BitsOption = Annotated[str, typer.Option(help="Widths to choose from, 1..8 and 16 (kept).")]
-GroupsOption = Annotated[str, typer.Option(help="Group sizes to choose from; -1 for all of K.")]
-QuantizerOption = Annotated[str, typer.Option(help="What the plan is for: hqq or rtn.")]
-CalibrationOption = Annotated[Path | None, typer.Option(help="UTF-8 text, for methods that run the model.")]
-TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of it that are read.")]
-LimitOption = Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the least width of these linears.")]
-CapOption = Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the largest width of these linears.")]
+    from ...allocate import Allocation, Limits
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What both `allocate` and `sweep` are told about the model and its choices."""
-
-    model: Path
-    granularity: str
-    bits: str
-    group_sizes: str
-    quantizer: str
-    calibration: Path | None
-    calibration_tokens: int
-    span: int = 128
-
-    def study(self, limits: Limits | None = None, report: Any = None) -> tuple[Study, Any]:
-        """(study over the dense model in fp32, its tokenizer). Raises MPQError."""
-        from ...allocate import make_choices, make_units
-        from ...allocate.study import Study
-        from ...dense.names import list_linears
-        from ...evaluate.perplexity import token_windows
-        from ...quantize import require_no_calibration
-
-        require_no_calibration(self.quantizer)
-        choices = make_choices(whole_numbers(self.bits, "--bits"), whole_numbers(self.group_sizes, "--group-sizes"))
-        model, tokenizer = open_model(self.model, "cpu", "float32", None)
-        linears = list_linears(model)
-        units = make_units(linears, self.granularity, choices, span=self.span, limits=limits)
-        rows = None
-        if self.calibration is not None:
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", 256)
-            rows = token_windows(tokenizer, read_text(self.calibration), min(256, limit), self.calibration_tokens)
-        return Study(model, linears, units, rows, self.quantizer, report), tokenizer
+WITH_TEXT, WITHOUT_TEXT = (
+    "fisher",
+    "frobenius",
+)  # of the methods with and without a text, the best in docs/allocation.md
 
 
-def whole_numbers(text: str, option: str) -> list[int]:
-    """ "2,3,4" as numbers. Raises PlanError."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise PlanError(f"{option} {text!r} is not a list of whole numbers such as 2,3,4") from None
+def _solvers() -> Iterable[str]:
+    from ...allocate import SOLVERS
 
-
-def parse_limits(least: Sequence[str] | None, most: Sequence[str] | None) -> Limits:
-    """REGEX=BITS options. Raises PlanError."""
-    from ...allocate import Limits
-
-    found: list[dict[str, int]] = []
-    for words in (least or (), most or ()):
-        rules = {}
-        for word in words:
-            pattern, _, bits = word.rpartition("=")
-            if not pattern or not bits.isdigit():
-                raise PlanError(f"limit {word!r} is not REGEX=BITS, such as '.*down_proj=4'")
-            rules[pattern] = int(bits)
-        found.append(rules)
-    return Limits(*found)
+    return SOLVERS
 
 
 def command(
     model: ModelDir,
-    budget: BudgetOption,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout without it.")] = None,
-    method: MethodOption = "fisher",
+    budget: Annotated[str, typer.Option(help="2.5bits (stored, for each weight), 1500000bytes, 840us or 0.02error.")],
+    output: OutputOption = None,
+    method: MethodOption = None,
     granularity: GranularityOption = "linear",
-    bits: BitsOption = "1,2,3,4,5,6,8",
+    bits: WidthsOption = "1,2,3,4,5,6,8",
     group_sizes: GroupsOption = "64",
     calibration: CalibrationOption = None,
     calibration_tokens: TokensOption = 8192,
-    quantizer: QuantizerOption = "hqq",
-    solver: Annotated[str, typer.Option(help="fast, or exact (needs highspy).")] = "fast",
+    quantizer: TextFreeQuantizerOption = "hqq",
+    solver: Annotated[str, typer.Option(parser=OneOf(_solvers), help="exact needs highspy.")] = "fast",
     span: Annotated[int, typer.Option(help="Columns or rows of a unit, for granularity column and row.")] = 128,
-    least: LimitOption = None,
-    most: CapOption = None,
-    latency: Annotated[Path | None, typer.Option(help="Measured latency table, for a budget in us.")] = None,
+    least: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the least width of these linears.")] = None,
+    most: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the largest width of these linears.")] = None,
+    latency: Annotated[Path | None, typer.Option(metavar="FILE", help="Table of `mpq plan latency`, for us.")] = None,
     refine: Annotated[int, typer.Option(min=0, help="Rounds of measuring around the plan; needs a text.")] = 0,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -109,15 +64,23 @@ def command(
     """Write the plan of least loss within a budget that counts stored bytes: scales, zeros and padding included."""
     from ...allocate import Budget, LatencyTable, allocate
     from ...allocate.measured import refine as refined
-    from ...allocate.methods import METHODS, named
+    from ...allocate.methods import METHODS
 
     wanted, table = Budget.parse(budget), None if latency is None else LatencyTable.from_file(latency)
-    row = METHODS[named(method)]
-    if (row.needs_text or refine) and calibration is None:
-        raise PlanError(f"method {method!r} looks at activations, so it needs a text: --calibration FILE")
+    if calibration is None and refine:
+        raise typer.BadParameter("--refine runs the model on a text: give --calibration FILE")
+    chosen = method or (WITHOUT_TEXT if calibration is None else WITH_TEXT)
+    row = METHODS[chosen]
+    if row.needs_text and calibration is None:
+        fit = ", ".join(name for name, other in METHODS.items() if not other.needs_text)
+        raise typer.BadParameter(
+            f"--method {chosen} looks at activations: give a text (--calibration FILE), or one of {fit}"
+        )
+    if method is None and calibration is None:
+        note(f"no text to run the model on (--calibration FILE), so the method is {chosen}: {row.summary}", quiet)
     setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span)
-    with progress(method, hidden=as_json or quiet) as report:
-        study, _ = setting.study(parse_limits(least, most), report)
+    with progress(chosen, hidden=as_json or quiet) as report:
+        study, _ = setting.study(_limits(least, most), report)
 
         def solve(losses: Sequence[Sequence[float]]) -> Any:
             options: dict[str, Any] = {"solver": solver, "latency": table, "model": model.name}
@@ -125,7 +88,20 @@ def command(
 
         losses = row.run(study)
         got, kls = refined(study, losses, solve, refine) if refine else (solve(losses), [])
-    facts = {
+    if output is not None:
+        got.plan.to_file(output)
+        each = f"{got.bpw:.4f} stored bits for each of {got.weights:,} weights"
+        note(f"wrote {output}: {each}, {got.bytes:,} bytes", quiet)
+    if as_json:
+        print_json(_facts(got, chosen, kls, output))
+    elif output is None:
+        print(got.plan.to_json(), end="")
+
+
+def _facts(got: Allocation, method: str, kls: Sequence[float], output: Path | None) -> dict[str, Any]:
+    return {
+        "output": None if output is None else str(output),
+        "plan": got.plan.model_dump(mode="json"),
         "bytes": got.bytes,
         "bpw": got.bpw,
         "weights": got.weights,
@@ -133,28 +109,21 @@ def command(
         "us": got.us,
         "method": method,
         "split_units": len(got.splits),
-        "kl": kls,
+        "kl": list(kls),
     }
-    if output is not None:
-        got.plan.to_file(output)
-        note(
-            f"wrote {output}: {got.bpw:.4f} stored bits for each of {got.weights:,} weights, {got.bytes:,} bytes", quiet
-        )
-    if as_json:
-        print_json(facts)
-    elif output is None:
-        print(got.plan.to_json(), end="")
 
 
-def methods(as_json: JsonFlag = False) -> None:
-    """The importance methods: what they look at, what they cost, where they come from."""
-    from dataclasses import asdict
+def _limits(least: Sequence[str] | None, most: Sequence[str] | None) -> Limits:
+    """REGEX=BITS options. Raises typer.BadParameter, PlanError."""
+    from ...allocate import Limits
 
-    from ...allocate.methods import METHODS
-
-    rows = [{key: value for key, value in asdict(m).items() if key != "run"} for m in METHODS.values()]
-    if as_json:
-        print_json({"methods": rows})
-        return
-    cells = [[m["name"], "yes" if m["needs_text"] else "no", m["cost"], m["summary"], m["source"]] for m in rows]
-    print_table(None, ["<method", "<text", "<cost", "<loss", "<source"], cells)
+    found: list[dict[str, int]] = []
+    for option, words in (("--least", least or ()), ("--most", most or ())):
+        rules = {}
+        for word in words:
+            pattern, _, bits = word.rpartition("=")
+            if not pattern or not bits.isdigit():
+                raise typer.BadParameter(f"{option} {word!r} is not REGEX=BITS, such as '.*down_proj=4'")
+            rules[pattern] = int(bits)
+        found.append(rules)
+    return Limits(*found)

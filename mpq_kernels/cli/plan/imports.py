@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..output import JsonFlag, QuietFlag, note, print_json, size_dict
-from . import model_linears
+from ..choices import OneOf
+from ..options import JsonFlag, OutputOption, QuietFlag
+from ..output import note, print_json, size_dict
+from .resolved import model_linears
 
-FORMAT_HELP = (
-    "slim-llm, mc-moe, mixdq, shiftaddllm, quantmoe, gptqmodel, auto-round, compressed-tensors, or auto for files that "
-    "can only be one of them."
-)
+
+def _formats() -> Iterable[str]:
+    from ...plan.foreign import AUTO, FORMATS
+
+    return (AUTO, *FORMATS)
 
 
 def command(
@@ -21,8 +25,10 @@ def command(
         str, typer.Argument(metavar="FOREIGN", help="File of the plan; for quantmoe also the string itself.")
     ],
     model: Annotated[Path, typer.Option("--model", metavar="MODEL", help="Dense directory, or its config.json alone.")],
-    form: Annotated[str, typer.Option("--from", metavar="FORMAT", help=FORMAT_HELP)] = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; stdout without it.")] = None,
+    form: Annotated[
+        str, typer.Option("--from", parser=OneOf(_formats), help="Format of FOREIGN; auto: the only one it can be.")
+    ] = "auto",
+    output: OutputOption = None,
     group_size: Annotated[int | None, typer.Option(help="Where the format has none; -1 for all of K.")] = None,
     attention_bits: Annotated[int | None, typer.Option(help="mc-moe: width of q, k, v and o; 4 without it.")] = None,
     keep_floats: Annotated[

@@ -8,17 +8,19 @@ from typing import Annotated
 
 import typer
 
-from ..output import JsonFlag, QuietFlag, note, print_json, progress
-from .allocate import BitsOption, GroupsOption, whole_numbers
+from ..models import check_device
+from ..options import DeviceOption, GroupsOption, JsonFlag, PlainDtypeOption, QuietFlag, ShapesOf, WidthsOption
+from ..output import note, print_json, progress
+from .study import whole_numbers
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Dense Hugging Face directory, or a config.json alone.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
-    bits: BitsOption = "1,2,3,4,5,6,8",
+    model: ShapesOf,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.")],
+    bits: WidthsOption = "1,2,3,4,5,6,8",
     group_sizes: GroupsOption = "64",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of x: bfloat16, float16 or float32.")] = "bfloat16",
+    device: DeviceOption = "cpu",
+    dtype: PlainDtypeOption = "bfloat16",
     tokens: Annotated[int, typer.Option(min=1, help="Rows of x.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Turns through all entries.")] = 3,
     seconds: Annotated[float, typer.Option(help="Time for each entry in each turn.")] = 0.1,
@@ -34,17 +36,15 @@ def command(
     from ...allocate import make_choices
     from ...allocate.timing import measure_latencies
     from ...dense.checkpoint import COMPUTE_DTYPES
-    from ...errors import PlanError
     from ...evaluate.synthetic import config_linears
     from ...files.strict import replace_file
 
-    if dtype not in COMPUTE_DTYPES:
-        raise PlanError(f"--dtype {dtype!r}: one of {', '.join(COMPUTE_DTYPES)}")
+    check_device(device)
     choices = make_choices(whole_numbers(bits, "--bits"), whole_numbers(group_sizes, "--group-sizes"))
     linears = config_linears(model)
     with progress("latency", hidden=as_json or quiet) as report:
         table, spread = measure_latencies(
-            linears, choices, device=torch.device(device), dtype=getattr(torch, dtype), tokens=tokens, rounds=rounds,
+            linears, choices, device=torch.device(device), dtype=COMPUTE_DTYPES[dtype], tokens=tokens, rounds=rounds,
             seconds=seconds, progress=report,
         )  # fmt: skip
     replace_file(output, table.to_json().encode())

@@ -7,47 +7,61 @@ from typing import Annotated, Any
 
 import typer
 
-from ...errors import PlanError
 from ..models import read_text
-from ..output import JsonFlag, ModelDir, QuietFlag, note, print_json, print_table, progress
-from .allocate import (
-    BitsOption,
+from ..options import (
     CalibrationOption,
     GranularityOption,
     GroupsOption,
-    QuantizerOption,
-    Setting,
+    JsonFlag,
+    MethodsOption,
+    ModelDir,
+    QuietFlag,
+    TextFreeQuantizerOption,
     TokensOption,
+    WidthsOption,
 )
+from ..output import note, print_json, print_table, progress
+from .allocate import WITH_TEXT, WITHOUT_TEXT
+from .study import Setting
 
 
 def command(
     model: ModelDir,
-    text: Annotated[Path, typer.Option(help="UTF-8 text that plans are evaluated on; not the calibration text.")],
-    out: Annotated[Path, typer.Option(help="JSON file; what it holds already is not measured again.")],
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", help="UTF-8 text that plans are evaluated on; not the calibration text.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="JSON file to write; what it holds already is not measured again."
+        ),
+    ],
     budgets: Annotated[str, typer.Option(help="Stored bits for each weight.")] = "2.5,3,4",
-    methods: Annotated[
-        str, typer.Option(help="Importance methods; `mpq plan methods` lists them.")
-    ] = "frobenius,fisher",
+    methods: MethodsOption = None,
     granularity: GranularityOption = "linear",
-    bits: BitsOption = "1,2,3,4,5,6,8",
+    bits: WidthsOption = "1,2,3,4,5,6,8",
     group_sizes: GroupsOption = "64",
     calibration: CalibrationOption = None,
     calibration_tokens: TokensOption = 8192,
-    quantizer: QuantizerOption = "hqq",
+    quantizer: TextFreeQuantizerOption = "hqq",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text.")] = 20480,
-    picture: Annotated[Path | None, typer.Option(help="PNG or SVG file to write (needs matplotlib).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PNG or SVG file to write (needs matplotlib).")
+    ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Perplexity and KL of allocated and uniform plans over stored bits. Stop it and start it again as you like."""
-    from ...allocate.methods import METHODS, named
+    from ...allocate.methods import METHODS
     from ...allocate.sweep import Sweep, points
 
     values = _numbers(budgets)
-    names = [named(name) for name in methods.split(",")]
-    if calibration is None and any(METHODS[name].needs_text for name in names):
-        raise PlanError(f"of {methods}, some look at activations, so there must be a text: --calibration FILE")
+    if methods is None and calibration is None:
+        note(f"no text to run the model on (--calibration FILE), so the only method is {WITHOUT_TEXT}", quiet)
+    names = _methods(methods, calibration)
+    blind = [name for name in names if METHODS[name].needs_text and calibration is None]
+    if blind:
+        raise typer.BadParameter(f"--methods {','.join(blind)} looks at activations: give a text (--calibration FILE)")
     setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens)
     with progress("sweep", hidden=as_json or quiet) as report:
         study, tokenizer = setting.study(report=report)
@@ -62,7 +76,7 @@ def command(
             "calibration": None if calibration is None else calibration.name,
             "calibration_tokens": calibration_tokens,
         }
-        sweep = Sweep(out, settings, study, tokenizer, read_text(text), max_tokens)
+        sweep = Sweep(output, settings, study, tokenizer, read_text(text), max_tokens)
         sweep.run(names, values)
     if picture is not None:
         from ...allocate.chart import draw_frontier
@@ -82,8 +96,15 @@ def command(
     )
 
 
+def _methods(methods: str | None, calibration: Path | None) -> list[str]:
+    """The methods that were asked for, else those that can be had."""
+    if methods is not None:
+        return methods.split(",")
+    return [WITHOUT_TEXT] if calibration is None else [WITHOUT_TEXT, WITH_TEXT]
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(f"--budgets {text!r} is not a list of numbers such as 2.5,3") from None
+        raise typer.BadParameter(f"--budgets {text!r} is not a list of numbers such as 2.5,3") from None

@@ -1,0 +1,80 @@
+"""A plan applied to the linears of a model, without a weight read, and how that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..output import groups, kinds, print_table, size_dict, widths
+
+if TYPE_CHECKING:
+    from ...dense.checkpoint import LinearSpec
+    from ...plan.resolve import ResolvedPlan
+
+
+def resolve_file(plan_file: Path, model: Path) -> tuple[ResolvedPlan, list[LinearSpec], int]:
+    """(the plan on the model's linears, these, bytes of a kept weight). Raises PlanError, CheckpointError."""
+    from ...plan.plan import Plan
+    from ...plan.resolve import resolve
+
+    plan = Plan.from_file(plan_file)
+    linears, itemsize = model_linears(model)
+    return resolve(plan, linears), linears, itemsize
+
+
+def model_linears(model: Path) -> tuple[list[LinearSpec], int]:
+    """(linears of a dense directory or of a config.json alone, bytes of one of its weights when kept)."""
+    if model.is_file():
+        from ...evaluate.synthetic import config_dtype, config_linears
+        from ...files.strict import read_json_object
+
+        return config_linears(model), config_dtype(read_json_object(model)).itemsize
+    from ...dense.checkpoint import DenseCheckpoint
+
+    source = DenseCheckpoint.open(model)
+    return source.linears(), source.dtype.itemsize
+
+
+def kept_bytes(resolved: ResolvedPlan, linears: Sequence[LinearSpec], itemsize: int) -> dict[str, int]:
+    """Kept linear -> bytes of its weight in the model's dtype; 0 for a head that is the embedding."""
+    return {
+        spec.name: 0 if spec.tied else spec.out_features * spec.in_features * itemsize
+        for spec in linears
+        if spec.name in resolved.kept
+    }
+
+
+def resolved_dict(resolved: ResolvedPlan) -> dict[str, Any]:
+    """What a plan makes of a model, in JSON: packed weights with layout and bytes, kept linears, totals."""
+    modules = [
+        {
+            "name": weight.name,
+            "members": [member.spec.name for member in weight.members],
+            "layout": weight.layout.to_dict(),
+            "bytes": size_dict(weight.layout.size()),
+        }
+        for weight in resolved.weights
+    ]
+    return {"modules": modules, "kept": resolved.kept, "total": size_dict(resolved.size())}
+
+
+def print_resolved(resolved: ResolvedPlan) -> None:
+    """The same as a table."""
+    rows: list[list[object]] = []
+    for weight in resolved.weights:
+        layout = weight.layout
+        shape = f"{layout.out_features} x {layout.in_features}"
+        size = layout.size()
+        row = [weight.name, shape, widths(layout), groups(layout), kinds(layout)]
+        rows.append([*row, round(size.bits_per_weight, 4), size.total_bytes])
+    total = resolved.size()
+    rows.append(["total", "", "", "", "", round(total.bits_per_weight, 4), total.total_bytes])
+    print_table(None, ["<module", "<shape", "<bits", "<group", "<zeros", "bpw", "bytes"], rows)
+    print_kept(resolved.kept)
+
+
+def print_kept(kept: dict[str, str]) -> None:
+    """Kept linears with their reasons."""
+    if kept:
+        print_table(None, ["<kept", "<reason"], list(kept.items()))
