@@ -108,9 +108,9 @@ def _check_calibration(
     quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, dry_run: bool
 ) -> None:
     """--calibration with the quantizers that take it, and only with them; sizes can be asked for without it."""
-    from ..quantize import quantizer as quantizer_row
+    from ..quantize import find_quantizer
 
-    row = quantizer_row(quantizer)
+    row = find_quantizer(quantizer)
     if row.needs_calibration and calibration is None and not dry_run:
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
     if not row.takes_calibration and calibration is not None:
@@ -136,14 +136,14 @@ def _dry_run(model: Path, plan: Plan, quantizer: str, calibration: Path | None, 
     from ..packer.job import PackJob, in_free_order
     from ..packer.pack import MAX_SHARD_BYTES, check_calibratable
     from ..plan.resolve import resolve
-    from ..quantize import quantizer as quantizer_row
+    from ..quantize import find_quantizer
 
     source = DenseCheckpoint.open(model)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
     if act_order:
         resolved = in_free_order(resolved)
-    row = quantizer_row(quantizer)
+    row = find_quantizer(quantizer)
     if (row.needs_calibration or calibration is not None) and not row.whole_model:
         resolved = in_walk_order(resolved, source)
     shards = PackJob(source, resolved, row.name, None).shards(MAX_SHARD_BYTES)

@@ -8,10 +8,10 @@ def command() -> None:
 
     Takes minutes: every candidate is compiled. Layers read the result when their process starts.
     """
-    from ..backends.triton import why_not
+    from ..backends.triton import why_unavailable
     from ..errors import UnsupportedError
 
-    reason = why_not()
+    reason = why_unavailable()
     if reason is not None:
         raise UnsupportedError(f"nothing to tune, the Triton backend does not work here: {reason}")
     from ..backends.triton import configs, tune

@@ -32,7 +32,7 @@ from ..files.strict import create_file, json_bytes, write_new_file
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..plan.plan import Plan
 from ..plan.resolve import ResolvedPlan, resolve
-from ..quantize import quantizer as quantizer_row
+from ..quantize import find_quantizer
 from ..version import VERSION
 from .job import PackJob, Progress, in_free_order
 from .output import check_output, check_space
@@ -74,12 +74,12 @@ def pack(
     source = DenseCheckpoint.open(model_dir)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
-    if calibrated is not None and not quantizer_row(quantizer).whole_model:
+    if calibrated is not None and not find_quantizer(quantizer).whole_model:
         resolved = in_walk_order(in_free_order(resolved) if calibrated.act_order else resolved, source)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
-        if quantizer_row(quantizer).whole_model:
+        if find_quantizer(quantizer).whole_model:
             calibrator = auto_round.LearnedRounding(source, resolved, calibrated, quiet=progress is None)
         else:
             calibrator = Calibrator(source, calibrated)
@@ -145,13 +145,13 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
 
 def check_calibratable(resolved: ResolvedPlan, quantizer: str) -> None:
     """Raise QuantizeError when a quantizer cannot do what the plan asks."""
-    if quantizer_row(quantizer).whole_model:
+    if find_quantizer(quantizer).whole_model:
         auto_round.check_plan(resolved)
 
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:
     """What a quantizer is calibrated on. Raises QuantizeError where it is missing, of no use, or unreadable."""
-    row = quantizer_row(name)
+    row = find_quantizer(name)
     if calibration is None and not row.needs_calibration:
         return None
     if not row.takes_calibration:

@@ -26,7 +26,7 @@ __all__ = [
     "Quantizer",
     "quantize_block",
     "quantize_weight",
-    "quantizer",
+    "find_quantizer",
     "require_no_calibration",
 ]
 
@@ -85,7 +85,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-def quantizer(method: str) -> Quantizer:
+def find_quantizer(method: str) -> Quantizer:
     """The table's row. Raises QuantizeError with the list of names for an unknown one."""
     if method not in QUANTIZERS:
         raise QuantizeError(f"there is no quantizer {method!r}; choose one of {', '.join(sorted(QUANTIZERS))}")
@@ -94,7 +94,7 @@ def quantizer(method: str) -> Quantizer:
 
 def require_no_calibration(method: str) -> None:
     """Raise QuantizeError for an unknown method, and for one that needs calibration, where none can be given."""
-    if quantizer(method).needs_calibration:
+    if find_quantizer(method).needs_calibration:
         raise QuantizeError(
             f"quantizer={method!r} needs calibration, which only `pack` gives it: "
             "pack(model_dir, out_dir, plan, quantizer, calibration=...)"
@@ -126,7 +126,7 @@ def quantize_weight(
     hessian: [K, K], mean of x^T x with damping, in the original column order; for a method that takes calibration.
     Raises QuantizeError as quantize_block does, and when weight or perm do not fit the layout.
     """
-    calibrated = quantizer(method).run_calibrated
+    calibrated = find_quantizer(method).run_calibrated
     if hessian is None:
         require_no_calibration(method)
     elif calibrated is None:

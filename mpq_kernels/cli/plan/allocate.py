@@ -109,10 +109,11 @@ def command(
     """Write the plan of least loss within a budget that counts stored bytes: scales, zeros and padding included."""
     from ...allocate import Budget, LatencyTable, allocate
     from ...allocate.measured import refine as refined
-    from ...allocate.methods import METHODS, named
+    from ...allocate.methods import METHODS, check_method
 
     wanted, table = Budget.parse(budget), None if latency is None else LatencyTable.from_file(latency)
-    row = METHODS[named(method)]
+    check_method(method)
+    row = METHODS[method]
     if (row.needs_text or refine) and calibration is None:
         raise PlanError(f"method {method!r} looks at activations, so it needs a text: --calibration FILE")
     setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span)

@@ -41,11 +41,13 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """Perplexity and KL of allocated and uniform plans over stored bits. Stop it and start it again as you like."""
-    from ...allocate.methods import METHODS, named
+    from ...allocate.methods import METHODS, check_method
     from ...allocate.sweep import Sweep, points
 
     values = _numbers(budgets)
-    names = [named(name) for name in methods.split(",")]
+    names = methods.split(",")
+    for name in names:
+        check_method(name)
     if calibration is None and any(METHODS[name].needs_text for name in names):
         raise PlanError(f"of {methods}, some look at activations, so there must be a text: --calibration FILE")
     setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens)
