@@ -31,18 +31,15 @@ def command(
     lm_head: HeadOption = 16,
     quantizer: Annotated[
         str,
-        typer.Option(
-            help="rtn (round to nearest), hqq (search for scales and zeros), gptq or auto-round (need --calibration)."
-        ),
+        typer.Option(help="How codes are found (docs/cli.md says which needs a text)."),
     ] = "hqq",
-    calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text that gptq and auto-round read, and hqq if given.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text, for quantizers that look at one.")] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used.  [default: 65536]", show_default=False)
     ] = None,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="Let gptq choose the order of the columns; stored as a permutation.")
+        bool,
+        typer.Option("--act-order", help="Let the quantizer choose the order of the columns; stored as a permutation."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
@@ -108,15 +105,16 @@ def _check_calibration(
     quantizer: str, calibration: Path | None, tokens: int | None, act_order: bool, dry_run: bool
 ) -> None:
     """--calibration with the quantizers that take it, and only with them; sizes can be asked for without it."""
-    from ..quantize import find_quantizer
+    from ..quantize import QUANTIZERS, find_quantizer
 
     row = find_quantizer(quantizer)
     if row.needs_calibration and calibration is None and not dry_run:
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
     if not row.takes_calibration and calibration is not None:
         raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
-    if act_order and row.name != "gptq":
-        raise typer.BadParameter(f"--act-order goes with --quantizer gptq, not with {quantizer}")
+    if act_order and not row.act_order:
+        able = " or ".join(name for name, other in QUANTIZERS.items() if other.act_order)
+        raise typer.BadParameter(f"--act-order goes with --quantizer {able}, not with {quantizer}")
     if tokens is not None and calibration is None:
         raise typer.BadParameter("--calibration-tokens goes with --calibration")
 

@@ -22,7 +22,7 @@ MethodOption = Annotated[str, typer.Option(help="Importance method; `mpq plan me
 GranularityOption = Annotated[str, typer.Option(help="layer, linear, fuse, expert, column or row.")]
 BitsOption = Annotated[str, typer.Option(help="Widths to choose from, 1..8 and 16 (kept).")]
 GroupsOption = Annotated[str, typer.Option(help="Group sizes to choose from; -1 for all of K.")]
-QuantizerOption = Annotated[str, typer.Option(help="What the plan is for: hqq or rtn.")]
+QuantizerOption = Annotated[str, typer.Option(help="What the plan is for; one that needs no text.")]
 CalibrationOption = Annotated[Path | None, typer.Option(help="UTF-8 text, for methods that run the model.")]
 TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of it that are read.")]
 LimitOption = Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the least width of these linears.")]

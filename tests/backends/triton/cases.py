@@ -1,7 +1,7 @@
 """What the Triton kernels must compute, run by pytest in a process of its own under TRITON_INTERPRET=1.
 
-test_triton.py starts it: the interpreter is chosen when triton is imported, for a whole process. Every product is one
-program or few, because the interpreter takes a tenth of a second for each step of one.
+test_interpreted.py starts it: the interpreter is chosen when triton is imported, for a whole process. Every product is
+one program or few, because the interpreter takes a tenth of a second for each step of one.
 """
 
 import itertools
