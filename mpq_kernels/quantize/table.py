@@ -37,6 +37,8 @@ PROPERTIES = {
     "one bit": "one symmetric bit is the sign, and twice the mean size",
     "far from zero": "float zeros reach a range away from 0",
     "not worse than rtn": "no group has a larger squared error than with rtn",
+    "close": "4 bits in groups of 64 lose less than 2% of the squares of the weights",
+    "better on a text": "given a text, the outputs are closer than with rtn, in groups of any length",
     "any threads": "the same codes for any number of threads and any size of the parts",
 }
 

@@ -312,7 +312,7 @@ def test_scales_out_of_range_are_refused_with_the_cure(case: str, method: str, z
         block_by(method, w, BlockSpec(4, 64, zero, dtype), "mlp.up")
     for word in ["mlp.up", *words]:
         assert word in str(caught.value)
-    if dtype == "float16":  # the cure works
+    if dtype == "float16" and "close" not in QUANTIZERS[method].exempt:  # the cure works
         for cured in ("bfloat16", "float32"):
             restored = dequantize_block(block_by(method, w, BlockSpec(4, 64, zero, cured)))
             assert float((restored - w).square().sum() / w.square().sum()) < 0.02

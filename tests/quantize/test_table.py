@@ -24,9 +24,11 @@ def test_an_exemption_names_a_property():
 
 
 def test_messages_list_names_from_the_table():
-    assert suitable(lambda row: not row.needs_calibration) == "'rtn' or 'hqq'"
-    assert suitable(lambda row: row.on_text is not None or not row.needs_calibration) == "'rtn', 'hqq' or 'gptq'"
-    assert suitable(lambda row: row.whole_model) == "'auto-round'"
+    for suits in (lambda row: not row.needs_calibration, lambda row: not row.whole_model, lambda row: row.whole_model):
+        names = [name for name, row in QUANTIZERS.items() if suits(row)]
+        said = suitable(suits)
+        assert said.replace(" or ", ", ").split(", ") == [repr(name) for name in names]
+        assert said.count(" or ") == min(1, len(names) - 1)
 
 
 def quoted(text):
