@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, words: list[str], started: float) -> int:
     if not torch.cuda.is_available():
         print("gemm.py: no CUDA device; --dry-run does what needs none", file=sys.stderr)
         return 2
-    backends = {name: BACKENDS[name].available() for name in wanted}
+    backends = {name: BACKENDS[name].why_unavailable() for name in wanted}
     reasons = {name: peer.why_unavailable() for name, peer in peers.items()}
     units = plan(args.shapes, args.widths, args.tokens, peers, args.dtype, working(backends))
     units = without_absent(units, reasons)

@@ -257,8 +257,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def named(method: str) -> str:
-    """The name, when it is one of the table's. Raises PlanError."""
+def check_method(method: str) -> None:
+    """Raise PlanError unless it is the name of one of the table's."""
     if method not in METHODS:
         raise PlanError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
-    return method

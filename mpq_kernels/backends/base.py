@@ -15,7 +15,7 @@ ACTIVATIONS = ("exact", "int8")
 Product = Callable[..., torch.Tensor]
 
 
-def _serves_all(layout: WeightLayout) -> str | None:
+def _any_layout(layout: WeightLayout) -> str | None:
     return None
 
 
@@ -23,14 +23,14 @@ def _serves_all(layout: WeightLayout) -> str | None:
 class Backend:
     """One way to run packed weights.
 
-    linear: (x, qweight, scales, zeros, perm, bias, segments, out_features, in_features) -> y, as `mpq::linear`.
-    grouped: (x, qweight, scales, zeros, perm, bias, offsets, segments, out_features, in_features) -> y, as
-        `mpq::grouped_linear`: rows offsets[e]..offsets[e+1] of x through the e-th of the weight's equal row blocks.
+    linear: x -> y with the arguments of `mpq::linear`; operands.on_weight makes it from a function of a PackedWeight.
+    grouped: the same with those of `mpq::grouped_linear`: rows offsets[e]..offsets[e+1] of x through the e-th of the
+        weight's equal row blocks.
     linear_int8, grouped_int8: the same with x rounded to int8; None where there are no such kernels.
-    dequantize: (qweight, scales, zeros, perm, segments, out_features, in_features, dtype) -> W, as `mpq::dequantize`.
+    dequantize: -> W with the arguments of `mpq::dequantize`.
     devices: types of device it runs on; empty means any.
-    available: None when it works on this machine, else the reason why it does not.
-    serves: None when it can run a layout, else the reason why it cannot.
+    why_unavailable: None when it works on this machine, else the reason why it does not.
+    why_not_layout: None when it can run a layout, else the reason why it cannot.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Backend:
     linear: Product
     grouped: Product
     dequantize: Product
-    available: Callable[[], str | None]
-    serves: Callable[[WeightLayout], str | None] = _serves_all
+    why_unavailable: Callable[[], str | None]
+    why_not_layout: Callable[[WeightLayout], str | None] = _any_layout
     only_on_request: bool = False
     linear_int8: Product | None = None
     grouped_int8: Product | None = None
@@ -59,7 +59,7 @@ class Backend:
             return f"runs on {', '.join(self.devices)}, not on {device_type}"
         if activations != "exact" and self.linear_int8 is None:
             return self._lacks(activations)
-        return self.available() or self.serves(layout)
+        return self.why_unavailable() or self.why_not_layout(layout)
 
     def _lacks(self, activations: str) -> str:
         return f'has no kernels for {activations} activations; leave them "exact"'

@@ -16,5 +16,5 @@ BACKEND = Backend(
     dequantize=torch.ops.mpq.dequantize.default,
     linear_int8=torch.ops.mpq.linear_int8.default,
     grouped_int8=torch.ops.mpq.grouped_linear_int8.default,
-    available=lambda: None,  # ops refuses to import when the compiled part is absent or from another build
+    why_unavailable=lambda: None,  # ops refuses to import when the compiled part is absent or from another build
 )

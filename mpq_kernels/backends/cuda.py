@@ -24,7 +24,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 @cache
-def why_not() -> str | None:
+def why_unavailable() -> str | None:
     """None when the CUDA kernels work on every visible device, else the reason. Touches the devices."""
     if not LIBRARY.exists():
         return f"this build has no {LIBRARY.name}: put nvcc 12.4 or later on the PATH and build again (`pip install .`)"
@@ -43,7 +43,7 @@ def warmup(device: torch.device | str | int | None = None) -> None:
 
     Raises UnsupportedError where the kernels cannot run.
     """
-    reason = why_not()
+    reason = why_unavailable()
     if reason is not None:
         raise UnsupportedError(f"no CUDA kernels to warm up: {reason}")
     index = torch.device("cuda", device).index if isinstance(device, int) else torch.device(device or "cuda").index
@@ -99,5 +99,5 @@ BACKEND = Backend(
     linear=torch.ops.mpq.linear.default,
     grouped=torch.ops.mpq.grouped_linear.default,
     dequantize=torch.ops.mpq.dequantize.default,
-    available=why_not,
+    why_unavailable=why_unavailable,
 )

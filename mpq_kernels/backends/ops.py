@@ -7,11 +7,13 @@ with, stand here once for every device.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UnsupportedError
 from ..format.codes import LAYOUT_ID
+from .operands import by_name
 
 LIBRARY = Path(__file__).parents[1] / "_ops.so"
 
@@ -40,50 +42,25 @@ _load_library()
 
 @torch.library.register_fake("mpq::linear_int8")
 @torch.library.register_fake("mpq::linear")
-def linear_fake(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    named = by_name(torch.ops.mpq.linear.default, args, given)
+    x, in_features = named["x"], named["in_features"]
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension")
     torch._check(x.shape[-1] == in_features, lambda: f"x must be (..., in_features={in_features})")
-    return x.new_empty(*x.shape[:-1], out_features)
+    return x.new_empty(*x.shape[:-1], named["out_features"])
 
 
 @torch.library.register_fake("mpq::grouped_linear_int8")
 @torch.library.register_fake("mpq::grouped_linear")
-def grouped_linear_fake(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    offsets: torch.Tensor,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    named = by_name(torch.ops.mpq.grouped_linear.default, args, given)
+    x, offsets, in_features = named["x"], named["offsets"], named["in_features"]
     torch._check(x.dim() == 2 and x.shape[1] == in_features, lambda: f"x must be (T, in_features={in_features})")
     torch._check(offsets.dim() == 1 and offsets.shape[0] >= 2, lambda: "offsets must be (experts + 1,)")
-    return x.new_empty(x.shape[0], out_features // (offsets.shape[0] - 1))
+    return x.new_empty(x.shape[0], named["out_features"] // (offsets.shape[0] - 1))
 
 
 @torch.library.register_fake("mpq::dequantize")
-def dequantize_fake(
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return qweight.new_empty(out_features, in_features, dtype=dtype)
+def dequantize_fake(*args: Any, **given: Any) -> torch.Tensor:
+    named = by_name(torch.ops.mpq.dequantize.default, args, given)
+    return named["qweight"].new_empty(named["out_features"], named["in_features"], dtype=named["dtype"])

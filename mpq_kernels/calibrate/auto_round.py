@@ -32,6 +32,7 @@ from ..format.layout import Segment, WeightLayout
 from ..format.reference import dequantize
 from ..format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 from ..plan.resolve import ResolvedMember, ResolvedPlan
+from ..quantize import suitable
 from .calibration import Calibration
 
 QUANTIZER = "auto-round"
@@ -50,12 +51,12 @@ def check_plan(resolved: ResolvedPlan, source: DenseCheckpoint) -> None:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise QuantizeError(
             f"quantizer={QUANTIZER!r} cannot do {', '.join(refused[:SHOWN])}{more}: change the plan there, keep them "
-            f"as they are (bits={KEPT_BITS}), or choose 'gptq' or 'hqq'"
+            f"as they are (bits={KEPT_BITS}), or choose {suitable(lambda row: not row.whole_model)}"
         )
     if any(spec.expert for spec in source.linears()):
         raise QuantizeError(
             f"quantizer={QUANTIZER!r}: {source.path} is a mixture model, whose experts auto-round would rebuild; "
-            "choose 'gptq', 'hqq' or 'rtn'"
+            f"choose {suitable(lambda row: not row.whole_model)}"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import QuantizeError
+from ..quantize import suitable
 
 BATCH_TOKENS = 4096  # read at once
 
@@ -131,6 +132,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(found) != 1:
         raise QuantizeError(
             f"calibration walks through a model that is one stack of blocks, and {type(model).__name__} has "
-            f"{', '.join(found) or 'none'}; choose a quantizer that needs no calibration, such as 'hqq'"
+            f"{', '.join(found) or 'none'}; choose a quantizer that needs no calibration: "
+            f"{suitable(lambda row: not row.needs_calibration)}"
         )
     return next(iter(found.items()))

@@ -78,7 +78,7 @@ def examine_backends() -> list[dict[str, Any]]:
             "summary": backend.summary,
             "devices": list(backend.devices),
             "only_on_request": backend.only_on_request,
-            "reason": backend.available(),
+            "reason": backend.why_unavailable(),
         }
         for backend in BACKENDS.values()
     ]

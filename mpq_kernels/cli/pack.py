@@ -44,13 +44,14 @@ def command(
     lm_head: HeadOption = 16,
     quantizer: QuantizerOption = "hqq",
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that gptq and auto-round read, and hqq if given.")
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text, for quantizers that look at one.")
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used; 65,536 without it.")
     ] = None,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="Let gptq choose the order of the columns; stored as a permutation.")
+        bool,
+        typer.Option("--act-order", help="Let the quantizer choose the order of the columns; stored as a permutation."),
     ] = False,
     only_sizes: Annotated[bool, typer.Option("--dry-run", help="Exact bytes of every tensor; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
@@ -122,8 +123,9 @@ def _check_calibration(
         raise typer.BadParameter(f"--quantizer {quantizer} needs --calibration FILE, a UTF-8 text")
     if not row.takes_calibration and calibration is not None:
         raise typer.BadParameter(f"--quantizer {quantizer} uses no calibration; leave --calibration out")
-    if act_order and row.name != "gptq":
-        raise typer.BadParameter(f"--act-order goes with --quantizer gptq, not with {quantizer}")
+    if act_order and not row.act_order:
+        able = " or ".join(name for name, other in QUANTIZERS.items() if other.act_order)
+        raise typer.BadParameter(f"--act-order goes with --quantizer {able}, not with {quantizer}")
     if tokens is not None and calibration is None:
         raise typer.BadParameter("--calibration-tokens goes with --calibration")
 

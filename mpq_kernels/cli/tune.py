@@ -13,10 +13,10 @@ def command(as_json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """
     from dataclasses import asdict
 
-    from ..backends.triton import why_not
+    from ..backends.triton import why_unavailable
     from ..errors import UnsupportedError
 
-    reason = why_not()
+    reason = why_unavailable()
     if reason is not None:
         raise UnsupportedError(f"nothing to tune, the Triton backend does not work here: {reason}")
     from ..backends.triton import configs, tune

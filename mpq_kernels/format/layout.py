@@ -17,14 +17,14 @@ Source: docs/format.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from ..errors import FormatError
-from .codes import FORMATS, SCALE_DTYPES, TILE_K, TILE_N, WORD_BITS, ZERO_KINDS
+from .codes import FORMATS, SCALE_DTYPES, SEGMENT_INTS, TILE_K, TILE_N, WORD_BITS, ZERO_KINDS
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
 
@@ -106,6 +106,19 @@ class Segment:
         """Words of each plane, in FORMATS[bits].planes order."""
         tiles = self.row_tiles * self.col_tiles
         return tuple(tiles * TILE_N * TILE_K * width // WORD_BITS for width in FORMATS[self.bits].planes)
+
+
+def segments_from_ints(ints: Sequence[int]) -> tuple[Segment, ...]:
+    """The segments of `WeightLayout.segment_ints`. Raises FormatError for what is no such table."""
+    if len(ints) % len(SEGMENT_INTS):
+        raise FormatError(f"segments must hold {len(SEGMENT_INTS)} integers each, not {len(ints)} in all")
+    out = []
+    for start in range(0, len(ints), len(SEGMENT_INTS)):
+        n0, n1, k0, k1, bits, group_size, zero = ints[start : start + len(SEGMENT_INTS)]
+        if not 0 <= zero < len(ZERO_KINDS):
+            raise FormatError(f"segments name an unknown kind of zeros, {zero}")
+        out.append(Segment(n0, n1, k0, k1, bits, group_size, ZERO_KINDS[zero]))
+    return tuple(out)
 
 
 def check_group_size(group_size: int, cols: int, where: str) -> None:
@@ -243,6 +256,10 @@ class WeightLayout:
 
     def tensor_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype name, shape) of every tensor that this weight stores."""
+        return dict(self._tensor_specs)
+
+    @cached_property
+    def _tensor_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:  # asked for at every call of a Triton kernel
         specs: dict[str, tuple[str, tuple[int, ...]]] = {
             "qweight": ("int32", (sum(s.words for s in self.segments),)),
             "scales": (self.scale_dtype, (sum(s.scale_count for s in self.segments),)),
@@ -290,21 +307,21 @@ class WeightLayout:
         return total + SizeBreakdown(metadata=32 * self.in_features if self.permuted else 0)
 
     def segment_ints(self) -> list[int]:
-        """The segment table as operators take it: 7 integers a segment, the zero kind as its index."""
-        out: list[int] = []
-        for s in self.segments:
-            out += [s.n0, s.n1, s.k0, s.k1, s.bits, s.group_size, ZERO_KINDS.index(s.zero)]
-        return out
+        """The table that operators take: the fields of each segment in order, the zero kind as its index."""
+        return [part for *place, zero in self._rows() for part in (*place, ZERO_KINDS.index(zero))]
+
+    def _rows(self) -> list[list[Any]]:
+        """The fields of every segment."""
+        return [[getattr(s, f.name) for f in fields(s)] for s in self.segments]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as it stands in config.json."""
-        rows = [[s.n0, s.n1, s.k0, s.k1, s.bits, s.group_size, s.zero] for s in self.segments]
         return {
             "out_features": self.out_features,
             "in_features": self.in_features,
             "scale_dtype": self.scale_dtype,
             "permuted": self.permuted,
-            "segments": rows,
+            "segments": self._rows(),
         }
 
     @classmethod
@@ -321,8 +338,8 @@ class WeightLayout:
         if type(data["permuted"]) is not bool:
             raise FormatError(f"permuted={data['permuted']!r} is not true or false")
         rows = data["segments"]
-        if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == 7 for r in rows):
-            raise FormatError("segments must be a list of [n0, n1, k0, k1, bits, group_size, zero]")
+        if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == len(SEGMENT_INTS) for r in rows):
+            raise FormatError(f"segments must be a list of [{', '.join(f.name for f in fields(Segment))}]")
         return cls(
             data["out_features"],
             data["in_features"],

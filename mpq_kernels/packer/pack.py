@@ -31,7 +31,7 @@ from ..files.strict import create_file, json_bytes, write_new_file
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..plan.plan import Plan
 from ..progress import Progress
-from ..quantize import quantizer as quantizer_row
+from ..quantize import find_quantizer
 from ..version import VERSION
 from .job import PackJob, prepare
 from .output import check_output, check_space
@@ -77,7 +77,7 @@ def pack(
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
-        if quantizer_row(quantizer).whole_model:
+        if find_quantizer(quantizer).whole_model:
             calibrator = auto_round.LearnedRounding(source, resolved, calibrated, quiet=progress is None)
         else:
             calibrator = Calibrator(source, calibrated)
@@ -143,7 +143,7 @@ def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes]
 
 def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | None) -> Calibration | None:
     """What a quantizer is calibrated on. Raises QuantizeError where it is missing, of no use, or unreadable."""
-    row = quantizer_row(name)
+    row = find_quantizer(name)
     if calibration is None and not row.needs_calibration:
         return None
     if not row.takes_calibration:

@@ -6,99 +6,26 @@ Gives: QUANTIZERS, quantize_weight, quantize_block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
 from ..errors import QuantizeError
 from ..format.layout import WeightLayout
 from ..format.weights import QuantizedBlock, QuantizedWeight
-from .blocks import BlockSpec, quantize_groups
-from .gptq import quantize_with_hessian
-from .hqq import search_scale_and_zero
-from .hqq_outputs import search_with_hessian
-from .rtn import round_to_nearest
+from .blocks import BlockSpec, Steps, quantize_segments
+from .table import PROPERTIES, QUANTIZERS, Quantizer, find_quantizer, require_no_calibration, suitable
 
 __all__ = [
+    "PROPERTIES",
     "QUANTIZERS",
     "BlockSpec",
     "Quantizer",
+    "Steps",
+    "find_quantizer",
     "quantize_block",
     "quantize_weight",
-    "quantizer",
     "require_no_calibration",
+    "suitable",
 ]
-
-
-Calibrated = Callable[[torch.Tensor, WeightLayout, torch.Tensor | None, torch.Tensor, str], QuantizedWeight]
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """A method. run: (finite weight [n, k], spec) -> codes; None for one that asks for calibration.
-
-    run_calibrated: (finite weight [N, K], layout, perm, Hessian, name) -> codes; None for one that has no use for it.
-    whole_model: it sees all weights at once and is run by `pack` alone.
-    """
-
-    name: str
-    run: Callable[[torch.Tensor, BlockSpec], QuantizedBlock] | None
-    summary: str
-    run_calibrated: Calibrated | None = None
-    whole_model: bool = False
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it asks for text to run."""
-        return self.run is None
-
-    @property
-    def takes_calibration(self) -> bool:
-        """Whether it has a use for text."""
-        return self.run_calibrated is not None or self.whole_model
-
-
-QUANTIZERS: dict[str, Quantizer] = {
-    q.name: q
-    for q in (
-        Quantizer("rtn", lambda w, s: quantize_groups(w, s, round_to_nearest), "round to nearest, min/max range"),
-        Quantizer(
-            "hqq",
-            lambda w, s: quantize_groups(w, s, search_scale_and_zero),
-            "scale and zero of least squared error (on a text: of the outputs): clip grid and half-quadratic steps",
-            search_with_hessian,
-        ),
-        Quantizer(
-            "gptq",
-            None,
-            "column by column, errors made up for by later columns; needs calibration",
-            quantize_with_hessian,
-        ),
-        Quantizer(
-            "auto-round",
-            None,
-            "rounding learned block by block, by the library auto-round; needs calibration",
-            whole_model=True,
-        ),
-    )
-}
-
-
-def quantizer(method: str) -> Quantizer:
-    """The table's row. Raises QuantizeError with the list of names for an unknown one."""
-    if method not in QUANTIZERS:
-        raise QuantizeError(f"there is no quantizer {method!r}; choose one of {', '.join(sorted(QUANTIZERS))}")
-    return QUANTIZERS[method]
-
-
-def require_no_calibration(method: str) -> None:
-    """Raise QuantizeError for an unknown method, and for one that needs calibration, where none can be given."""
-    if quantizer(method).needs_calibration:
-        raise QuantizeError(
-            f"quantizer={method!r} needs calibration, which only `pack` gives it: "
-            "pack(model_dir, out_dir, plan, quantizer, calibration=...)"
-        )
 
 
 def quantize_block(weight: torch.Tensor, spec: BlockSpec, method: str = "hqq", name: str = "weight") -> QuantizedBlock:
@@ -109,7 +36,10 @@ def quantize_block(weight: torch.Tensor, spec: BlockSpec, method: str = "hqq", n
     """
     require_no_calibration(method)
     check_weight(weight, name)
-    return _run(method, weight, spec, name)
+    try:
+        return _alone(method, weight, spec)
+    except QuantizeError as error:
+        raise QuantizeError(f"{name}: {error}") from error
 
 
 def quantize_weight(
@@ -126,10 +56,10 @@ def quantize_weight(
     hessian: [K, K], mean of x^T x with damping, in the original column order; for a method that takes calibration.
     Raises QuantizeError as quantize_block does, and when weight or perm do not fit the layout.
     """
-    calibrated = quantizer(method).run_calibrated
+    row = find_quantizer(method)
     if hessian is None:
         require_no_calibration(method)
-    elif calibrated is None:
+    elif row.on_text is None:
         raise QuantizeError(f"{name}: quantizer={method!r} uses no Hessian; leave it out")
     shape = (layout.out_features, layout.in_features)
     if tuple(weight.shape) != shape:
@@ -144,17 +74,9 @@ def quantize_weight(
         expected = torch.arange(shape[1], dtype=torch.int32, device=perm.device)
         if perm.dtype != torch.int32 or not torch.equal(perm.sort().values, expected):
             raise QuantizeError(f"{name}: perm must be an int32 permutation of 0..{shape[1] - 1}")
-    if hessian is not None and calibrated is not None:
-        return calibrated(weight, layout, perm, hessian, name)
-    blocks = []
-    for s in layout.segments:
-        spec = BlockSpec(s.bits, s.group_size, s.zero, layout.scale_dtype)
-        # Columns are picked one segment at a time, so that a permuted copy of the whole weight is never held.
-        part = weight[s.n0 : s.n1]
-        part = part[:, s.k0 : s.k1] if perm is None else part[:, perm[s.k0 : s.k1].long()]
-        where = f"{name} rows {s.n0}..{s.n1}, columns {s.k0}..{s.k1}" if len(layout.segments) > 1 else name
-        blocks.append((s.n0, s.k0, _run(method, part, spec, where)))
-    return QuantizedWeight(tuple(blocks), perm)
+    if hessian is not None and row.on_text is not None and row.steps is not None:
+        return row.on_text(weight, layout, perm, hessian, name, row.steps)
+    return quantize_segments(weight, layout, perm, name, lambda part, spec, _: _alone(method, part, spec))
 
 
 def check_weight(weight: torch.Tensor, name: str) -> None:
@@ -178,10 +100,7 @@ def check_weight(weight: torch.Tensor, name: str) -> None:
         )
 
 
-def _run(method: str, weight: torch.Tensor, spec: BlockSpec, where: str) -> QuantizedBlock:
-    run = QUANTIZERS[method].run
-    assert run is not None, "callers refuse methods that need calibration"
-    try:
-        return run(weight, spec)
-    except QuantizeError as error:
-        raise QuantizeError(f"{where}: {error}") from error
+def _alone(method: str, weight: torch.Tensor, spec: BlockSpec) -> QuantizedBlock:
+    row = QUANTIZERS[method]
+    assert row.steps is not None, "callers refuse methods that need calibration"
+    return row.alone(weight, spec, row.steps)

@@ -1,6 +1,9 @@
 """What quantizers share: one rectangle as groups, the values that can be stored, codes chosen for stored values.
 
-    weight [n, k] --view--> groups [n * k / group_size, group_size] --search--> scale, zero per group --encode--> codes
+    weight [n, k] --view--> groups [n * k / group_size, group_size] --search--> scale, zero of each --rounding--> codes
+
+A method brings a search, a rounding or both (`Steps`); the loops over segments, groups and chunks are here and in
+gptq.py, which makes up for errors between columns.
 
 A search sees groups of fp32 weights as rows and returns fp32 scales and zeros that are already exactly representable
 in their stored dtypes, so codes are always chosen for the very numbers that dequantization will use. Sums run along one
@@ -9,15 +12,16 @@ row in an order that does not depend on the number of threads (`row_sum`), so eq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import QuantizeError
 from ..format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
-from ..format.layout import check_group_size
-from ..format.weights import TORCH_DTYPES, QuantizedBlock
+from ..format.layout import Segment, WeightLayout, check_group_size
+from ..format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 
 # Weights handled at once. Searches hold about 6 fp32 temporaries of this size (6 MiB), which stay in the caches: 2**18
 # was the fastest of 2**16 .. 2**22, 1.1 s for 4096 x 4096 in one thread against 1.3 s and 3.1 s. No row is ever cut.
@@ -30,8 +34,6 @@ MAX_ROW = 4096
 # A scale may lose at most this part of itself when it is rounded to its stored dtype. Only subnormal ones lose more
 # than 2**-9 (bfloat16).
 MAX_SCALE_LOSS = 2.0**-4
-
-Search = Callable[[torch.Tensor, "BlockSpec"], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class BlockSpec:
         if self.scale_dtype not in SCALE_DTYPES:
             raise QuantizeError(f"scale_dtype={self.scale_dtype!r} is not one of {SCALE_DTYPES}")
 
+    @classmethod
+    def of(cls, segment: Segment, layout: WeightLayout) -> BlockSpec:
+        """That of a segment of a layout."""
+        return cls(segment.bits, segment.group_size, segment.zero, layout.scale_dtype)
+
     @property
     def max_code(self) -> int:
         """Largest code."""
@@ -62,40 +69,109 @@ class BlockSpec:
         return FORMATS[self.bits].symmetric_zero
 
 
-def quantize_groups(weight: torch.Tensor, spec: BlockSpec, search: Search) -> QuantizedBlock:
-    """Codes of a finite weight [n, k] for the scales and zeros that `search` picks, chunk by chunk.
-
-    search: (groups fp32 [G, group_size], spec) -> (scales, zeros), fp32 [G, 1] each, as stored. Raises QuantizeError.
-    """
-    n, k = weight.shape
-    size = k if spec.group_size == -1 else spec.group_size
-    check_group_size(size, k, f"a block of {n} x {k}")
-    per_row = k // size
-    device = weight.device
-    dtype = TORCH_DTYPES[spec.scale_dtype]
-    codes = torch.empty(n, k, dtype=torch.uint8, device=device)
-    scales = torch.empty(n, per_row, dtype=dtype, device=device)
-    zeros = torch.empty(n, per_row, dtype=torch.uint8 if spec.zero == "int" else dtype, device=device)
-    rows = max(1, CHUNK_WEIGHTS // k)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        groups = weight[part].float().reshape(-1, size)
-        scale, zero = search(groups, spec)
-        codes[part] = encode(groups, scale, zero, spec.max_code).to(torch.uint8).view(-1, k)
-        scales[part] = scale.to(dtype).view(-1, per_row)
-        zeros[part] = zero.to(zeros.dtype).view(-1, per_row)
-    return QuantizedBlock(spec.bits, codes, scales, None if spec.zero == "none" else zeros)
+Search = Callable[[torch.Tensor, BlockSpec, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+Rounding = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockSpec], torch.Tensor]
 
 
-def encode(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
+def nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     """Nearest codes (fp32, whole numbers) of groups [G, g] for scales and zeros [G, 1]; a scale of 0 gives code 0."""
-    steps = (groups / scale).add_(zero).round_().clamp_(0, max_code)
+    steps = (groups / scale).add_(zero).round_().clamp_(0, spec.max_code)
     return steps.nan_to_num_(0.0)
 
 
-def squared_error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, max_code: int) -> torch.Tensor:
-    """Sum of squared errors [G, 1] of groups [G, g] for stored scales and zeros."""
-    restored = encode(groups, scale, zero, max_code).sub_(zero).mul_(scale)
+@dataclass(frozen=True)
+class Steps:
+    """What a method does with groups [G, g] of fp32 weights.
+
+    search: (groups, spec, factor) -> scales and zeros [G, 1], fp32, as stored (`storable`, `checked_scale`). factor:
+        None, or F [g, g] (its diagonal [g]) such that an error e of a group costs |e F|^2: see hqq.py. Raises
+        QuantizeError.
+    rounding: (groups, scales, zeros, spec) -> codes [G, g], fp32, whole numbers 0..max_code. Where errors are made up
+        for, it is given one column at a time: g is then 1.
+    """
+
+    search: Search
+    rounding: Rounding = nearest
+
+
+class BlockInWork:
+    """Codes, scales and zeros of one rectangle in their stored dtypes, filled part by part."""
+
+    def __init__(self, rows: int, cols: int, spec: BlockSpec, device: torch.device) -> None:
+        """Raises FormatError for a group size that does not divide the columns."""
+        self.size = cols if spec.group_size == -1 else spec.group_size
+        check_group_size(self.size, cols, f"a block of {rows} x {cols}")
+        self.spec, self.groups = spec, cols // self.size
+        dtype = TORCH_DTYPES[spec.scale_dtype]
+        self.codes = torch.empty(rows, cols, dtype=torch.uint8, device=device)
+        self.scales = torch.empty(rows, self.groups, dtype=dtype, device=device)
+        self.zeros = torch.empty_like(self.scales, dtype=torch.uint8 if spec.zero == "int" else dtype)
+
+    def quantize(
+        self, rows: slice, group: slice, values: torch.Tensor, steps: Steps, factor: torch.Tensor | None = None
+    ) -> None:
+        """Search and round the weights `values` [G, g]: some groups of some rows, one after the other in each row."""
+        scale, zero = steps.search(values, self.spec, factor)
+        codes = self.codes[rows, group.start * self.size : group.stop * self.size]
+        codes.copy_(steps.rounding(values, scale, zero, self.spec).view(codes.shape))
+        self.scales[rows, group].copy_(scale.view(len(codes), -1))
+        self.zeros[rows, group].copy_(zero.view(len(codes), -1))
+
+    def block(self) -> QuantizedBlock:
+        """What has been filled."""
+        return QuantizedBlock(self.spec.bits, self.codes, self.scales, None if self.spec.zero == "none" else self.zeros)
+
+
+def row_parts(rows: int, cols: int) -> Iterator[slice]:
+    """Rows in parts of about CHUNK_WEIGHTS weights."""
+    step = max(1, CHUNK_WEIGHTS // cols)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def quantize_groups(weight: torch.Tensor, spec: BlockSpec, steps: Steps) -> QuantizedBlock:
+    """A finite weight [n, k], every group for itself. Raises QuantizeError; FormatError for a bad group size."""
+    n, k = weight.shape
+    made = BlockInWork(n, k, spec, weight.device)
+    for rows in row_parts(n, k):
+        made.quantize(rows, slice(0, made.groups), weight[rows].float().reshape(-1, made.size), steps)
+    return made.block()
+
+
+def quantize_segments(
+    weight: torch.Tensor,
+    layout: WeightLayout,
+    perm: torch.Tensor | None,
+    name: str,
+    run: Callable[[torch.Tensor, BlockSpec, torch.Tensor], QuantizedBlock],
+) -> QuantizedWeight:
+    """A weight [N, K] (original column order), every segment for itself.
+
+    run: (weight [n, k] in the codes' order, spec, its columns [k] in the original order) -> block.
+    """
+    blocks = []
+    for s in layout.segments:
+        # Columns are picked one segment at a time, so that a permuted copy of the whole weight is never held.
+        columns = torch.arange(s.k0, s.k1) if perm is None else perm[s.k0 : s.k1].long()
+        part = weight[s.n0 : s.n1]
+        part = part[:, s.k0 : s.k1] if perm is None else part[:, columns]
+        with naming(name, s, layout):
+            blocks.append((s.n0, s.k0, run(part, BlockSpec.of(s, layout), columns)))
+    return QuantizedWeight(tuple(blocks), perm)
+
+
+@contextmanager
+def naming(name: str, segment: Segment, layout: WeightLayout) -> Iterator[None]:
+    """Put the weight's name, and the place where it has several segments, before the text of a QuantizeError."""
+    try:
+        yield
+    except QuantizeError as error:
+        place = f", rows {segment.n0}..{segment.n1}, columns {segment.k0}..{segment.k1}"
+        raise QuantizeError(f"{name}{place if len(layout.segments) > 1 else ''}: {error}") from error
+
+
+def squared_error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+    """Sum of squared errors [G, 1] of groups [G, g] for stored scales and zeros, rounded to nearest."""
+    restored = nearest(groups, scale, zero, spec).sub_(zero).mul_(scale)
     return row_sum(restored.sub_(groups).square_())
 
 

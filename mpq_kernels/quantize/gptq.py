@@ -30,8 +30,8 @@ import torch
 
 from ..errors import QuantizeError
 from ..format.layout import Segment, WeightLayout
-from ..format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
-from .blocks import CHUNK_WEIGHTS, BlockSpec, encode
+from ..format.weights import QuantizedBlock, QuantizedWeight
+from .blocks import BlockInWork, BlockSpec, Steps, naming, row_parts
 from .hqq import MAX_FACTOR, search_scale_and_zero
 
 # Columns corrected one by one before the rest of the row is corrected by a single matrix product.
@@ -44,6 +44,7 @@ def quantize_with_hessian(
     perm: torch.Tensor | None,
     hessian: torch.Tensor,
     name: str = "weight",
+    steps: Steps = Steps(search_scale_and_zero),  # noqa: B008  (a frozen value)
 ) -> QuantizedWeight:
     """Codes of a finite weight [N, K] (original column order) of least error under `hessian`.
 
@@ -58,12 +59,8 @@ def quantize_with_hessian(
         rows = weight[band[0].n0 : band[0].n1].to(hessian.device)
         work = rows.to(torch.float32, copy=True) if order is None else rows.float()[:, order]
         for segment in band:
-            spec = BlockSpec(segment.bits, segment.group_size, segment.zero, layout.scale_dtype)
-            try:
-                block = _quantize_segment(work, segment, spec, factor)
-            except QuantizeError as error:
-                where = f"rows {segment.n0}..{segment.n1}, columns {segment.k0}..{segment.k1}"
-                raise QuantizeError(f"{name}, {where}: {error}") from error
+            with naming(name, segment, layout):
+                block = _quantize_segment(work, segment, BlockSpec.of(segment, layout), factor, steps)
             blocks.append((segment.n0, segment.k0, _to(block, weight.device)))
     return QuantizedWeight(tuple(blocks), perm)
 
@@ -99,13 +96,12 @@ def inverse_factor(hessian: torch.Tensor, size: int, order: torch.Tensor | None,
     return torch.linalg.solve_triangular(upper, one, upper=True).float()
 
 
-def _quantize_segment(work: torch.Tensor, segment: Segment, spec: BlockSpec, factor: torch.Tensor) -> QuantizedBlock:
+def _quantize_segment(
+    work: torch.Tensor, segment: Segment, spec: BlockSpec, factor: torch.Tensor, steps: Steps
+) -> QuantizedBlock:
     """Quantize columns k0..k1 of the band `work` [n, K] and correct all columns to their right, in place."""
-    rows, size = len(work), segment.group_size
-    dtype = TORCH_DTYPES[spec.scale_dtype]
-    codes = torch.empty(rows, segment.cols, dtype=torch.uint8, device=work.device)
-    scales = torch.empty(rows, segment.cols // size, device=work.device)
-    zeros = torch.empty_like(scales)
+    made = BlockInWork(len(work), segment.cols, spec, work.device)
+    size = made.size
     # A block is a part of one group, or several whole groups: a group's first column is then always corrected up to it.
     step = BLOCK_COLUMNS if size > BLOCK_COLUMNS else BLOCK_COLUMNS // size * size
     spans = [
@@ -117,25 +113,21 @@ def _quantize_segment(work: torch.Tensor, segment: Segment, spec: BlockSpec, fac
     ]
     for start, end in spans:
         first, last = segment.k0 + start, segment.k0 + end
-        errors = torch.empty(rows, end - start, device=work.device)
+        errors = torch.empty(len(work), end - start, device=work.device)
         for column in range(start, end):
-            group, place = column // size, segment.k0 + column
+            place = segment.k0 + column
             if column % size == 0:
                 own = slice(place, place + size)
-                found = _search_rows(work[:, own], spec, _group_factor(factor[own, own]))
-                scales[:, group : group + 1], zeros[:, group : group + 1] = found
-            scale, zero = scales[:, group : group + 1], zeros[:, group : group + 1]
+                scale, zero = _search_rows(work[:, own], spec, _group_factor(factor[own, own]), steps)
+                made.scales[:, column // size], made.zeros[:, column // size] = scale[:, 0], zero[:, 0]
             value = work[:, place : place + 1]
-            code = encode(value, scale, zero, spec.max_code)
-            codes[:, column] = code[:, 0].to(torch.uint8)
+            code = steps.rounding(value, scale, zero, spec)
+            made.codes[:, column] = code[:, 0]
             error = (value - (code - zero) * scale) / factor[place, place]
             errors[:, column - start] = error[:, 0]
             work[:, place + 1 : last] -= error * factor[place, place + 1 : last]
         work[:, last:] -= errors @ factor[first:last, last:]
-    stored = None
-    if spec.zero != "none":
-        stored = zeros.to(torch.uint8 if spec.zero == "int" else dtype)
-    return QuantizedBlock(spec.bits, codes, scales.to(dtype), stored)
+    return made.block()
 
 
 def _group_factor(upper: torch.Tensor) -> torch.Tensor:
@@ -149,10 +141,11 @@ def _group_factor(upper: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(upper.double(), one, upper=True).float()
 
 
-def _search_rows(group: torch.Tensor, spec: BlockSpec, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _search_rows(
+    group: torch.Tensor, spec: BlockSpec, factor: torch.Tensor, steps: Steps
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored scale and zero [n, 1] of one group of every row [n, g]; some rows at a time."""
-    rows = max(1, CHUNK_WEIGHTS // group.shape[1])
-    found = [search_scale_and_zero(part.contiguous(), spec, factor) for part in group.split(rows)]
+    found = [steps.search(group[rows].contiguous(), spec, factor) for rows in row_parts(*group.shape)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 

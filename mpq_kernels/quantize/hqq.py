@@ -35,7 +35,7 @@ from __future__ import annotations
 import torch
 
 from .blocks import BlockSpec, row_sum, storable
-from .rtn import round_to_nearest
+from .rtn import range_search
 
 # Within 0.04% / 0.2% / 1% (2 / 3 / 4 bits) of the squared error of an exhaustive search over every zero point and 37
 # ratios, measured on normal weights in groups of 64 with integer zeros.
@@ -62,7 +62,7 @@ class _Search:
         self.groups, self.spec, self.factor = groups, spec, factor
         self.one = self._seen(torch.ones_like(groups[:1]))
         self.steps, self.work = torch.empty_like(groups), torch.empty_like(groups)
-        self.scale, self.zero = round_to_nearest(groups, spec)
+        self.scale, self.zero = range_search(groups, spec)
         self.error = self._judge(self.scale, self.zero)
 
     def _judge(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,10 @@ import torch
 from .blocks import BlockSpec, checked_scale, keep_better, row_sum, squared_error, storable
 
 
-def round_to_nearest(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored scales and zeros [G, 1] (fp32) of groups [G, g]. Raises QuantizeError."""
+def range_search(
+    groups: torch.Tensor, spec: BlockSpec, factor: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored scales and zeros [G, 1] (fp32) of groups [G, g], whatever the factor is. Raises QuantizeError."""
     low, high = groups.aminmax(dim=1, keepdim=True)
     if spec.zero == "none":
         return _symmetric(groups, low, high, spec)
@@ -35,10 +37,10 @@ def round_to_nearest(groups: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tenso
     # A float zero can also describe a range away from 0, at a precision that falls with the distance.
     steps = torch.where(high > low, (high - low) / spec.max_code, around_zero[0])
     scale, zero = storable(steps, -low / steps, spec)
-    error = squared_error(groups, scale, zero, spec.max_code)
+    error = squared_error(groups, scale, zero, spec)
     usable = torch.isfinite(zero) & (scale > 0)
     error = torch.where(usable, error, torch.inf)
-    first = (squared_error(groups, *around_zero, spec.max_code), *around_zero)
+    first = (squared_error(groups, *around_zero, spec), *around_zero)
     return keep_better(first, (error, scale, zero))[1:]
 
 
@@ -65,7 +67,7 @@ def _symmetric(
     best = None
     for steps in (torch.maximum(large / below, small / above), large / (below - 0.5)):
         scale = checked_scale(torch.where(empty, 1.0, steps * sign), spec)
-        found = (squared_error(groups, scale, zero, spec.max_code), scale, zero)
+        found = (squared_error(groups, scale, zero, spec), scale, zero)
         best = found if best is None else keep_better(best, found)
     assert best is not None
     return torch.where(empty, 0.0, best[1]), zero

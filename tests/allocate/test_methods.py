@@ -9,7 +9,7 @@ from mpq_kernels import Plan, replace_linears
 from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
 from mpq_kernels.allocate.inputs import layer_cosines, output_gradients
 from mpq_kernels.allocate.measured import probes, refine
-from mpq_kernels.allocate.methods import DAMPING, METHODS, named
+from mpq_kernels.allocate.methods import DAMPING, METHODS, check_method
 from mpq_kernels.allocate.study import Study, weight_view
 from mpq_kernels.calibrate.hessians import damped
 from mpq_kernels.dense.names import list_linears
@@ -211,7 +211,7 @@ def test_what_a_method_needs_is_asked_for(tmp_path, study):
     with pytest.raises(UnsupportedError, match="no experts"):
         METHODS["router"].run(study)
     with pytest.raises(PlanError, match="choose one of frobenius"):
-        named("hesian")
+        check_method("hesian")
 
 
 def test_experts_are_counted_by_the_router(tmp_path):

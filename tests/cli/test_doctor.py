@@ -93,7 +93,7 @@ def test_the_cuda_kernels_are_a_part(monkeypatch, tmp_path):
     part = doctor.examine()["compiled"]["cuda"]
     assert (part["file"] is not None) == cuda.LIBRARY.exists() and part["broken"] is False
     if part["file"] and not torch.cuda.is_available():
-        assert part["reason"] == f"not loaded: {cuda.BACKEND.available()}" and part["layout_id"] is None
+        assert part["reason"] == f"not loaded: {cuda.BACKEND.why_unavailable()}" and part["layout_id"] is None
     monkeypatch.setattr(doctor, "CUDA_FILE", "_gone.so")
     data = doctor.examine()
     assert data["compiled"]["cuda"]["file"] is None and "nvcc" in data["compiled"]["cuda"]["reason"]

@@ -14,7 +14,7 @@ ROWS = configs.TABLE["cuda"]
 def a_gpu(monkeypatch, tmp_path):
     """A GPU that takes no time: the configurations of the package's table win."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton, "why_not", lambda: None)
+    monkeypatch.setattr(triton, "why_unavailable", lambda: None)
     monkeypatch.setattr(tune, "tune_device", lambda: ("A GPU", None))
     monkeypatch.setattr(tune, "tune", lambda measure, say: say("16 tokens: measured") or ROWS)
     yield
@@ -22,7 +22,7 @@ def a_gpu(monkeypatch, tmp_path):
 
 
 def test_without_a_gpu_it_says_why(run, monkeypatch):
-    monkeypatch.setattr(triton, "why_not", lambda: "no CUDA or ROCm device")
+    monkeypatch.setattr(triton, "why_unavailable", lambda: "no CUDA or ROCm device")
     assert run("tune", code=1).err == (
         "mpq: nothing to tune, the Triton backend does not work here: no CUDA or ROCm device\n"
     )

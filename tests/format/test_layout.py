@@ -1,9 +1,12 @@
 """Segments and sizes: what is accepted, what is refused and in which words, and that every byte is accounted for."""
 
+import dataclasses
+
 import pytest
 
 from mpq_kernels.errors import FormatError
-from mpq_kernels.format.layout import Segment, SizeBreakdown, WeightLayout
+from mpq_kernels.format.codes import SEGMENT_INTS, ZERO_KINDS
+from mpq_kernels.format.layout import Segment, SizeBreakdown, WeightLayout, segments_from_ints
 
 FUSED = (
     Segment(0, 100, 0, 128, 3, 64, "int"),
@@ -50,6 +53,23 @@ def test_segments_that_do_not_tile_are_refused(segments, words):
     with pytest.raises(FormatError) as caught:
         WeightLayout(132, 200, segments)
     assert words in str(caught.value)
+
+
+def test_the_table_of_operators_comes_back_as_the_segments():
+    assert tuple(field.name for field in dataclasses.fields(Segment)) == SEGMENT_INTS
+    for zero in ZERO_KINDS:
+        segments = (
+            (*FUSED[:2], Segment(100, 132, 0, 200, 2, 40, zero))
+            if zero != "float"
+            else (Segment(0, 132, 0, 200, 5, 200, zero),)
+        )
+        ints = WeightLayout(132, 200, segments).segment_ints()
+        assert len(ints) == len(SEGMENT_INTS) * len(segments) and segments_from_ints(ints) == segments
+    with pytest.raises(FormatError, match="7 integers each, not 8 in all"):
+        segments_from_ints([*range(8)])
+    for zero in (-1, len(ZERO_KINDS)):
+        with pytest.raises(FormatError, match=f"unknown kind of zeros, {zero}"):
+            segments_from_ints([0, 132, 0, 200, 5, 200, zero])
 
 
 def test_offsets_follow_the_segments_without_gaps():

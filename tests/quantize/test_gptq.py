@@ -1,4 +1,4 @@
-"""GPTQ: equal to its definition, better than plain rounding under the Hessian it was given, in any layout."""
+"""On a Hessian: gptq is equal to its definition, and every method that takes one is better under it, in any layout."""
 
 import pytest
 import torch
@@ -8,10 +8,12 @@ from mpq_kernels.format.codes import ZERO_KINDS
 from mpq_kernels.format.layout import WeightLayout
 from mpq_kernels.format.reference import dequantize
 from mpq_kernels.format.words import pack_weight, unpack_weight
-from mpq_kernels.quantize import BlockSpec, quantize_block, quantize_weight
-from mpq_kernels.quantize.blocks import encode
+from mpq_kernels.quantize import QUANTIZERS, BlockSpec, Steps, quantize_block, quantize_weight
+from mpq_kernels.quantize.blocks import nearest, quantize_groups
 from mpq_kernels.quantize.gptq import inverse_factor
 from mpq_kernels.quantize.hqq import MAX_FACTOR, search_scale_and_zero
+from mpq_kernels.quantize.rtn import range_search
+from tests.made.quantizers import BASELINE, CALIBRATED, having
 from tests.made.weights import MIXED_SEGMENTS, generator, random_perm
 
 N, K = 200, 320
@@ -78,7 +80,7 @@ def naive(weight, spec, hessian):
             cost = torch.linalg.inv(torch.linalg.inv(hessian[j:, j:])[:size, :size])
             factor = torch.linalg.cholesky(cost).float()
             scale, zero = search_scale_and_zero(work[:, j : j + size].float(), spec, factor)
-        code = encode(work[:, j : j + 1].float(), scale, zero, spec.max_code)
+        code = nearest(work[:, j : j + 1].float(), scale, zero, spec)
         codes[:, j : j + 1] = code
         fixed[:, j : j + 1] = weight[:, j : j + 1].double() - ((code - zero) * scale).double()
     return codes.to(torch.uint8)
@@ -112,25 +114,28 @@ def test_weighted_error_is_lower_than_without_calibration(bits, zero):
     assert found < 0.75 * min(rtn, hqq)
 
 
+@pytest.mark.parametrize("method", CALIBRATED)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_mixed_layout_is_exact_and_packs(permuted, dtype):
+def test_mixed_layout_is_exact_and_packs(permuted, dtype, method):
     layout = WeightLayout(N, K, MIXED_SEGMENTS, dtype, permuted)
     w, hessian, perm = weights(), correlated(), random_perm(K) if permuted else None
-    found = quantize_weight(w, layout, perm, "gptq", hessian=hessian)
+    found = quantize_weight(w, layout, perm, method, hessian=hessian)
     assert found.layout == layout and same(unpack_weight(pack_weight(found)), found)
-    assert loss(w, found, hessian) < 0.8 * loss(w, quantize_weight(w, layout, perm, "hqq"), hessian)
+    if "better on a text" not in QUANTIZERS[method].exempt:
+        assert loss(w, found, hessian) < loss(w, quantize_weight(w, layout, perm, BASELINE), hessian)
 
 
-def test_permutation_is_that_of_weight_and_hessian():
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_permutation_is_that_of_weight_and_hessian(method):
     w, hessian, perm = weights(), correlated(), random_perm(K)
-    found = quantize_weight(w, mixed_layout(True), perm, "gptq", hessian=hessian)
+    found = quantize_weight(w, mixed_layout(True), perm, method, hessian=hessian)
     order = perm.long()
-    plain = quantize_weight(w[:, order], mixed_layout(), None, "gptq", hessian=hessian[order][:, order])
+    plain = quantize_weight(w[:, order], mixed_layout(), None, method, hessian=hessian[order][:, order])
     assert torch.equal(dequantize(found)[:, order], dequantize(plain))
 
 
-@pytest.mark.parametrize("method", ["gptq", "hqq"])
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_the_weight_is_left_as_it_was(method):
     for w in (weights(), weights().bfloat16()):
         before = w.clone()
@@ -165,7 +170,7 @@ def test_no_group_of_the_calibrated_search_is_worse_than_rtn(zero):
         assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
 
 
-@pytest.mark.parametrize("method", ["gptq", "hqq"])
+@pytest.mark.parametrize("method", having("better on a text", CALIBRATED))
 def test_long_groups_are_judged_by_the_diagonal(method):
     """Groups beyond MAX_FACTOR columns: no product with a factor, and the importance of columns still counts."""
     k = 2 * MAX_FACTOR
@@ -174,7 +179,8 @@ def test_long_groups_are_judged_by_the_diagonal(method):
     hessian.diagonal()[::2] = 100.0
     layout = layout_of(3, -1, n=16, k=k)
     calibrated, plain = (
-        loss(w, quantize_weight(w, layout, None, m, hessian=h), hessian) for m, h in ((method, hessian), ("hqq", None))
+        loss(w, quantize_weight(w, layout, None, m, hessian=h), hessian)
+        for m, h in ((method, hessian), (BASELINE, None))
     )
     assert calibrated < 0.99 * plain
 
@@ -187,6 +193,20 @@ def test_unused_columns_stay_plain():
     found = quantize_weight(weights(), layout_of(3, 64), None, "gptq", hessian=hessian)
     plain = quantize_weight(weights(), layout_of(3, 64), None, "hqq", hessian=torch.eye(K))
     assert torch.equal(dequantize(found)[:, 64:128], dequantize(plain)[:, 64:128])
+
+
+def floor(groups, scale, zero, spec):
+    """A rounding of another method: down."""
+    return (groups / scale + zero).floor().clamp(0, spec.max_code).nan_to_num(0.0)
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_another_search_and_another_rounding_run_in_the_same_loops(method):
+    w, layout, hessian = weights(), layout_of(4, 64), torch.eye(K, dtype=torch.float64)
+    found = QUANTIZERS[method].on_text(w, layout, None, hessian, "m", Steps(range_search, floor)).blocks[0][2]
+    alone = quantize_groups(w, BlockSpec(4, 64), Steps(range_search, floor))
+    assert torch.equal(found.codes, alone.codes) and torch.equal(found.scales, alone.scales)
+    assert not torch.equal(found.codes, quantize_block(w, BlockSpec(4, 64), "rtn").codes)
 
 
 def singular():
@@ -202,12 +222,27 @@ REFUSED = {
     "not wanted": (lambda: {"hessian": torch.eye(K), "method": "rtn"}, "m: quantizer='rtn' uses no Hessian"),
     "scale": (
         lambda: {"hessian": torch.eye(K), "weight": weights() * 1e8},
-        "m, rows 0..200, columns 0..320: a scale .* overflows float16",
+        "m: a scale .* overflows float16",
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("case", [case for case in REFUSED if case not in ("missing", "not wanted")])
+def test_what_every_method_refuses(case, method):
+    make, words = REFUSED[case]
+    with pytest.raises(QuantizeError, match=words):
+        quantize_weight(
+            **{"weight": weights(), "layout": layout_of(4, 64), "perm": None} | make(), method=method, name="m"
+        )
+
+
+def test_a_scale_out_of_range_is_named_with_its_segment():
+    with pytest.raises(QuantizeError, match=r"m, rows \d+\.\.\d+, columns \d+\.\.\d+: a scale .* overflows float16"):
+        quantize_weight(weights() * 1e8, mixed_layout(), None, "gptq", "m", torch.eye(K))
+
+
+@pytest.mark.parametrize("case", ["missing", "not wanted"])
 def test_refusals(case):
     make, words = REFUSED[case]
     arguments = {"weight": weights(), "layout": layout_of(4, 64), "perm": None, "method": "gptq", "name": "m"} | make()

@@ -14,6 +14,7 @@ triton is imported when the first layer asks whether this backend works, not bef
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -29,30 +30,24 @@ OLDEST_CAPABILITY = (8, 0)
 LIBRARY = torch.library.Library("mpq_triton", "DEF")
 
 
-def _linear(*args: Any) -> torch.Tensor:
-    from . import launch
+def _later(name: str) -> Callable[..., torch.Tensor]:
+    """launch.<name>, imported with triton at the first call."""
 
-    return launch.linear(*args)
+    def run(*args: Any) -> torch.Tensor:
+        from . import launch
 
+        made: torch.Tensor = getattr(launch, name)(*args)
+        return made
 
-def _grouped(*args: Any) -> torch.Tensor:
-    from . import launch
-
-    return launch.grouped(*args)
-
-
-def _dequantize(*args: Any) -> torch.Tensor:
-    from . import launch
-
-    return launch.dequantize(*args)
+    return run
 
 
 for _name, _run, _fake in (
-    ("linear", _linear, ops.linear_fake),
-    ("grouped_linear", _grouped, ops.grouped_linear_fake),
-    ("dequantize", _dequantize, ops.dequantize_fake),
+    ("linear", _later("linear"), ops.linear_fake),
+    ("grouped_linear", _later("grouped"), ops.grouped_linear_fake),
+    ("dequantize", _later("dequantize"), ops.dequantize_fake),
 ):
-    # The schema of mpq::, which stands in csrc/torch/cpu_ops.cpp, under this name.
+    # The schema of mpq::, which stands in csrc/torch, under this name.
     LIBRARY.define(str(getattr(torch.ops.mpq, _name).default._schema).partition("::")[2])
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq_triton::{_name}", _fake, lib=LIBRARY)
@@ -64,7 +59,7 @@ def interpreted() -> bool:
 
 
 @cache
-def why_not() -> str | None:
+def why_unavailable() -> str | None:
     """None when the kernels can run here, else the reason. Touches the devices."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
@@ -93,5 +88,5 @@ BACKEND = Backend(
     linear=torch.ops.mpq_triton.linear.default,
     grouped=torch.ops.mpq_triton.grouped_linear.default,
     dequantize=torch.ops.mpq_triton.dequantize.default,
-    available=why_not,
+    why_unavailable=why_unavailable,
 )

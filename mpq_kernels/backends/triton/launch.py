@@ -14,9 +14,10 @@ import torch
 import triton
 
 from ...errors import FormatError, UnsupportedError
-from ...format.codes import TILE_K, TILE_N, ZERO_KINDS
-from ...format.layout import Segment, WeightLayout, ceil_div
-from ...format.weights import DTYPE_NAMES, TORCH_DTYPES
+from ...format.codes import TILE_K, TILE_N
+from ...format.layout import WeightLayout, ceil_div
+from ...format.weights import DTYPE_NAMES, PackedWeight
+from ..operands import on_weight
 from . import configs, work
 from .configs import Config, Device
 from .dense import dequantize_kernel, slow_kernel, store_step
@@ -41,83 +42,43 @@ class Tables:
     supertiles: int
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Packed tensors, checked against their layout."""
-
-    layout: WeightLayout
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    perm: torch.Tensor | None
-
-
-def linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+@on_weight(torch.ops.mpq.linear.default)
+def linear(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., K) fp16 or bf16 -> y (..., N), as `mpq::linear`. Raises FormatError for tensors that do not fit."""
-    packed = _packed(qweight, scales, zeros, perm, segments, out_features, in_features)
-    check_x(x, packed, bias)
-    rows = x.reshape(-1, in_features)
+    check_x(x, weight, bias)
+    rows = x.reshape(-1, weight.layout.in_features)
     if len(rows) > configs.DENSE_ABOVE:
-        dense = dequantize_packed(packed, x.dtype)
+        dense = dequantize_packed(weight, x.dtype)
         y = torch.nn.functional.linear(rows, dense, None if bias is None else bias.to(x.dtype))
     else:
-        y = multiply(rows, packed, bias)
-    return y.view(*x.shape[:-1], out_features)
+        y = multiply(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.layout.out_features)
 
 
-def grouped(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    offsets: torch.Tensor,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+@on_weight(torch.ops.mpq.grouped_linear.default)
+def grouped(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
     """x (T, K) sorted by expert -> y (T, N / experts), as `mpq::grouped_linear`. offsets are not read here."""
-    packed = _packed(qweight, scales, zeros, perm, segments, out_features, in_features)
-    check_x(x, packed, bias)
+    check_x(x, weight, bias)
     if x.dim() != 2:
         raise FormatError(f"x must be (tokens, in_features), not {list(x.shape)}")
     if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 2 or offsets.device != x.device:
         raise FormatError("offsets must be int32, one-dimensional, of experts + 1 elements, on the device of x")
-    if out_features % (len(offsets) - 1):
-        raise FormatError(f"out_features={out_features} rows do not share out among {len(offsets) - 1} experts")
-    return multiply(x, packed, bias, offsets.contiguous())
+    rows, experts = weight.layout.out_features, len(offsets) - 1
+    if rows % experts:
+        raise FormatError(f"out_features={rows} rows do not share out among {experts} experts")
+    return multiply(x, weight, bias, offsets.contiguous())
 
 
-def dequantize(
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    segments: list[int],
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+@on_weight(torch.ops.mpq.dequantize.default)
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """W (N, K) in fp32, fp16 or bf16 and in the original order of columns, as `mpq::dequantize`."""
-    packed = _packed(qweight, scales, zeros, perm, segments, out_features, in_features)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise FormatError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-    return dequantize_packed(packed, dtype)
+    return dequantize_packed(weight, dtype)
 
 
 def multiply(
-    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, offsets: torch.Tensor | None = None,
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, offsets: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y [M, N / experts] for x [M, K], in one launch and one more where blocks have several parts."""
@@ -172,7 +133,7 @@ def multiply(
     return y.to(x.dtype)
 
 
-def dequantize_packed(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_packed(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """W [N, K] in `dtype`."""
     layout, device = packed.layout, packed.qweight.device
     wide = INTERPRETED and dtype == torch.bfloat16
@@ -202,20 +163,6 @@ def device_of(device: torch.device) -> Device:
 
 
 @lru_cache(maxsize=4096)
-def layout_of(
-    segments: tuple[int, ...], out_features: int, in_features: int, scale_dtype: str, permuted: bool
-) -> WeightLayout:
-    """The layout that operators pass as integers. Raises FormatError."""
-    if len(segments) % 7:
-        raise FormatError(f"segments must hold 7 integers each, not {len(segments)} in all")
-    rows = [segments[i : i + 7] for i in range(0, len(segments), 7)]
-    if any(not 0 <= row[6] < len(ZERO_KINDS) for row in rows):
-        raise FormatError("segments name an unknown kind of zeros")
-    table = tuple(Segment(n0, n1, k0, k1, bits, group, ZERO_KINDS[zero]) for n0, n1, k0, k1, bits, group, zero in rows)
-    return WeightLayout(out_features, in_features, table, scale_dtype, permuted)
-
-
-@lru_cache(maxsize=4096)
 def work_step(layout: WeightLayout) -> int:
     """Columns of a step of the fast kernel, 0 where only the slow one can."""
     return min(work.step_of(s) for s in layout.segments)
@@ -234,7 +181,7 @@ def tables_for(layout: WeightLayout, experts: int, config: Config, device: torch
     return Tables(made, items, torch.tensor(made.blocks, dtype=torch.int32).to(device), config.num_warps)
 
 
-def check_x(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> None:
+def check_x(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
     """Raise FormatError unless x and bias can be multiplied."""
     layout = packed.layout
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -251,31 +198,6 @@ def check_x(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> None:
         )
     if bias.dtype not in DTYPE_NAMES or DTYPE_NAMES[bias.dtype] not in ("float32", "float16", "bfloat16"):
         raise FormatError(f"bias must be float32, float16 or bfloat16, not {bias.dtype}")
-
-
-def _packed(
-    qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, perm: torch.Tensor | None,
-    segments: list[int], out_features: int, in_features: int,
-) -> Packed:  # fmt: skip
-    dtype = DTYPE_NAMES.get(scales.dtype, str(scales.dtype))
-    layout = layout_of(tuple(segments), out_features, in_features, dtype, perm is not None)
-    specs = _specs(layout)
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros), ("perm", perm)):
-        spec = specs.get(name)
-        if (tensor is None) != (spec is None):
-            raise FormatError(f"{name} is {'missing' if tensor is None else 'not expected'} in this layout")
-        if tensor is None or spec is None:
-            continue
-        if tensor.dtype != spec[0] or tensor.shape != spec[1] or not tensor.is_contiguous():
-            raise FormatError(f"{name} must be contiguous {spec[0]} {list(spec[1])}")
-        if tensor.device != qweight.device:
-            raise FormatError(f"{name} is on {tensor.device}, qweight on {qweight.device}")
-    return Packed(layout, qweight, scales, zeros, perm)
-
-
-@lru_cache(maxsize=4096)
-def _specs(layout: WeightLayout) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (TORCH_DTYPES[dtype], torch.Size(shape)) for name, (dtype, shape) in layout.tensor_specs().items()}
 
 
 @lru_cache(maxsize=4096)

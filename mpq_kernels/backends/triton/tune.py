@@ -16,6 +16,7 @@ import torch
 from ...errors import UnsupportedError
 from ...format.layout import WeightLayout
 from ...format.random import random_weight
+from ...format.weights import PackedWeight
 from . import configs
 from .configs import ALLOWED, TOKEN_CLASSES, Config
 
@@ -68,13 +69,13 @@ def device_measure(device: torch.device) -> Callable[[Config, int], float]:
         copies = max(2, COPY_BYTES // packed.size().total_bytes)
         assert packed.zeros is not None
         clones = [(packed.qweight.clone(), packed.scales.clone(), packed.zeros.clone()) for _ in range(copies)]
-        weights.append([launch.Packed(layout, *tensors, None) for tensors in clones])
+        weights.append([PackedWeight(layout, *tensors) for tensors in clones])
 
     def measure(config: Config, tokens: int) -> float:
         x = torch.randn(tokens, COLUMNS, device=device).bfloat16()
         return sum(_graph_us(config, x, copies) for copies in weights) / len(weights)
 
-    def _graph_us(config: Config, x: torch.Tensor, copies: list[launch.Packed]) -> float:
+    def _graph_us(config: Config, x: torch.Tensor, copies: list[PackedWeight]) -> float:
         launch.multiply(x, copies[0], None, None, config)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mpq_kernels.format.codes import ZERO_KINDS
 from mpq_kernels.format.weights import PackedWeight
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,10 +178,11 @@ class Packed:
 
     def __init__(self, packed: PackedWeight):
         self.tensors = [aligned(t) for t in (packed.qweight, packed.scales, packed.zeros, packed.perm)]
-        ints = packed.layout.segment_ints()
-        rows = [ints[i : i + 7] for i in range(0, len(ints), 7)]
-        self.segments = (Segment * len(rows))(*(Segment(*r[:4], r[5], r[4], r[6]) for r in rows))
         layout = packed.layout
+        rows = [
+            Segment(s.n0, s.n1, s.k0, s.k1, s.group_size, s.bits, ZERO_KINDS.index(s.zero)) for s in layout.segments
+        ]
+        self.segments = (Segment * len(rows))(*rows)
         self.shape = (layout.out_features, layout.in_features)
         self.weight = Weight(
             *self.shape, *map(address, self.tensors), self.segments, len(rows), DTYPES[packed.scales.dtype]

@@ -141,7 +141,7 @@ def test_refusals_of_x(ops):
 
 
 def test_the_reason_without_a_device_is_in_words():
-    reason = cuda.why_not()
+    reason = cuda.why_unavailable()
     if torch.cuda.is_available():
         pytest.skip("there is a device; tests/backends/cuda/test_device.py says whether the kernels run on it")
     assert reason and ("no CUDA device" in reason or "without CUDA" in reason or "no _cuda.so" in reason)

@@ -51,7 +51,7 @@ def check(y, x, packed, bias=None, rows=slice(None)):
 
 
 def test_the_interpreter_runs_these():
-    assert launch.INTERPRETED and TRITON.available() is None
+    assert launch.INTERPRETED and TRITON.why_unavailable() is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -252,10 +252,11 @@ def test_opcheck():
 REFUSALS = [
     ({"x": torch.randn(2, 64)}, "x must be float16 or bfloat16"),
     ({"x": torch.randn(2, 63).half()}, r"x must be \(..., in_features=64\)"),
-    ({"qweight": torch.zeros(5, dtype=torch.int32)}, "qweight must be contiguous"),
-    ({"scales": torch.ones(63).half()}, "scales must be contiguous"),
+    ({"qweight": torch.zeros(5, dtype=torch.int32)}, r"qweight must be int32 \[512\], not int32 \[5\]"),
+    ({"scales": torch.ones(63).half()}, r"scales must be float16 \[64\]"),
+    ({"scales": torch.ones(128).half()[::2]}, "scales must be contiguous"),
     ({"zeros": None}, "zeros is missing"),
-    ({"perm": torch.zeros(63, dtype=torch.int32)}, "perm must be contiguous"),
+    ({"perm": torch.zeros(63, dtype=torch.int32)}, r"perm must be int32 \[64\]"),
     ({"bias": torch.zeros(9)}, "out_features=10 elements"),
     ({"bias": torch.zeros(10, dtype=torch.float64)}, "bias must be float32"),
     ({"segments": [0, 10, 0, 64, 4, 64]}, "7 integers"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mpq_kernels import FormatError, UnsupportedError
-from mpq_kernels.backends.triton import configs, tune, why_not, work
+from mpq_kernels.backends.triton import configs, tune, why_unavailable, work
 from mpq_kernels.backends.triton.configs import TOKEN_CLASSES, Config, Device
 from tests.made.weights import mixed_weight, random_weight
 
@@ -106,7 +106,7 @@ def test_a_configuration_out_of_range_is_refused():
         configs.stored()
 
 
-@pytest.mark.skipif(why_not() is None, reason="the Triton backend works here")
+@pytest.mark.skipif(why_unavailable() is None, reason="the Triton backend works here")
 def test_the_command_refuses_without_a_gpu():
     command = [sys.executable, "-m", "mpq_kernels", "tune"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

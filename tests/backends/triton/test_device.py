@@ -18,7 +18,7 @@ X_DTYPES = (torch.float16, torch.bfloat16)
 def linear(weight, x, bias=None):
     """The backend's product with everything on the device; y on the CPU."""
     backend, packed = BACKENDS["triton"], pack_weight(weight).to("cuda")
-    assert backend.available() is None
+    assert backend.why_unavailable() is None
     layout = packed.layout
     return backend.linear(
         x.cuda(), packed.qweight, packed.scales, packed.zeros, packed.perm, None if bias is None else bias.cuda(),

@@ -1,4 +1,4 @@
-"""The Triton backend under the interpreter: cases.py and agreement.py beside this file, in processes of their own."""
+"""The Triton backend under the interpreter, in processes of their own: `RUNS`."""
 
 import os
 import subprocess
@@ -23,17 +23,26 @@ pytestmark = [
     ),
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)"),
 ]
-FILES = ("cases.py", "agreement.py")
+# What a process runs: a file beside this one, or the tests of the table of backends, which skip triton elsewhere.
+RUNS = {
+    "cases": [str(TESTS / "cases.py")],
+    "agreement": [str(TESTS / "agreement.py")],
+    "table": [
+        "tests/backends/test_select.py::test_every_backend_agrees_with_the_reference[triton]",
+        "tests/backends/test_select.py::test_a_backend_says_why_not[triton]",
+        "tests/nn/test_linear.py::test_compile_whole_graph_with_any_number_of_tokens[triton]",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """File -> pytest over it, all at once: the interpreter keeps one processor busy."""
+    """Name -> pytest over its tests, all at once: the interpreter keeps one processor busy."""
     running = {}
-    for file in FILES:
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
+    for name, tests in RUNS.items():
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        running[file] = subprocess.Popen(
+        running[name] = subprocess.Popen(
             command, env=environment, cwd=TESTS.parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     yield running
@@ -42,8 +51,8 @@ def processes():
         process.wait()
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_under_the_interpreter(processes, file):
-    output, _ = processes[file].communicate()
-    assert processes[file].returncode == 0, output[-8000:]
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_under_the_interpreter(processes, name):
+    output, _ = processes[name].communicate()
+    assert processes[name].returncode == 0, output[-8000:]
     assert " passed" in output and "skipped" not in output

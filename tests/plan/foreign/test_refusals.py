@@ -41,6 +41,8 @@ MC_MOE, STRING = ("mc-moe", "mixtral", "a.json"), ("quantmoe", "mixtral", "a.txt
 MIXDQ, MODEL = ("mixdq", "llama", "w.yaml"), ("gptqmodel", "llama", "a.json")
 ROUNDS, TENSORS = ("auto-round", "llama", "a.json"), ("compressed-tensors", "llama", "a.json")
 
+JSON = ", ".join(name for name, row in FORMATS.items() if "json" in row.kinds)
+
 # format, model, file, content, options, words of the message
 REFUSED = [
     (*SLIM, {"0": {"self_attn.qq_proj": [2, 2]}}, {}, "did you mean self_attn.q_proj"),
@@ -229,7 +231,7 @@ def test_zip_archives_that_torch_does_not_write_are_refused(tmp_path):
         (
             "a.json",
             {"modules": {}},
-            r"looks like none of slim-llm, mc-moe, .* which json can hold; say which with --from",
+            rf"looks like none of {JSON}, which json can hold; say which with --from",
         ),
         ("a.json", COMPRESSED | ROUND, "could be auto-round or compressed-tensors; say which"),
         ("a.txt", "2 bits please", "looks like none of quantmoe, which text can hold"),
