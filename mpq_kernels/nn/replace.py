@@ -23,6 +23,20 @@ from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
 
+# Linears of transformers' state space mixers that are not called: the mixer multiplies by their `weight` or hands it to
+# a kernel, some in training only. Type of the mixer -> their names.
+READ_WEIGHTS = {
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
+
 
 @dataclass
 class ReplaceReport:
@@ -139,11 +153,12 @@ def stack_biases(biases: list[torch.Tensor | None], rows: list[int]) -> torch.Te
 
 def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     """Put a layer into the model under `name`, and the members of a fused one where they stood. Returns their names."""
-    if not isinstance(layer, FusedLinear):
-        model.set_submodule(name, layer)
-        return [name]
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if not isinstance(layer, FusedLinear):
+        layer.weight_is_read = leaf in READ_WEIGHTS.get(type(parent).__name__, ())
+        model.set_submodule(name, layer)
+        return [name]
     if leaf in parent._modules or hasattr(parent, leaf):
         raise FormatError(f"{name} exists in the model already: give the fused weight another name")
     parent.add_module(leaf, layer)
