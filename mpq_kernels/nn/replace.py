@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -65,6 +65,7 @@ def replace_linears(
     linears = list_linears(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))
+    placed: list[str] = []
     blocks: dict[str, dict[str, GroupedLinear]] = {}
     for done, weight in enumerate(resolved.weights, start=1):
         layer = quantize_modules(model, weight, quantizer, backend=backend, activations=activations)
@@ -76,10 +77,11 @@ def replace_linears(
                 place_experts(model, weight.experts.module, parts)
         else:
             names = place(model, weight.name, layer)
-            untie(model, names)
+            placed += names
         report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
+    untie(model, placed)
     known = {spec.name for spec in linears}
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
     experts = experts_modules(model)
@@ -169,9 +171,18 @@ def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     return names
 
 
-def untie(model: nn.Module, names: list[str]) -> None:
-    """Tell a transformers model that these modules no longer share their weight (a packed output head)."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    for name in names:
-        if tied:
-            tied.pop(f"{name}.weight", None)
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell a transformers model that these modules no longer share their weight (a packed output head).
+
+    tie_weights() otherwise works out again from the config what is tied, and would put the embedding into the head.
+    """
+    weights = {f"{name}.weight" for name in names}
+    for path, module in model.named_modules():
+        tied = getattr(module, "all_tied_weights_keys", None)
+        if not tied:
+            continue
+        lead = f"{path}." if path else ""
+        left = {to: source for to, source in tied.items() if weights.isdisjoint((lead + to, lead + source))}
+        if len(left) != len(tied):
+            # Of this model alone: the second is an attribute of its class, with every name and pattern.
+            module.all_tied_weights_keys, module._tied_weights_keys = left, dict(left)
