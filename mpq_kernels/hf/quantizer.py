@@ -8,6 +8,7 @@ errors, found in the file headers before anything is allocated.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from ..nn.experts import GroupedLinear, why_not_fitting
 from ..nn.fused import FusedLinear
 from ..nn.linear import MixedLinear
 from ..nn.replace import place, place_experts, untie
+from .fit import fit_names
+
+logger = logging.getLogger(__name__)
 
 
 class MPQConfig(QuantizationConfigMixin):
@@ -67,7 +71,13 @@ class MPQQuantizer(HfQuantizer):
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
         validate_tensors(packing.modules, files)
-        install_modules(model, packing, kwargs.get("dtype"))
+        fitted, stored = fit_names(packing, model)
+        if fitted is not packing:
+            self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
+        left = sorted(set(packing.modules) - set(stored.values()))
+        if left:
+            logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
+        install_modules(model, fitted, kwargs.get("dtype"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
