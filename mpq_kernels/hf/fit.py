@@ -33,9 +33,10 @@ def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, 
         fitted = next((m for m in _candidates(module, prefix) if all(place in known for place in _places(m))), module)
         if fitted is module and _may_leave_out(module, model, prefix, known):
             continue
-        if fitted.name in modules:
-            raise CheckpointError(f"{name} and {stored[fitted.name]} are the same module of a {type(model).__name__}")
-        modules[fitted.name], stored[fitted.name] = fitted, name
+        if _installed(fitted) in stored:
+            twin = stored[_installed(fitted)]
+            raise CheckpointError(f"{name} and {twin} are the same module of a {type(model).__name__}")
+        modules[fitted.name], stored[_installed(fitted)] = fitted, name
     if modules == packing.modules:
         return packing, stored
     kept = {next((c for c in _spellings(name, prefix) if c in known), name): why for name, why in packing.kept.items()}
@@ -59,6 +60,12 @@ def _candidates(module: PackedModule, prefix: str) -> list[PackedModule]:
 def _places(module: PackedModule) -> list[str]:
     """Modules of the dense model that a packed one stands for."""
     return module.replaced() if module.experts is None else [module.experts.module]
+
+
+def _installed(module: PackedModule) -> str:
+    """Name of the packed module in the model: experts lie in the module that they replace, whatever the files say."""
+    leaf = module.name.rpartition(".")[2]
+    return module.name if module.experts is None else f"{module.experts.module}.{leaf}"
 
 
 def _may_leave_out(module: PackedModule, model: nn.Module, prefix: str, known: Container[str]) -> bool:
