@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import FormatError
 from ..format.layout import Member, WeightLayout
 from ..format.weights import PackedWeight
-from .linear import PACKED_NAMES, LayerOptions, MixedLinear, PackedOptions
+from .linear import PACKED_NAMES, LayerOptions, MixedLinear, PackedOptions, mark_initialized
 
 
 def check_members(layout: WeightLayout, members: Sequence[Member]) -> None:
@@ -72,12 +72,14 @@ class FusedLinear(MixedLinear):
         super().__init__(layout, bias, **options)
         self.members = tuple(members)
         self._outputs: _Outputs | None = None
+        # Of each member: first row and number of rows in each packed tensor (None: the whole), and its shape.
         self._member_rows = []
         for member in self.members:
             rows, parts = layout.rows(member.n0, member.n1)
             if not parts["zeros"][1]:
                 parts["zeros"] = (0, 0)
-            self._member_rows.append((parts, (rows.segment_ints(), rows.out_features, rows.in_features)))
+            cuts = tuple(parts.get(name) for name in PACKED_NAMES)
+            self._member_rows.append((cuts, (rows.segment_ints(), rows.out_features, rows.in_features)))
 
     @classmethod
     def from_members(
@@ -92,11 +94,28 @@ class FusedLinear(MixedLinear):
         layer.assign(weight, bias)
         return layer
 
+    def forward(self, x: torch.Tensor, index: int | None = None) -> torch.Tensor:
+        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype, or the rows of member `index` alone."""
+        if index is None:
+            return super().forward(x)
+        member, buffers, whole = self.members[index], self._buffers, self._parameters["bias"]
+        cuts, shape = self._member_rows[index]
+        tensors = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
+        weight = tuple(
+            tensor if tensor is None or cut is None else tensor.narrow(0, *cut)
+            for tensor, cut in zip(tensors, cuts, strict=True)
+        )
+        bias = None if whole is None else whole[member.n0 : member.n1]
+        return self._run(x, weight, bias, shape)
+
     def project(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """Rows of member `index` of this layer applied to x: (..., K) -> (..., n1 - n0)."""
+        """Rows of member `index` of this layer applied to x: (..., K) -> (..., n1 - n0).
+
+        The layer is called as a module, so that hooks of others, such as those that bring offloaded tensors, run.
+        """
         # Under tracing, and where x does not count its in-place changes, there is no telling one x from another.
         if torch.compiler.is_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
-            return self._project_alone(x, index)
+            return self(x, index)
         held = self._outputs
         part = held.take(x, index) if held is not None else None
         if part is None:
@@ -108,22 +127,14 @@ class FusedLinear(MixedLinear):
             self._outputs = None
         return part  # type: ignore[return-value]
 
-    def _project_alone(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        member = self.members[index]
-        parts, shape = self._member_rows[index]
-        weight = tuple(
-            None if tensor is None else tensor.narrow(0, *parts[name]) if name in parts else tensor
-            for name, tensor in ((name, self._buffers[name]) for name in PACKED_NAMES)
-        )
-        bias = None if self.bias is None else self.bias[member.n0 : member.n1]
-        return self._run(x, weight, bias, shape)
-
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_outputs": None}
 
 
 class FusedMember(nn.Module):
     """A projection whose rows live in a FusedLinear. Stands where the nn.Linear stood; has no state of its own."""
+
+    _is_hf_initialized = True  # as MixedLinear's
 
     def __init__(self, fused: FusedLinear, index: int) -> None:
         super().__init__()
@@ -146,13 +157,13 @@ class FusedMember(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Stand-in [N, K], as MixedLinear.weight."""
-        return self.fused.weight[: self.out_features]
+        return self.fused.stand_in(self.out_features)
 
     @property
     def bias(self) -> torch.Tensor | None:
         """This projection's part of the bias, or None."""
         member, bias = self.fused.members[self.index], self.fused.bias
-        return None if bias is None else bias[member.n0 : member.n1]
+        return None if bias is None else mark_initialized(bias[member.n0 : member.n1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype."""
