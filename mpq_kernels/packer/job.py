@@ -211,8 +211,8 @@ class PackJob:
         config["quantization_config"] = packing_config.to_dict()
         return config
 
-    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path], resumed: int) -> PackReport:
-        """Sizes as they are on disk, errors as measured. resumed: parts that an earlier run had finished."""
+    def report(self, out: Path, written: PackedCheckpoint, carried: Sequence[str], resumed: int) -> PackReport:
+        """Sizes as they are on disk, errors as measured. carried: files; resumed: parts of an earlier run."""
         size = written.size()
         return PackReport(
             out_dir=str(out),
@@ -225,7 +225,7 @@ class PackJob:
             file_bytes=size.files,
             source_bytes=sum(tensor.entry.nbytes for tensor in self.source.tensors.values()),
             files=tuple(file.name for file in written.files.files),
-            copied=tuple(path.name for path in companions),
+            copied=tuple(carried),
             left=self.source.left_files(),
             large=large_parameters(self.source, self.resolved, self.kept),
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
