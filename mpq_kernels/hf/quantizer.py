@@ -107,6 +107,7 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
             _check_fits(module, modules)
     for name, parts in blocks.items():
         _check_experts_fit(name, parts, modules)
+    placed: list[str] = []
     compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
     for name, module in packing.modules.items():
         layer: MixedLinear
@@ -116,7 +117,8 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
             layer = MixedLinear(module.layout, module.bias, dtype=compute, device="meta")
         else:
             layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
-        untie(model, place(model, name, layer))
+        placed += place(model, name, layer)
+    untie(model, placed)
     for name, parts in blocks.items():
         layers = {
             leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")

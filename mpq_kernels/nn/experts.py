@@ -136,6 +136,8 @@ class PackedExperts(nn.Module):
     transformers' experts interface, and for weights that are not of its shapes.
     """
 
+    _is_hf_initialized = True  # as MixedLinear's
+
     def __init__(self, gate_up: GroupedLinear, down: GroupedLinear, family: nn.Module) -> None:
         super().__init__()
         for leaf, layer in ((GATE_UP, gate_up), (DOWN, down)):

@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import FormatError
 from ..format.layout import Member, WeightLayout
 from ..format.weights import PackedWeight
-from .linear import PACKED_NAMES, LayerOptions, MixedLinear, PackedOptions
+from .linear import PACKED_NAMES, LayerOptions, MixedLinear, PackedOptions, mark_initialized
 
 
 def check_members(layout: WeightLayout, members: Sequence[Member]) -> None:
@@ -125,6 +125,8 @@ class FusedLinear(MixedLinear):
 class FusedMember(nn.Module):
     """A projection whose rows live in a FusedLinear. Stands where the nn.Linear stood; has no state of its own."""
 
+    _is_hf_initialized = True  # as MixedLinear's
+
     def __init__(self, fused: FusedLinear, index: int) -> None:
         super().__init__()
         self._fused = (fused,)  # in a tuple, so that it is not registered as a child a second time
@@ -146,13 +148,13 @@ class FusedMember(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Stand-in [N, K], as MixedLinear.weight."""
-        return self.fused.weight[: self.out_features]
+        return self.fused.stand_in(self.out_features)
 
     @property
     def bias(self) -> torch.Tensor | None:
         """This projection's part of the bias, or None."""
         member, bias = self.fused.members[self.index], self.fused.bias
-        return None if bias is None else bias[member.n0 : member.n1]
+        return None if bias is None else mark_initialized(bias[member.n0 : member.n1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype."""

@@ -48,6 +48,10 @@ class MixedLinear(nn.Module):
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
     bias: nn.Parameter | None
+    # Read by transformers: tensors of packed layers come from a file or a quantizer, never from _init_weights.
+    _is_hf_initialized = True
+    # Whether the model multiplies by `weight` itself, which then holds the values, made anew at every read.
+    weight_is_read = False
 
     def __init__(
         self,
@@ -146,10 +150,23 @@ class MixedLinear(nn.Module):
         """Stand-in [N, K] with the dtype and device that other code looks for; one element in memory.
 
         It reads as NaN, so that code which computes with it instead of calling the layer is noticed; `dequantize()`
-        gives the values.
+        gives the values. With `weight_is_read` it holds them.
         """
-        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.qweight.device)
-        return nan.expand(self.out_features, self.in_features)
+        if self.weight_is_read and self._backend_name != "none":
+            return mark_initialized(self.dequantize(self.dtype))
+        return self.stand_in(self.out_features)
+
+    def stand_in(self, rows: int) -> torch.Tensor:
+        """`weight` of so many rows. Until the layer has its tensors it is on the meta device, where writes are lost.
+
+        _init_weights of a parent module may write to it: in transformers' functions, which heed the mark, or in place.
+        """
+        if self._backend_name == "none":
+            tensor = torch.empty(rows, self.in_features, dtype=self.dtype, device="meta")
+        else:
+            nan = torch.full((), float("nan"), dtype=self.dtype, device=self.qweight.device)
+            tensor = nan.expand(rows, self.in_features)
+        return mark_initialized(tensor)
 
     @property
     def backend(self) -> str:
@@ -271,6 +288,12 @@ class PackedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None, None, None
+
+
+def mark_initialized(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, marked for transformers as one that must not be initialized; the mark does not survive a view."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def packed_modules(model: nn.Module) -> Sequence[tuple[str, MixedLinear]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -22,6 +22,20 @@ from ..quantize import quantize_weight, require_no_calibration
 from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
+
+# Linears of transformers' state space mixers that are not called: the mixer multiplies by their `weight` or hands it to
+# a kernel, some in training only. Type of the mixer -> their names.
+READ_WEIGHTS = {
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 
 
 @dataclass
@@ -51,6 +65,7 @@ def replace_linears(
     linears = list_linears(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))
+    placed: list[str] = []
     blocks: dict[str, dict[str, GroupedLinear]] = {}
     for done, weight in enumerate(resolved.weights, start=1):
         layer = quantize_modules(model, weight, quantizer, backend=backend, activations=activations)
@@ -62,10 +77,11 @@ def replace_linears(
                 place_experts(model, weight.experts.module, parts)
         else:
             names = place(model, weight.name, layer)
-            untie(model, names)
+            placed += names
         report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
+    untie(model, placed)
     known = {spec.name for spec in linears}
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
     experts = experts_modules(model)
@@ -139,11 +155,12 @@ def stack_biases(biases: list[torch.Tensor | None], rows: list[int]) -> torch.Te
 
 def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     """Put a layer into the model under `name`, and the members of a fused one where they stood. Returns their names."""
-    if not isinstance(layer, FusedLinear):
-        model.set_submodule(name, layer)
-        return [name]
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if not isinstance(layer, FusedLinear):
+        layer.weight_is_read = leaf in READ_WEIGHTS.get(type(parent).__name__, ())
+        model.set_submodule(name, layer)
+        return [name]
     if leaf in parent._modules or hasattr(parent, leaf):
         raise FormatError(f"{name} exists in the model already: give the fused weight another name")
     parent.add_module(leaf, layer)
@@ -154,9 +171,18 @@ def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     return names
 
 
-def untie(model: nn.Module, names: list[str]) -> None:
-    """Tell a transformers model that these modules no longer share their weight (a packed output head)."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    for name in names:
-        if tied:
-            tied.pop(f"{name}.weight", None)
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell a transformers model that these modules no longer share their weight (a packed output head).
+
+    tie_weights() otherwise works out again from the config what is tied, and would put the embedding into the head.
+    """
+    weights = {f"{name}.weight" for name in names}
+    for path, module in model.named_modules():
+        tied = getattr(module, "all_tied_weights_keys", None)
+        if not tied:
+            continue
+        lead = f"{path}." if path else ""
+        left = {to: source for to, source in tied.items() if weights.isdisjoint((lead + to, lead + source))}
+        if len(left) != len(tied):
+            # Of this model alone: the second is an attribute of its class, with every name and pattern.
+            module.all_tied_weights_keys, module._tied_weights_keys = left, dict(left)

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import mpq_kernels as mpq
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
-from mpq_kernels.nn.fused import FusedLinear, FusedMember
+from mpq_kernels.nn.fused import FusedLinear
 from mpq_kernels.nn.linear import packed_modules
 from tests.made.checkpoints import FAMILIES, tiny_model
+from tests.made.twins import dequantized_twin
 
 FUSIBLE = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3")
 
@@ -41,17 +42,6 @@ def generate(model, tokens=12):
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
         output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
-
-
-def dequantized_twin(model, source):
-    """The dense model of the same directory, its linears holding the dequantized weights."""
-    dense = AutoModelForCausalLM.from_pretrained(source).eval()
-    if getattr(dense.config, "tie_word_embeddings", False) and isinstance(model.lm_head, mpq.MixedLinear):
-        dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
-    for name, module in model.named_modules():
-        if isinstance(module, (mpq.MixedLinear, FusedMember)) and not isinstance(module, FusedLinear):
-            dense.get_submodule(name).weight.data = module.dequantize()
-    return dense
 
 
 @pytest.mark.parametrize("tied", [False, True])
