@@ -1,6 +1,6 @@
 """A dense Hugging Face checkpoint on disk, distrusted: its config, its tensors, and the linears of its model.
 
-The model is built on the meta device (shapes, no memory) to learn which modules are `torch.nn.Linear`; each is matched
+The model is built on the meta device (shapes, no memory) to learn which modules are linears (kinds.py); each is matched
 with the tensor that feeds it, and a misfit is refused here, before anything is quantized. Code that comes with a
 checkpoint is never run.
 """
@@ -78,7 +78,7 @@ class DenseCheckpoint:
         return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
 
     def linears(self) -> list[LinearSpec]:
-        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert's.
+        """Every linear of the model in module order, with the tensor that feeds it, then every expert's.
 
         Experts have the names of their tensors in the files; those that are stored together, the names of
         docs/plans.md. Raises CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not

@@ -38,6 +38,7 @@ from .carry import carried_bytes, carry, folders_of
 from .job import PackJob, in_free_order
 from .output import check_output, check_space
 from .parts import Shard, index_of
+from .refuse import check_recognised
 from .report import PackReport
 from .unfinished import TIME, working_directory
 from .write import write_parts
@@ -55,6 +56,7 @@ def pack(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     resume: bool | None = None,
+    allow_dense: bool = False,
 ) -> PackReport:
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
@@ -64,15 +66,18 @@ def pack(
     the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a file of its own.
     progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
     that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
-    removes it and starts over, None raises CheckpointError when there is any.
+    removes it and starts over, None raises CheckpointError when there is any. allow_dense: pack a model of which less
+    than half would be packed because its linears are not known as such (dense/kinds.py).
 
-    Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
-    scale out of range). `out_dir` is then as it was before.
+    Raises CheckpointError (files, disk, a model like that), PlanError (the plan does not fit the model), QuantizeError
+    (NaN in a weight, scale out of range). `out_dir` is then as it was before.
     """
     calibrated = _check_calibration(quantizer, calibration)
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = DenseCheckpoint.open(model_dir)
+    if not allow_dense:
+        check_recognised(source)
     resolved = resolve(plan, source.linears())
     check_calibratable(resolved, quantizer)
     if calibrated is not None and not quantizer_row(quantizer).whole_model:

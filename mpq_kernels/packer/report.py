@@ -112,5 +112,5 @@ def large_parameters(
 
 def _why_not_linear(kind: str | None) -> str:
     if kind is None:
-        return "has another name in the model, where it is not the weight of an nn.Linear"
-    return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not an nn.Linear"
+        return "has another name in the model, where it is not the weight of a linear"
+    return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not a linear that is known here"
