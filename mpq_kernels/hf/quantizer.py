@@ -8,6 +8,7 @@ errors, found in the file headers before anything is allocated.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ from ..dense.experts import experts_modules
 from ..dense.kinds import is_linear, linear_shape
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError, UnsupportedError
+from ..files.shards import TensorFiles
+from ..format.weights import PackedWeight
 from ..nn.experts import GroupedLinear, why_not_fitting
 from ..nn.fused import FusedLinear
-from ..nn.linear import MixedLinear
+from ..nn.linear import MixedLinear, packed_modules
 from ..nn.replace import place, place_experts, untie
+from .fit import fit_names
+
+logger = logging.getLogger(__name__)
 
 
 class MPQConfig(QuantizationConfigMixin):
@@ -51,6 +57,8 @@ class MPQQuantizer(HfQuantizer):
     """Puts packed modules into a model that transformers is about to load."""
 
     quantization_config: MPQConfig
+    _files: TensorFiles  # these two only while a model loads: its tensors, and name in the model -> name in the files
+    _stored: dict[str, str]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before a model is built."""
@@ -58,28 +66,42 @@ class MPQQuantizer(HfQuantizer):
             raise UnsupportedError(
                 "a dense model is not packed while it loads: use mpq_kernels.pack, then load the result"
             )
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise UnsupportedError("packed modules cannot be offloaded to disk: map every module to a device")
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         packing = self.quantization_config.packing()
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
-        validate_tensors(packing.modules, files)
-        install_modules(model, packing, kwargs.get("dtype"))
+        self._files = validate_tensors(packing.modules, files)
+        fitted, self._stored = fit_names(packing, model)
+        if fitted is not packing:
+            self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
+        left = sorted(set(packing.modules) - set(self._stored.values()))
+        if left:
+            logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
+        install_modules(model, fitted, kwargs.get("dtype"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, MixedLinear):
-                held = [t for t in (module.qweight, module.scales, module.zeros, module.perm) if t is not None]
-                if any(tensor.is_meta for tensor in held):
-                    raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
+        for name, module in packed_modules(model):
+            held = [t for t in (module.qweight, module.scales, module.zeros, module.perm) if t is not None]
+            if not any(tensor.is_meta for tensor in held):
                 module.packed.check_values()
-                module.rebind()
+            elif hasattr(module, "_hf_hook"):
+                self._check_offloaded(name, module)
+            else:
+                raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
+            module.rebind()
+        del self._files, self._stored
         return model
+
+    def _check_offloaded(self, name: str, module: MixedLinear) -> None:
+        """The values of a module whose tensors accelerate's hooks bring at each call, where they lie: in the files."""
+        names = {key: f"{self._stored[name]}.{key}" for key in module.layout.tensor_specs()}
+        tensors = {key: self._files.read(stored) for key, stored in names.items()}
+        PackedWeight(module.layout, **tensors).check_values()
+        for stored in names.values():
+            self._files.release(stored)
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed tensors back as they are."""

@@ -12,19 +12,18 @@ parameters, for its `_apply_gate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
-from ..backends import BACKENDS
+from ..backends.base import Product
 from ..dense.experts import expert_shapes, why_not_packable
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
 from ..format.weights import PackedWeight
-from .linear import LayerOptions, MixedLinear, PackedOptions
+from .linear import LayerOptions, MixedLinear, PackedOptions, only_shapes
 
 
 class GroupedLinear(MixedLinear):
@@ -38,7 +37,7 @@ class GroupedLinear(MixedLinear):
         **options: Unpack[LayerOptions],
     ) -> None:
         check_experts(layout, experts)
-        self._grouped: Callable[..., torch.Tensor]
+        self._grouped: Product
         super().__init__(layout, bias, **options)
         self.experts, self.rows = experts, layout.out_features // experts
 
@@ -63,6 +62,8 @@ class GroupedLinear(MixedLinear):
         if offsets is None:
             raise FormatError("the rows of x belong to different experts; offsets must say which to which")
         buffers = self._buffers
+        if buffers["qweight"].device != self._device:  # type: ignore[union-attr]
+            self._bind()
         weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y: torch.Tensor = GroupedLinearFunction.apply(x, self.bias, offsets, self, weight)
@@ -72,19 +73,15 @@ class GroupedLinear(MixedLinear):
     def dequantize_expert(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W [N, K] of one expert, as MixedLinear.dequantize."""
         part = self.packed.rows(expert * self.rows, (expert + 1) * self.rows)
-        wanted = dtype or torch.float32
-        made = wanted if wanted in (torch.float16, torch.bfloat16) else torch.float32
-        shape = (part.layout.segment_ints(), self.rows, self.in_features)
-        return self._dequantize(part.qweight, part.scales, part.zeros, part.perm, *shape, made).to(wanted)
+        return dequantize_rows(part, self._dequantize, dtype or torch.float32)
 
     @property
     def _shape(self) -> tuple[list[int], int, int]:
         return self._segments, self.out_features, self.in_features
 
-    def _bind(self) -> None:
-        super()._bind()
-        chosen = BACKENDS["cpu" if self._backend_name == "none" else self._backend_name]
-        self._grouped = chosen.products(self.activations)[1]
+    def _take_products(self, linear: Product, grouped: Product) -> None:
+        super()._take_products(linear, grouped)
+        self._grouped = grouped if self._backend_name != "none" else only_shapes(grouped)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_grouped"}
@@ -92,6 +89,14 @@ class GroupedLinear(MixedLinear):
     def extra_repr(self) -> str:
         """As MixedLinear, with the experts."""
         return f"experts={self.experts}, {super().extra_repr()}"
+
+
+def dequantize_rows(weight: PackedWeight, product: Product, dtype: torch.dtype) -> torch.Tensor:
+    """W of a packed weight by a backend's `dequantize`: fp32 rounded once to dtype."""
+    layout = weight.layout
+    made = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    tensors = (weight.qweight, weight.scales, weight.zeros, weight.perm)
+    return product(*tensors, layout.segment_ints(), layout.out_features, layout.in_features, made).to(dtype)
 
 
 class GroupedLinearFunction(torch.autograd.Function):
@@ -107,15 +112,17 @@ class GroupedLinearFunction(torch.autograd.Function):
         weight: tuple[torch.Tensor | None, ...],
     ) -> torch.Tensor:
         """As `mpq::grouped_linear`."""
-        ctx.save_for_backward(offsets)
-        ctx.layer = layer
+        # The tensors and not the layer's own at the time of the backward pass: those may be offloaded again.
+        ctx.save_for_backward(offsets, *weight)
+        ctx.layer, ctx.dequantize = layer, layer._dequantize
         return layer._grouped(x, *weight, bias, offsets, *layer._shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad_x = grad @ W of its expert, grad_bias = the sum of grad over the rows of each expert."""
         layer: GroupedLinear = ctx.layer
-        starts = ctx.saved_tensors[0].tolist()
+        offsets, *tensors = ctx.saved_tensors
+        starts, weight = offsets.tolist(), PackedWeight(layer.layout, *tensors)
         grad_x = grad.new_zeros(grad.shape[0], layer.in_features) if ctx.needs_input_grad[0] else None
         grad_bias = grad.new_zeros(layer.experts, layer.rows) if ctx.needs_input_grad[1] else None
         for expert in range(layer.experts):
@@ -123,7 +130,8 @@ class GroupedLinearFunction(torch.autograd.Function):
             if rows.start == rows.stop:
                 continue
             if grad_x is not None:
-                grad_x[rows] = grad[rows] @ layer.dequantize_expert(expert, grad.dtype)
+                part = weight.rows(expert * layer.rows, (expert + 1) * layer.rows)
+                grad_x[rows] = grad[rows] @ dequantize_rows(part, ctx.dequantize, grad.dtype)
             if grad_bias is not None:
                 grad_bias[expert] = grad[rows].sum(0)
         return grad_x, None if grad_bias is None else grad_bias.reshape(-1), None, None, None

@@ -72,12 +72,14 @@ class FusedLinear(MixedLinear):
         super().__init__(layout, bias, **options)
         self.members = tuple(members)
         self._outputs: _Outputs | None = None
+        # Of each member: first row and number of rows in each packed tensor (None: the whole), and its shape.
         self._member_rows = []
         for member in self.members:
             rows, parts = layout.rows(member.n0, member.n1)
             if not parts["zeros"][1]:
                 parts["zeros"] = (0, 0)
-            self._member_rows.append((parts, (rows.segment_ints(), rows.out_features, rows.in_features)))
+            cuts = tuple(parts.get(name) for name in PACKED_NAMES)
+            self._member_rows.append((cuts, (rows.segment_ints(), rows.out_features, rows.in_features)))
 
     @classmethod
     def from_members(
@@ -92,11 +94,28 @@ class FusedLinear(MixedLinear):
         layer.assign(weight, bias)
         return layer
 
+    def forward(self, x: torch.Tensor, index: int | None = None) -> torch.Tensor:
+        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype, or the rows of member `index` alone."""
+        if index is None:
+            return super().forward(x)
+        member, buffers, whole = self.members[index], self._buffers, self._parameters["bias"]
+        cuts, shape = self._member_rows[index]
+        tensors = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
+        weight = tuple(
+            tensor if tensor is None or cut is None else tensor.narrow(0, *cut)
+            for tensor, cut in zip(tensors, cuts, strict=True)
+        )
+        bias = None if whole is None else whole[member.n0 : member.n1]
+        return self._run(x, weight, bias, shape)
+
     def project(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """Rows of member `index` of this layer applied to x: (..., K) -> (..., n1 - n0)."""
+        """Rows of member `index` of this layer applied to x: (..., K) -> (..., n1 - n0).
+
+        The layer is called as a module, so that hooks of others, such as those that bring offloaded tensors, run.
+        """
         # Under tracing, and where x does not count its in-place changes, there is no telling one x from another.
         if torch.compiler.is_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
-            return self._project_alone(x, index)
+            return self(x, index)
         held = self._outputs
         part = held.take(x, index) if held is not None else None
         if part is None:
@@ -107,16 +126,6 @@ class FusedLinear(MixedLinear):
         if all(p is None for p in held.parts):  # type: ignore[union-attr]
             self._outputs = None
         return part  # type: ignore[return-value]
-
-    def _project_alone(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        member = self.members[index]
-        parts, shape = self._member_rows[index]
-        weight = tuple(
-            None if tensor is None else tensor.narrow(0, *parts[name]) if name in parts else tensor
-            for name, tensor in ((name, self._buffers[name]) for name in PACKED_NAMES)
-        )
-        bias = None if self.bias is None else self.bias[member.n0 : member.n1]
-        return self._run(x, weight, bias, shape)
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_outputs": None}

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from ..backends import BACKENDS, select
-from ..errors import FormatError
+from ..backends.base import Product
+from ..errors import FormatError, UnsupportedError
 from ..format.layout import WeightLayout
 from ..format.weights import TORCH_DTYPES, PackedWeight
 from ..format.words import pack_weight
 from ..quantize import quantize_weight
 
 PACKED_NAMES = ("qweight", "scales", "zeros", "perm")
+BOUND = ("_linear", "_dequantize", "_backend_name", "_device")  # what _bind chooses: not state
 
 
 class PackedOptions(TypedDict, total=False):
@@ -127,12 +129,16 @@ class MixedLinear(nn.Module):
         shape: tuple[list[int], int, int],
     ) -> torch.Tensor:
         """The backend's linear, through autograd only when something asks for a gradient."""
+        if weight[0].device != self._device:  # type: ignore[union-attr]
+            self._bind()
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return PackedLinearFunction.apply(x, bias, self._linear, self._dequantize, weight, shape)
         return self._linear(x, *weight, bias, *shape)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W [N, K] in the original column order: (codes - zeros) * scales in fp32, rounded once to dtype (fp32)."""
+        if self.qweight.device != self._device:
+            self._bind()
         buffers = self._buffers
         weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
         wanted = dtype or torch.float32
@@ -175,16 +181,22 @@ class MixedLinear(nn.Module):
 
     def _bind(self) -> None:
         """Choose the backend for the device that the tensors are on now."""
-        self._linear: Callable[..., torch.Tensor]
-        self._dequantize: Callable[..., torch.Tensor]
-        device = self.qweight.device.type
-        if device == "meta":
+        self._linear: Product
+        self._dequantize: Product
+        # Compared at every call: offloading puts tensors elsewhere without asking the layer.
+        self._device = self.qweight.device
+        if self._device.type == "meta":
             # Shapes and dtypes only: the operators' fakes serve, and the choice is made when the tensors arrive.
             chosen, self._backend_name = BACKENDS["cpu"], "none"
         else:
-            chosen = select(self.layout, device, self.wanted_backend, self.activations)
+            chosen = select(self.layout, self._device.type, self.wanted_backend, self.activations)
             self._backend_name = chosen.name
-        self._linear, self._dequantize = chosen.products(self.activations)[0], chosen.dequantize
+        self._take_products(*chosen.products(self.activations))
+        self._dequantize = chosen.dequantize
+
+    def _take_products(self, linear: Product, grouped: Product) -> None:
+        """Keep the product that this layer calls."""
+        self._linear = linear if self._backend_name != "none" else only_shapes(linear)
 
     def assign(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
         """Put packed tensors and a bias in place of the present ones, without a copy, and choose the backend again.
@@ -242,7 +254,7 @@ class MixedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_linear", "_dequantize", "_backend_name")}
+        return {k: v for k, v in self.__dict__.items() if k not in BOUND}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -275,6 +287,7 @@ class PackedLinearFunction(torch.autograd.Function):
         shape: tuple[list[int], int, int],
     ) -> torch.Tensor:
         """As `mpq::linear`."""
+        # As torch's own linear: what offloading has brought for the forward pass also serves the backward pass.
         ctx.save_for_backward(*weight)
         ctx.dequantize, ctx.shape = dequantize, shape
         return linear(x, *weight, bias, *shape)
@@ -288,6 +301,20 @@ class PackedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None, None, None
+
+
+def only_shapes(product: Product) -> Product:
+    """A backend's product for a weight on the meta device, which gives a shape; an x with values is refused."""
+
+    def checked(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if x.device.type != "meta":
+            raise UnsupportedError(
+                f"x is on {x.device} and the packed weight on the meta device, without values: load the weight; where "
+                "it is offloaded, call the layer itself and not its forward, so that hooks bring it"
+            )
+        return product(x, *rest)
+
+    return checked
 
 
 def mark_initialized(tensor: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,20 @@ def test_gradients_reach_tokens_and_routing_weights(family):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+def test_stacked_weights_without_values_and_those_that_went_away():
+    packed, _ = layer_of("mixtral")
+    layer, offsets = packed.gate_up, torch.tensor([0, 2, 3, 5], dtype=torch.int32)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = layer(x, offsets)
+    wanted = torch.cat([layer.dequantize_expert(e).sum(0).expand(n, -1) for e, n in ((0, 2), (1, 1), (2, 2))])
+    for name, tensor in layer.packed.tensors().items():  # as offloading does after the forward pass
+        layer._buffers[name] = tensor.to("meta")
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-3)
+    with pytest.raises(mpq.UnsupportedError, match="the packed weight on the meta device"):
+        layer(x, offsets)
+
+
 def test_copies_pickles_and_casts_keep_the_packed_tensors():
     packed, _ = layer_of("gpt_oss")
     x, chosen, weights = torch.randn(5, 64), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)

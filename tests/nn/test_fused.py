@@ -108,6 +108,16 @@ def test_members_alone_where_x_cannot_be_told_apart(calls):
     assert rows == [96, 32, 40] * 2
 
 
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "gradients"])
+def test_members_call_their_owner_as_a_module(how):
+    model, calls = Attention(), []
+    model.qkv_proj.register_forward_hook(lambda *_: calls.append(1))
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "gradients": torch.enable_grad}[how]():
+        x = torch.randn(2, 128, requires_grad=how == "gradients")
+        assert torch.equal(model(x), expected(model, x))
+    assert len(calls) == (1 if how == "no_grad" else 3)
+
+
 def test_compile_and_export():
     model, x = Attention(), torch.randn(3, 128)
     with torch.no_grad():

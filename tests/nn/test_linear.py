@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq_kernels import FormatError, MixedLinear, QuantizeError
+from mpq_kernels import FormatError, MixedLinear, QuantizeError, UnsupportedError
 from mpq_kernels.backends import BACKENDS
 from mpq_kernels.format import reference
 from mpq_kernels.format.words import pack_weight
@@ -134,6 +134,37 @@ def test_meta_device_and_back():
     empty.load_state_dict(layer.state_dict())
     x = torch.randn(2, 320)
     assert torch.equal(empty(x), layer(x))
+
+
+def test_a_weight_without_values_never_multiplies_an_x_with_values():
+    meta = MixedLinear(mixed_layer().layout, bias=True, device="meta")
+    with pytest.raises(UnsupportedError, match="the packed weight on the meta device"):
+        meta(torch.randn(2, 320))
+    taken_away = mixed_layer()
+    for name, tensor in taken_away.packed.tensors().items():  # as offloading does, past the layer
+        taken_away._buffers[name] = tensor.to("meta")
+    for x in (torch.randn(2, 320), torch.randn(2, 320, requires_grad=True)):
+        with pytest.raises(UnsupportedError, match="the packed weight on the meta device"):
+            taken_away(x)
+
+
+def test_tensors_that_arrive_past_the_layer_are_used():
+    layer, x = mixed_layer(), torch.randn(2, 320)
+    meta = MixedLinear(layer.layout, bias=True, device="meta")
+    meta._buffers.update(layer._buffers)
+    meta.bias = layer.bias
+    assert torch.equal(meta.dequantize(), layer.dequantize())
+    assert torch.equal(meta(x), layer(x)) and meta.backend == layer.backend
+
+
+def test_the_backward_pass_uses_the_tensors_of_the_forward_pass():
+    layer, x = mixed_layer(), torch.randn(2, 320, requires_grad=True)
+    wanted = layer.dequantize().sum(0).expand(2, -1)
+    y = layer(x)
+    for name, tensor in layer.packed.tensors().items():
+        layer._buffers[name] = tensor.to("meta")
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_representation_says_widths_and_backend():
