@@ -85,9 +85,9 @@ class _Collector:
         self.seen: dict[str, int] = {}
 
     def linear(self, name: str) -> Callable[..., None]:
-        """Hook of an nn.Linear."""
+        """Hook of a linear."""
 
-        def see(module: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
+        def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             """Add the linear's x; linears that are called with the same tensor share one sum."""
             x = args[0]
             if self.last is not None and self.last[1] is x:

@@ -191,6 +191,6 @@ def weight_view(model: Any, spec: LinearSpec) -> torch.Tensor:
     parameter: torch.Tensor = model.get_parameter(spec.tensor).data
     cut = None if spec.expert is None else spec.expert.cut
     if cut is None:
-        return parameter
+        return parameter.T if spec.transposed else parameter
     matrix = parameter[cut.index].T if cut.transposed else parameter[cut.index]
     return matrix[cut.start : cut.stop : cut.step]

@@ -194,6 +194,8 @@ def _why_not(member: ResolvedMember) -> str | None:
     segment = layout.segments[0]
     if spec.expert is not None:
         return "it belongs to an expert"
+    if spec.transposed:
+        return "its weight is stored as [K, N]"
     if spec.is_head and spec.tied:
         return "its weight is also the embedding"
     if len(layout.segments) > 1:

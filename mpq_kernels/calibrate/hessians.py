@@ -24,6 +24,7 @@ import torch
 
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.experts import model_experts
+from ..dense.kinds import linear_shape
 from ..dense.linears import DOWN, GATE_UP, PARTS, ExpertPart
 from ..errors import QuantizeError
 from .calibration import Calibration
@@ -131,7 +132,7 @@ class Calibrator:
 
     def _collect(self, leader: str) -> torch.Tensor:
         """Mean of x^T x over all inputs of one linear. Raises QuantizeError."""
-        size = self.walk.model.get_submodule(leader).in_features
+        size = linear_shape(self.walk.model.get_submodule(leader))[1]
         moment, left = Moment(leader, size, self.walk.device), 0
         weights: torch.Tensor | None = None
 

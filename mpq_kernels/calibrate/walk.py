@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dense.kinds import is_linear, is_transposed
 from ..errors import QuantizeError
 from ..quantize import suitable
 
@@ -61,13 +62,14 @@ class BlockWalk:
     def linears(self) -> list[str]:
         """Names of the linears of the current stage."""
         named = self.model.named_modules()
-        return [name for name, module in named if type(module) is nn.Linear and self.stage(name) == self.current]
+        return [name for name, module in named if is_linear(module) and self.stage(name) == self.current]
 
     @torch.no_grad()
     def set_weight(self, name: str, weight: torch.Tensor) -> None:
         """Replace the weight [N, K] of a linear in the current block. A head keeps its own, which may be tied."""
         if self.stage(name) < len(self.blocks):
-            self.model.get_submodule(name).weight.copy_(weight)
+            linear = self.model.get_submodule(name)
+            linear.weight.copy_(weight.T if is_transposed(linear) else weight)
 
     @torch.no_grad()
     def forward(self, index: int) -> torch.Tensor:
@@ -109,7 +111,7 @@ class BlockWalk:
             else:
                 kwargs["hidden_states"] = self.input
             out = run(*args, **kwargs)
-            self.tuples = isinstance(out, tuple)
+            self.tuples = isinstance(out, tuple | list)
             self.output = out[0] if self.tuples else out
             raise Stop
 
@@ -127,7 +129,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         outermost = isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found)
-        if outermost and any(type(part) is nn.Linear for part in module.modules()):
+        if outermost and any(map(is_linear, module.modules())):
             found[name] = module
     if len(found) != 1:
         raise QuantizeError(

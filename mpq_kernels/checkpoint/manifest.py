@@ -1,9 +1,10 @@
 """`mpq_manifest.json` in a packed directory: bytes and SHA-256 of the files that say what the weights are.
 
-    {"manifest_version": 1, "files": {"config.json": {"bytes": 2214, "sha256": "..."}, "model.safetensors": ...}}
+    {"manifest_version": 1, "files": {"config.json": {"bytes": 2214, "sha256": "..."}, "model.safetensors": ...},
+     "carried": {"tokenizer.json": {"bytes": 122050, "sha256": "..."}, "additional_chat_templates/rag.jinja": ...}}
 
-Listed are the safetensors files, their index and config.json, by name. Tokenizer, licence and the like are not: they
-may be edited. Source: docs/format.md.
+`files` are the safetensors files, their index and config.json, by name. `carried` are tokenizer, licence and the like,
+which may be edited: that they differ is worth a word, but no fault. Source: docs/format.md.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def manifest_text(files: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The manifest of these files: name -> as `file_entry` gives it."""
-    return json_bytes({"manifest_version": VERSION, "files": dict(sorted(files.items()))})
+def manifest_text(files: Mapping[str, Mapping[str, Any]], carried: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The manifest of these files: name -> as `file_entry` gives it. carried: names relative to the directory."""
+    lists = {"files": dict(sorted(files.items())), "carried": dict(sorted(carried.items()))}
+    return json_bytes({"manifest_version": VERSION} | lists)
 
 
-def manifest_bytes(sizes: Mapping[str, int]) -> int:
+def manifest_bytes(sizes: Mapping[str, int], carried: Mapping[str, int]) -> int:
     """Exact size of the manifest of files of these sizes."""
     digest = "0" * hashlib.sha256().digest_size * 2
-    return len(manifest_text({name: {"bytes": size, "sha256": digest} for name, size in sizes.items()}))
+    lists = [{name: {"bytes": size, "sha256": digest} for name, size in each.items()} for each in (sizes, carried)]
+    return len(manifest_text(*lists))
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]] | None:
@@ -83,3 +86,21 @@ def verified_files(directory: Path, used: set[str]) -> Iterator[str]:
                     "as it was packed; copy or download it again, or pack the model again"
                 )
         yield name
+
+
+def changed_files(directory: Path) -> dict[str, str]:
+    """Carried file -> how it differs from what was packed: "missing" or "changed". Raises CheckpointError."""
+    path, out = directory / MANIFEST_FILE, {}
+    carried = read_json_object(contained_file(directory, MANIFEST_FILE)).get("carried", {})
+    if not isinstance(carried, dict) or not all(isinstance(entry, dict) for entry in carried.values()):
+        raise CheckpointError(f"{path}: carried must map names to their bytes and sha256")
+    for name, listed in carried.items():
+        folder, _, last = name.rpartition("/")
+        try:
+            found = file_entry(contained_file(directory / folder, last, directory))
+        except (CheckpointError, OSError):
+            out[name] = "missing"
+            continue
+        if found != listed:
+            out[name] = "changed"
+    return out

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 def dry_run(
-    model: Path, out: Path, plan: Plan, quantizer: str, text: bool, act_order: bool, overwrite: bool, as_json: bool
+    model: Path,
+    out: Path,
+    plan: Plan,
+    quantizer: str,
+    text: bool,
+    *,
+    act_order: bool,
+    overwrite: bool,
+    allow_dense: bool,
+    as_json: bool,
 ) -> None:
     """Print what `pack` would write. text: whether there is one to calibrate on. Raises what `pack` would raise."""
     from ..dense.checkpoint import DenseCheckpoint
@@ -24,7 +33,8 @@ def dry_run(
     from ..quantize import QUANTIZERS
 
     source = DenseCheckpoint.open(model)
-    resolved = prepare(source, plan, quantizer, text or QUANTIZERS[quantizer].needs_calibration, act_order)
+    calibrated = text or QUANTIZERS[quantizer].needs_calibration
+    resolved = prepare(source, plan, quantizer, calibrated, act_order, allow_dense)
     check_output(out, source.path, overwrite)
     shards = PackJob(source, resolved, quantizer, None).shards(MAX_SHARD_BYTES)
     tensors: list[dict[str, Any]] = [

@@ -57,6 +57,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has finished.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Remove what a killed run has finished.")] = False,
+    allow_dense: Annotated[
+        bool, typer.Option("--allow-dense", help="Pack a model most of whose linears are not known as such.")
+    ] = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -72,14 +75,17 @@ def command(
     else:
         chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
     if only_sizes:
-        dry_run(model, out, chosen, quantizer, calibration is not None, act_order, overwrite, as_json)
+        options = {"act_order": act_order, "overwrite": overwrite, "allow_dense": allow_dense, "as_json": as_json}
+        dry_run(model, out, chosen, quantizer, calibration is not None, **options)
         return
     from ..packer.pack import pack
 
     text = None if calibration is None else _read_calibration(calibration, calibration_tokens, act_order)
     go_on = True if resume else False if restart else None
     with progress("packing", hidden=as_json or quiet) as step, _notes_of_interrupts():
-        report = pack(model, out, chosen, quantizer, text, overwrite=overwrite, progress=step, resume=go_on)
+        report = pack(
+            model, out, chosen, quantizer, text, overwrite, progress=step, resume=go_on, allow_dense=allow_dense
+        )
     if as_json:
         print_json(report.to_dict())
         return

@@ -24,6 +24,7 @@ def command(
     quiet: QuietFlag = False,
 ) -> None:
     """Check hashes, names, dtypes, shapes, sizes and values of OUT; exit code 1 and one message at the first fault."""
+    from ..checkpoint.manifest import changed_files
     from ..checkpoint.packed import PackedCheckpoint
 
     checkpoint = PackedCheckpoint.open(out)
@@ -51,6 +52,8 @@ def command(
         print("not hashed: the directory has no mpq_manifest.json, which `mpq pack` writes")
     else:
         print(f"SHA-256 as in mpq_manifest.json: {', '.join(hashed)}")
+        for name, how in changed_files(checkpoint.path).items():
+            print(f"{how} since it was packed: {name}")
 
 
 def _hash(checkpoint: PackedCheckpoint, hidden: bool) -> list[str] | None:

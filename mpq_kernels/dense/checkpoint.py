@@ -1,6 +1,6 @@
 """A dense Hugging Face checkpoint on disk, distrusted: its config, its tensors, and the linears of its model.
 
-The model is built on the meta device (shapes, no memory) to learn which modules are `torch.nn.Linear`; each is matched
+The model is built on the meta device (shapes, no memory) to learn which modules are linears (kinds.py); each is matched
 with the tensor that feeds it, and a misfit is refused here, before anything is quantized. Code that comes with a
 checkpoint is never run.
 """
@@ -18,14 +18,12 @@ import torch
 from ..errors import CheckpointError
 from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
+from .companions import companions
 from .linears import LinearSpec
 from .names import ModelMap
 
 CONFIG_FILE = "config.json"
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MAX_COMPANION_BYTES = 256_000_000  # the largest tokenizers on the Hub are about 35 MB
-COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".md")
-COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "README", "USE_POLICY", "COPYING")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 __all__ = ["LinearSpec", "DenseCheckpoint"]
@@ -80,7 +78,7 @@ class DenseCheckpoint:
         return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
 
     def linears(self) -> list[LinearSpec]:
-        """Every torch.nn.Linear of the model in module order, with the tensor that feeds it, then every expert's.
+        """Every linear of the model in module order, with the tensor that feeds it, then every expert's.
 
         Experts have the names of their tensors in the files; those that are stored together, the names of
         docs/plans.md. Raises CheckpointError: unknown model type, a missing tensor, a shape or dtype that does not
@@ -93,18 +91,19 @@ class DenseCheckpoint:
         """How the model's parameters map to the stored tensors."""
         return ModelMap.build(self.path, self.config, self.tensors)
 
-    def other_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat templates, licence: plain files to carry along, sorted by name."""
-        return [self.path / name for name, reason in self._companions().items() if reason is None]
+    def other_files(self) -> list[str]:
+        """Tokenizer, chat templates, licence and all else to carry along: names relative to `path`, "/" in folders."""
+        return [name for name, reason in self._companions.items() if reason is None]
 
     def left_files(self) -> dict[str, str]:
-        """Name -> reason of every file that is neither read nor carried along."""
-        return {name: reason for name, reason in self._companions().items() if reason is not None}
+        """Name -> reason of every file or folder that is neither read nor carried along."""
+        return {name: reason for name, reason in self._companions.items() if reason is not None}
 
+    @cached_property
     def _companions(self) -> dict[str, str | None]:
         used = {file.name for file in self.files.files} | {CONFIG_FILE}
         used |= set() if SINGLE_FILE in used else {INDEX_FILE}
-        return {name: _why_left(self.path, name) for name in sorted(os.listdir(self.path)) if name not in used}
+        return companions(self.path, used)
 
 
 def check_dense(where: Path, config: dict[str, Any]) -> None:
@@ -147,18 +146,3 @@ def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> t
         if tensor.dtype in COMPUTE_DTYPES.values():
             return tensor.dtype
     raise CheckpointError(f"{files.files[0]}: holds no fp32, fp16 or bf16 tensor; only those can be packed")
-
-
-def _why_left(directory: Path, name: str) -> str | None:
-    """Why a file is not carried along, None when it is."""
-    if name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
-        return "weights that the checkpoint does not use"
-    if not name.endswith(COMPANION_SUFFIXES) and not name.upper().startswith(COMPANION_STEMS):
-        return "not a tokenizer, template, config or licence file"
-    if not (directory / name).is_file():
-        return "not a regular file"
-    try:
-        size = contained_file(directory, name).stat().st_size
-    except CheckpointError as error:
-        return str(error)
-    return f"{size} bytes, over the limit of {MAX_COMPANION_BYTES}" if size > MAX_COMPANION_BYTES else None

@@ -60,11 +60,12 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear of the model: a torch.nn.Linear, or one projection of one expert.
+    """One linear of the model: a module of one of the classes in kinds.py, or one projection of one expert.
 
     name: of the module; of an expert's projection, the one that its tensor has in the files, or would have there if it
     were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
     its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
+    transposed: its weight is stored as [K, N].
     """
 
     name: str
@@ -76,11 +77,14 @@ class LinearSpec:
     tied: bool = False
     expert: ExpertPart | None = None
     router: bool = False
+    transposed: bool = False
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
-        """W [N, K] from the tensor called `tensor`."""
+        """W [N, K] from the tensor called `tensor`, contiguous: a copy only where it is stored in another order."""
         cut = self.expert.cut if self.expert else None
-        return stored if cut is None else cut.weight(stored)
+        if cut is not None:
+            return cut.weight(stored)
+        return stored.T.contiguous() if self.transposed else stored
 
     def bias_of(self, stored: torch.Tensor) -> torch.Tensor:
         """[N] from the tensor called `bias_tensor`."""

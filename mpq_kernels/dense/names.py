@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..files.shards import StoredTensor
 from ..files.strict import short
 from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
+from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
 
 
@@ -32,6 +33,7 @@ class ModelMap:
     kinds: stored tensor -> type of the module that it is a parameter of. left: parameters whose experts cannot be
     packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
     tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
+    others: matrices that belong to no linear, embedding or convolution, in module order.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -39,6 +41,7 @@ class ModelMap:
     tied_target: str | None
     kinds: dict[str, str] = field(default_factory=dict)
     left: dict[str, LeftExperts] = field(default_factory=dict)
+    others: tuple[Matrix, ...] = ()
 
     @classmethod
     def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
@@ -54,30 +57,32 @@ class ModelMap:
             stored[embedding] = own_name or stored[f"{head}.weight"]
             stored[f"{head}.weight"] = stored[f"{head}.weight"] or own_name
         for name, module in model.named_modules():
-            if type(module) is torch.nn.Linear:
+            if is_linear(module):
                 _check_linear(path, name, module, stored, tensors)
         _check_complete(path, parameters, stored, tensors)
         scoring = routers(model)
         linears = tuple(
             LinearSpec(
                 name,
-                module.out_features,
-                module.in_features,
+                *linear_shape(module),
                 str(stored[f"{name}.weight"]),
                 stored[f"{name}.bias"] if module.bias is not None else None,
                 is_head=name == head,
                 tied=name == head and embedding is not None,
                 router=name in scoring,
+                transposed=is_transposed(module),
             )
             for name, module in model.named_modules()
-            if type(module) is torch.nn.Linear
+            if is_linear(module)
         )
         experts, left = map_experts(path, model, tensors)
         # In reverse, so that a tied pair is what it is first: the embedding.
         kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
+        known = {spec.expert.module for spec in experts if spec.expert is not None}
+        found = (kinds, left, tuple(other_matrices(model, head, known)))
         if embedding is None:
-            return cls(linears + experts, None, None, kinds, left)
-        return cls(linears + experts, stored[embedding], own_name or embedding, kinds, left)
+            return cls(linears + experts, None, None, *found)
+        return cls(linears + experts, stored[embedding], own_name or embedding, *found)
 
 
 def _owner(model: torch.nn.Module, parameter: str) -> str:
@@ -133,7 +138,7 @@ def _tied_embedding(parameters: Mapping[str, torch.nn.Parameter], head: str | No
 def _check_linear(
     path: Path,
     name: str,
-    module: torch.nn.Linear,
+    module: torch.nn.Module,
     stored: Mapping[str, str | None],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
@@ -178,7 +183,7 @@ def _check_complete(
 
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:
-    """Every nn.Linear of a model, in module order, then the linears of all experts, as its files name them."""
+    """Every linear of a model, in module order, then the linears of all experts, as its files name them."""
     head = None
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
@@ -186,16 +191,16 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
     scoring = routers(model)
     linears = [
         LinearSpec(
-            name=name,
-            out_features=module.out_features,
-            in_features=module.in_features,
+            name,
+            *linear_shape(module),
             tensor=f"{name}.weight",
             bias_tensor=None if module.bias is None else f"{name}.bias",
             is_head=module is head,
             tied=f"{name}.weight" in tied,
             router=name in scoring,
+            transposed=is_transposed(module),
         )
         for name, module in model.named_modules()
-        if type(module) is nn.Linear  # a subclass may compute something else
+        if is_linear(module)
     ]
     return [*linears, *model_experts(model)]

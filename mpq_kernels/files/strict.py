@@ -77,17 +77,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def contained_file(directory: Path, name: str) -> Path:
+def contained_file(directory: Path, name: str, root: Path | None = None) -> Path:
     """Path of the regular file `name` of `directory`. Raises CheckpointError for every way out of it.
 
-    A symbolic link may lead elsewhere only in Hugging Face's cache, where <repository>/snapshots/<revision>/<name>
-    points into <repository>/blobs.
+    root: the checkpoint's own directory, where `directory` is a folder in it. A symbolic link may lead out of it only
+    in Hugging Face's cache, where <repository>/snapshots/<revision>/<name> points into <repository>/blobs.
     """
     where = f"{directory}: file name {short(name)}"
     if not name or name in (".", "..") or not name.isprintable() or "/" in name or "\\" in name:
         raise CheckpointError(f"{where} is not a plain name; files must lie in the checkpoint's own directory")
     path = directory / name
-    root = directory.resolve()
+    root = (root or directory).resolve()
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode

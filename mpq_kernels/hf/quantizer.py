@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
 from ..checkpoint.packed import validate_tensors
 from ..dense.experts import experts_modules
+from ..dense.kinds import is_linear, linear_shape
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
@@ -182,15 +183,16 @@ def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
     biases = []
     for name, n in zip(module.replaced(), rows, strict=True):
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
+        if linear is None or not is_linear(linear):
             found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
             raise CheckpointError(
                 f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?"
             )
-        if (linear.out_features, linear.in_features) != (n, module.layout.in_features):
+        rows_there, columns_there = linear_shape(linear)
+        if (rows_there, columns_there) != (n, module.layout.in_features):
             raise CheckpointError(
-                f"{name} is packed as {n} x {module.layout.in_features}, the model wants {linear.out_features} x "
-                f"{linear.in_features}: is config.json its own?"
+                f"{name} is packed as {n} x {module.layout.in_features}, the model wants {rows_there} x "
+                f"{columns_there}: is config.json its own?"
             )
         biases.append(linear.bias is not None)
     if any(biases) != module.bias:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from ..dense.experts import experts_modules, why_not_packable
+from ..dense.kinds import is_linear
 from ..dense.linears import DOWN, GATE_UP, PARTS
 from ..dense.names import list_linears
 from ..errors import FormatError
@@ -104,11 +105,11 @@ def quantize_modules(
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
-        values = linear.weight.detach()
+        values = member.spec.weight_of(linear.weight.detach())
         quantized.append(quantize_weight(values, member.layout, perm, quantizer, name=member.spec.name))
     packed = pack_weight(QuantizedWeight.stack(quantized)).to(linears[0].weight.device)
     options.setdefault("dtype", linears[0].weight.dtype)
-    bias = stack_biases([linear.bias for linear in linears], [linear.out_features for linear in linears])
+    bias = stack_biases([linear.bias for linear in linears], [member.spec.out_features for member in weight.members])
     if not weight.fused:
         return MixedLinear.from_packed(packed, bias, **options)
     return FusedLinear.from_members(packed, weight.member_rows(), bias, **options)
@@ -138,10 +139,10 @@ def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinea
     model.set_submodule(name, PackedExperts(layers[GATE_UP], layers[DOWN], model.get_submodule(name)))
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _linear(model: nn.Module, name: str) -> Any:
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise FormatError(f"{name} is a {type(module).__name__}, not an nn.Linear: was the model changed meanwhile?")
+    if not is_linear(module):
+        raise FormatError(f"{name} is a {type(module).__name__}, not a linear: was the model changed meanwhile?")
     return module
 
 

@@ -35,6 +35,7 @@ from ..quantize import QUANTIZERS, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
 from .parts import Made, Part, Shard, Unit, digest, into_shards
+from .refuse import check_recognised
 from .report import ModuleReport, PackReport, large_parameters
 
 
@@ -214,8 +215,8 @@ class PackJob:
         config["quantization_config"] = packing_config.to_dict()
         return config
 
-    def report(self, out: Path, written: PackedCheckpoint, companions: Sequence[Path], resumed: int) -> PackReport:
-        """Sizes as they are on disk, errors as measured. resumed: parts that an earlier run had finished."""
+    def report(self, out: Path, written: PackedCheckpoint, carried: Sequence[str], resumed: int) -> PackReport:
+        """Sizes as they are on disk, errors as measured. carried: files; resumed: parts of an earlier run."""
         size = written.size()
         return PackReport(
             out_dir=str(out),
@@ -228,7 +229,7 @@ class PackJob:
             file_bytes=size.files,
             source_bytes=sum(tensor.entry.nbytes for tensor in self.source.tensors.values()),
             files=tuple(file.name for file in written.files.files),
-            copied=tuple(path.name for path in companions),
+            copied=tuple(carried),
             left=self.source.left_files(),
             large=large_parameters(self.source, self.resolved, self.kept),
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
@@ -250,13 +251,23 @@ class PackJob:
 
 
 def prepare(
-    source: DenseCheckpoint, plan: Plan, quantizer: str, calibrated: bool, act_order: bool = False
+    source: DenseCheckpoint,
+    plan: Plan,
+    quantizer: str,
+    calibrated: bool,
+    act_order: bool = False,
+    allow_dense: bool = False,
 ) -> ResolvedPlan:
     """The plan on the source's linears, in the order in which they are packed; no weight is read.
 
     quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
-    the order of the columns. Raises PlanError for a plan that does not fit, QuantizeError for what it cannot do.
+    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears.
+
+    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer cannot do, CheckpointError for a
+    model of which too little would be packed.
     """
+    if not allow_dense:
+        check_recognised(source)
     resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)

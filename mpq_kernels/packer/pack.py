@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from ..dense.checkpoint import CONFIG_FILE, DenseCheckpoint
 from ..errors import CheckpointError, QuantizeError
 from ..files.safetensors import file_bytes
 from ..files.shards import INDEX_FILE
-from ..files.strict import create_file, json_bytes, write_new_file
+from ..files.strict import json_bytes, write_new_file
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..plan.plan import Plan
 from ..progress import Progress
 from ..quantize import find_quantizer
 from ..version import VERSION
+from .carry import carried_bytes, carry, folders_of
 from .job import PackJob, prepare
 from .output import check_output, check_space
 from .parts import Shard, index_of
@@ -53,6 +53,7 @@ def pack(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     resume: bool | None = None,
+    allow_dense: bool = False,
 ) -> PackReport:
     """Quantize and pack the checkpoint in `model_dir` into the new directory `out_dir`.
 
@@ -63,17 +64,18 @@ def pack(
     file of its own.
     progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
     that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
-    removes it and starts over, None raises CheckpointError when there is any.
+    removes it and starts over, None raises CheckpointError when there is any. allow_dense: pack a model of which less
+    than half would be packed because its linears are not known as such (dense/kinds.py).
 
-    Raises CheckpointError (files, disk), PlanError (the plan does not fit the model), QuantizeError (NaN in a weight,
-    scale out of range). `out_dir` is then as it was before.
+    Raises CheckpointError (files, disk, a model like that), PlanError (the plan does not fit the model), QuantizeError
+    (NaN in a weight, scale out of range). `out_dir` is then as it was before.
     """
     calibrated = _check_calibration(quantizer, calibration)
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = DenseCheckpoint.open(model_dir)
     act_order = calibrated is not None and calibrated.act_order
-    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order)
+    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order, allow_dense)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
@@ -86,14 +88,15 @@ def pack(
     texts = {CONFIG_FILE: json_bytes(job.config())}
     if len(shards) > 1:
         texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
-    companions = source.other_files()
+    carried = source.other_files()
     identity = _identity(source, plan, quantizer, calibrated, max_shard_bytes)
     with working_directory(out, identity, sum(len(shard.parts) for shard in shards), resume) as work:
-        _check_room(work.directory, shards, texts, companions)
+        _check_room(work.directory, shards, texts, carried_bytes(source.path, carried))
         write_parts(source, shards, work)
-        _finish(work.directory, shards, texts, companions)
+        carry(source.path, carried, work.directory)
+        _finish(work.directory, shards, texts, carried)
         written = PackedCheckpoint.open(work.directory)
-        report = job.report(out, written, companions, work.resumed)
+        report = job.report(out, written, carried, work.resumed)
     return report
 
 
@@ -118,26 +121,23 @@ def _identity(
 
 
 def _check_room(
-    directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], companions: Sequence[Path]
+    directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], carried: Mapping[str, int]
 ) -> None:
-    """Raise CheckpointError unless what is still to be written fits the disk."""
+    """Raise CheckpointError unless what is still to be written fits the disk. carried: name -> bytes."""
     sizes = {shard.name: file_bytes(shard.specs) for shard in shards}
     listed = sizes | {name: len(text) for name, text in texts.items()}
-    size = sum(listed.values()) + manifest_bytes(listed) + sum(path.stat().st_size for path in companions)
-    held = sum(512 * path.stat().st_blocks for path in directory.iterdir())
-    check_space(directory, size - held, len(listed) + 1 + len(companions))
+    size = sum(listed.values()) + manifest_bytes(listed, carried) + sum(carried.values())
+    held = sum(512 * path.stat().st_blocks for path in directory.rglob("*"))
+    check_space(directory, size - held, len(listed) + 1 + len(carried) + len(folders_of(carried)))
 
 
-def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], companions: Sequence[Path]) -> None:
-    """The other files: companions, the index, the manifest, config.json last."""
-    for path in companions:
-        _copy(path, directory / path.name)
+def _finish(directory: Path, shards: Sequence[Shard], texts: Mapping[str, bytes], carried: Sequence[str]) -> None:
+    """The other files: the index, the manifest, config.json last. carried: names of files that are in place."""
     listed = {shard.name: file_entry(directory / shard.name) for shard in shards}
     for name, text in texts.items():
         listed[name] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    for name, text in (
-        {MANIFEST_FILE: manifest_text(listed)} | dict(texts)
-    ).items():  # without config.json it is no model
+    manifest = manifest_text(listed, {name: file_entry(directory / name) for name in carried})
+    for name, text in ({MANIFEST_FILE: manifest} | dict(texts)).items():  # without config.json it is no model
         write_new_file(directory / name, text)
 
 
@@ -156,8 +156,3 @@ def _check_calibration(name: str, calibration: Calibration | os.PathLike[str] | 
     raise QuantizeError(
         f"quantizer={name!r} needs calibration, and it {what}: give a pathlib.Path of a UTF-8 text, or a Calibration"
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as file, create_file(target) as descriptor, os.fdopen(os.dup(descriptor), "wb") as out:
-        shutil.copyfileobj(file, out)

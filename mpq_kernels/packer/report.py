@@ -47,10 +47,11 @@ class PackReport:
 
     packed: all packed weights by purpose. kept: dense module -> why it was kept. kept_bytes: tensors that belong to no
     packed module. bias_bytes: biases of packed modules. file_bytes: safetensors files with headers.
-    source_bytes: tensors of the dense checkpoint. copied: files carried along. left: name -> why a file was not.
-    large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
-    linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
-    calibration token was routed to; they were calibrated on all tokens that their module reads.
+    source_bytes: tensors of the dense checkpoint. copied: files carried along, relative to out_dir. left: file, or
+    folder with "/" behind it -> why it was not. large: every parameter of more than LARGE elements that was not packed,
+    and why. resumed: how many of `parts`, the linears that were packed and the tensors that were kept, an earlier run
+    had finished. unreached: experts that no calibration token was routed to; they were calibrated on all tokens that
+    their module reads.
     """
 
     out_dir: str
@@ -111,5 +112,5 @@ def large_parameters(
 
 def _why_not_linear(kind: str | None) -> str:
     if kind is None:
-        return "has another name in the model, where it is not the weight of an nn.Linear"
-    return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not an nn.Linear"
+        return "has another name in the model, where it is not the weight of a linear"
+    return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not a linear that is known here"

@@ -7,6 +7,7 @@ A part counts from the moment when its line of the journal is on disk, which its
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ def write_parts(source: DenseCheckpoint, shards: Sequence[Shard], work: Work) ->
     finished = work.journal.finished
     begun = {shard.name for shard in shards if any(part.name in finished for part in shard.parts)}
     for path in work.directory.iterdir():
-        if path.name not in begun:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in begun:
             path.unlink()
     for shard in shards:
         open_file = NewFile.reopen if shard.name in begun else NewFile.create

@@ -39,7 +39,9 @@ def test_experts_of_another_form_are_named_and_kept(mixture, tmp_path, monkeypat
     source = DenseCheckpoint.open(mixture[0])
     assert not any(spec.expert for spec in source.linears())
     plan = mpq.Plan.from_dict({"version": 1, "default": {"bits": 4, "group_size": 32}})
-    report = mpq.pack(mixture[0], tmp_path / "out", plan, quantizer="rtn")
+    with pytest.raises(mpq.CheckpointError, match=r"MixtralExperts \(such as .*; its experts have a norm"):
+        mpq.pack(mixture[0], tmp_path / "out", plan, quantizer="rtn")
+    report = mpq.pack(mixture[0], tmp_path / "out", plan, quantizer="rtn", allow_dense=True)
     named = {parameter.name: (parameter.elements, parameter.reason) for parameter in report.large}
     assert named == {f"model.layers.{i}.mlp.experts.gate_up_proj": (36864, "its experts have a norm") for i in (0, 1)}
 

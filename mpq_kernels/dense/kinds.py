@@ -1,0 +1,65 @@
+"""Which modules are linears, y = x @ W[N, K].T + b and nothing else, and how they store W.
+
+    nn.Linear, FalconLinear    weight [N, K]
+    Conv1D (GPT-2 and kin)     weight [K, N]
+
+The table names exact classes, because a subclass of nn.Linear may compute something else (Dory's head scales its
+logits, DeepSeek-V4's grouped linear multiplies in blocks), or be read by its owner without being called (the output
+projection of nn.MultiheadAttention). A class that is not in it stays dense and is named in reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+# Qualified name of a class -> whether its weight is stored as [K, N]. Names: importing transformers takes seconds.
+STORES_TRANSPOSED = {
+    "torch.nn.modules.linear.Linear": False,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+    "transformers.pytorch_utils.Conv1D": True,
+}
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the class of a module is in the table, and it holds a weight and perhaps a bias, and nothing else."""
+    return _name(module) in STORES_TRANSPOSED and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear stores its weight as [K, N]."""
+    return STORES_TRANSPOSED[_name(linear)]
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(N, K): out_features and in_features of a linear."""
+    first, second = linear.get_parameter("weight").shape
+    return (second, first) if is_transposed(linear) else (first, second)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of two dimensions or more that belongs to no linear. owner: its module, of the class `kind`."""
+
+    owner: str
+    kind: str
+    elements: int
+
+
+def other_matrices(model: nn.Module, head: str | None, experts: set[str]) -> Iterator[Matrix]:
+    """What might be the weights of linears that the table lacks: all but embeddings, convolutions and the head.
+
+    experts: names of the modules of experts that can be packed.
+    """
+    for name, module in model.named_modules():
+        passed = isinstance(module, nn.Embedding | _ConvNd) or is_linear(module) or name == head or name in experts
+        for parameter in () if passed else module._parameters.values():
+            if parameter is not None and parameter.squeeze().dim() > 1:
+                yield Matrix(name, type(module).__name__, parameter.numel())
