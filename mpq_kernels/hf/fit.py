@@ -33,9 +33,8 @@ def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, 
         fitted = next((m for m in _candidates(module, prefix) if all(place in known for place in _places(m))), module)
         if fitted is module and _may_leave_out(module, model, prefix, known):
             continue
-        if _installed(fitted) in stored:
-            twin = stored[_installed(fitted)]
-            raise CheckpointError(f"{name} and {twin} are the same module of a {type(model).__name__}")
+        if fitted.name in modules:
+            raise CheckpointError(f"{name}, and with another prefix, is the same module of a {type(model).__name__}")
         modules[fitted.name], stored[_installed(fitted)] = fitted, name
     if modules == packing.modules:
         return packing, stored

@@ -20,7 +20,7 @@ from mpq_kernels.nn.linear import packed_modules
 from tests.made.checkpoints import SIZES, tiny_model
 from tests.made.twins import dequantized_twin
 
-RECURRENT = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0}
+RECURRENT = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8, "pad_token_id": 0}
 ALL_HEADS = SIZES | {"num_key_value_heads": 4}
 # rescale_prenorm_residual: out_proj.weight is written in place, not through transformers' functions.
 WRITERS = {
