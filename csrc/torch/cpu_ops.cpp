@@ -233,6 +233,7 @@ STABLE_TORCH_LIBRARY(mpq, m) {
   m.def(mpq::schemas::kLinearInt8);
   m.def(mpq::schemas::kGroupedLinearInt8);
   m.def(mpq::schemas::kDequantize);
+  m.def(mpq::schemas::kSiluMulLinear);  // no kernel here: the CUDA library has one
   m.def("layout_id() -> str");
 }
 

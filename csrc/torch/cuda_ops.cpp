@@ -243,12 +243,12 @@ STABLE_TORCH_LIBRARY(mpq_simulated, m) {
   m.def(mpq::schemas::kLinear);
   m.def(mpq::schemas::kGroupedLinear);
   m.def(mpq::schemas::kDequantize);
+  m.def(mpq::schemas::kSiluMulLinear);
 }
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MPQ_NAMESPACE, m) {
   m.def("cuda_warmup(int device) -> int");
-  m.def(mpq::schemas::kSiluMulLinear);
   m.def("cuda_layout_id() -> str");
 }
 

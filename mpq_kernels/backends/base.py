@@ -27,6 +27,7 @@ class Backend:
     grouped: the same with those of `mpq::grouped_linear`: rows offsets[e]..offsets[e+1] of x through the e-th of the
         weight's equal row blocks.
     linear_int8, grouped_int8: the same with x rounded to int8; None where there are no such kernels.
+    silu_mul_linear: linear of silu(gate) * up in one launch, with the arguments of `mpq::silu_mul_linear`, or None.
     dequantize: -> W with the arguments of `mpq::dequantize`.
     devices: types of device it runs on; empty means any.
     why_unavailable: None when it works on this machine, else the reason why it does not.
@@ -44,6 +45,7 @@ class Backend:
     only_on_request: bool = False
     linear_int8: Product | None = None
     grouped_int8: Product | None = None
+    silu_mul_linear: Product | None = None
 
     def products(self, activations: str) -> tuple[Product, Product]:
         """(linear, grouped) for "exact" or "int8". Raises UnsupportedError when there are none."""

@@ -50,6 +50,15 @@ def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], named["out_features"])
 
 
+@torch.library.register_fake("mpq::silu_mul_linear")
+def silu_mul_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    named = by_name(torch.ops.mpq.silu_mul_linear.default, args, given)
+    gate, up, in_features = named["gate"], named["up"], named["in_features"]
+    torch._check(up.dim() >= 1 and up.shape[-1] == in_features, lambda: f"up must be (..., in_features={in_features})")
+    torch._check(gate.shape == up.shape, lambda: "gate and up must have one shape")
+    return up.new_empty(*up.shape[:-1], named["out_features"])
+
+
 @torch.library.register_fake("mpq::grouped_linear_int8")
 @torch.library.register_fake("mpq::grouped_linear")
 def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:

@@ -33,6 +33,7 @@ from ..format.weights import PackedWeight
 from ..nn.experts import GroupedLinear, why_not_fitting
 from ..nn.fused import FusedLinear
 from ..nn.linear import MixedLinear, packed_modules
+from ..nn.mlp import fuse_gates
 from ..nn.replace import place, place_experts, untie
 from .fit import fit_names
 
@@ -149,6 +150,7 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
             if part.experts is not None
         }
         place_experts(model, name, layers)
+    fuse_gates(model)
 
 
 def _blocks(packing: PackingConfig) -> dict[str, dict[str, PackedModule]]:

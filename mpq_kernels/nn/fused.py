@@ -94,10 +94,10 @@ class FusedLinear(MixedLinear):
         layer.assign(weight, bias)
         return layer
 
-    def forward(self, x: torch.Tensor, index: int | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None, *, index: int | None = None) -> torch.Tensor:
         """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype, or the rows of member `index` alone."""
         if index is None:
-            return super().forward(x)
+            return super().forward(x, gate)
         member, buffers, whole = self.members[index], self._buffers, self._parameters["bias"]
         cuts, shape = self._member_rows[index]
         tensors = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
@@ -115,7 +115,7 @@ class FusedLinear(MixedLinear):
         """
         # Under tracing, and where x does not count its in-place changes, there is no telling one x from another.
         if torch.compiler.is_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
-            return self(x, index)
+            return self(x, index=index)
         held = self._outputs
         part = held.take(x, index) if held is not None else None
         if part is None:

@@ -20,7 +20,7 @@ from ..format.words import pack_weight
 from ..quantize import quantize_weight
 
 PACKED_NAMES = ("qweight", "scales", "zeros", "perm")
-BOUND = ("_linear", "_dequantize", "_backend_name", "_device")  # what _bind chooses: not state
+BOUND = ("_linear", "_dequantize", "_silu_mul", "_backend_name", "_device")  # what _bind chooses: not state
 
 
 class PackedOptions(TypedDict, total=False):
@@ -115,11 +115,28 @@ class MixedLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_packed(packed, bias, dtype=linear.weight.dtype, backend=backend)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype; sums are kept in fp32."""
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (..., K) fp32, fp16 or bf16. Returns (..., N) in x.dtype; sums are kept in fp32.
+
+        With a gate of x's shape and dtype, x is silu(gate) * x: in the same launch where the backend has that product.
+        """
         buffers = self._buffers
         weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
-        return self._run(x, weight, self.bias, (self._segments, self.out_features, self.in_features))
+        shape = (self._segments, self.out_features, self.in_features)
+        if gate is not None:
+            if self.takes_gate(x, gate):
+                y: torch.Tensor = self._silu_mul(gate, x, *weight, self.bias, *shape)  # type: ignore[misc]
+                return y
+            x = nn.functional.silu(gate) * x
+        return self._run(x, weight, self.bias, shape)
+
+    def takes_gate(self, x: torch.Tensor, gate: torch.Tensor) -> bool:
+        """Whether silu(gate) * x would be part of the product: the backend has it, and nothing asks for a gradient."""
+        if self.qweight.device != self._device:
+            self._bind()
+        if self._silu_mul is None or x.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, gate, self.bias))
 
     def _run(
         self,
@@ -191,6 +208,8 @@ class MixedLinear(nn.Module):
         else:
             chosen = select(self.layout, self._device.type, self.wanted_backend, self.activations)
             self._backend_name = chosen.name
+        exact = self.activations == "exact" and self._backend_name != "none"
+        self._silu_mul: Product | None = chosen.silu_mul_linear if exact else None
         self._take_products(*chosen.products(self.activations))
         self._dequantize = chosen.dequantize
 

@@ -23,6 +23,7 @@ from ..quantize import quantize_weight, require_no_calibration
 from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
+from .mlp import fuse_gates
 
 # Linears of transformers' state space mixers that are not called: the mixer multiplies by their `weight` or hands it to
 # a kernel, some in training only. Type of the mixer -> their names.
@@ -83,6 +84,7 @@ def replace_linears(
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
     untie(model, placed)
+    fuse_gates(model)
     known = {spec.name for spec in linears}
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
     experts = experts_modules(model)
