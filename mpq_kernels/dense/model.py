@@ -35,7 +35,7 @@ def model_class(path: Path) -> Any:
 
 def _lacks_only_a_tied_head(named: Any, causal: Any, config: Any) -> bool:
     """Whether a class is the base model of the causal one, which adds no parameters but tied ones."""
-    if named is causal or named.__name__ not in {cls.__name__ for cls in _base_classes(config)}:
+    if named is causal or named not in _base_classes(config) or causal.config_class is not type(config):
         return False
     with torch.device("meta"):
         model = causal._from_config(config)
