@@ -23,7 +23,7 @@ import torch
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.experts import expert_shapes, expert_update
 from ..dense.linears import GATE_UP
-from ..dense.names import build_meta_model
+from ..dense.model import build_meta_model
 from ..errors import QuantizeError
 from ..plan.resolve import ResolvedPlan, ResolvedWeight
 from .walk import BlockWalk, Stop, find_blocks, stage_of

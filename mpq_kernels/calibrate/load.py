@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..dense.checkpoint import DenseCheckpoint
-from ..dense.names import build_meta_model
+from ..dense.model import build_meta_model
 from ..errors import CheckpointError
 from .walk import find_blocks, stage_of
 

@@ -30,13 +30,16 @@ def dry_run(
     from ..packer.job import PackJob, prepare
     from ..packer.output import check_output
     from ..packer.pack import MAX_SHARD_BYTES
+    from ..packer.refuse import check_loads
     from ..quantize import QUANTIZERS
 
     source = DenseCheckpoint.open(model)
     calibrated = text or QUANTIZERS[quantizer].needs_calibration
     resolved = prepare(source, plan, quantizer, calibrated, act_order, allow_dense)
     check_output(out, source.path, overwrite)
-    shards = PackJob(source, resolved, quantizer, None).shards(MAX_SHARD_BYTES)
+    job = PackJob(source, resolved, quantizer, None)
+    shards = job.shards(MAX_SHARD_BYTES)
+    check_loads(source, job.packing(), {name: spec for shard in shards for name, spec in shard.specs.items()})
     tensors: list[dict[str, Any]] = [
         {
             "name": name,

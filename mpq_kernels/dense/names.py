@@ -20,10 +20,10 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor
-from ..files.strict import short
 from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
 from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
+from .model import build_meta_model
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class ModelMap:
             if is_linear(module):
                 _check_linear(path, name, module, stored, tensors)
         _check_complete(path, parameters, stored, tensors)
-        scoring = routers(model)
+        scoring, heads = routers(model), other_heads(model)
         linears = tuple(
             LinearSpec(
                 name,
                 *linear_shape(module),
                 str(stored[f"{name}.weight"]),
                 stored[f"{name}.bias"] if module.bias is not None else None,
-                is_head=name == head,
+                is_head=name == head or name in heads,
                 tied=name == head and embedding is not None,
                 router=name in scoring,
                 transposed=is_transposed(module),
@@ -90,27 +90,6 @@ def _owner(model: torch.nn.Module, parameter: str) -> str:
     return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
 
 
-def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The causal language model that config.json describes, without memory or weights.
-
-    dtype: of its parameters, None for config.json's. Raises CheckpointError when transformers does not know the model
-    type or refuses the config.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only needed here
-
-    kwargs = {} if dtype is None else {"dtype": dtype}
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
-    except Exception as error:  # a malformed config surfaces as any type from inside transformers
-        raise CheckpointError(
-            f"{path / 'config.json'}: transformers cannot build this model ({type(error).__name__}: "
-            f"{short(str(error), 300)}); code that comes with a checkpoint is not run"
-        ) from error
-    return model
-
-
 def _stored_name(name: str, prefix: str, tensors: Mapping[str, StoredTensor]) -> str | None:
     """Name of a parameter in the files: its own, or with the base model's prefix removed or added."""
     candidates = [name]
@@ -127,6 +106,15 @@ def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
     name = next(name for name, module in model.named_modules() if module is head)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return name, getattr(head, "weight", None) is getattr(embedding, "weight", head)
+
+
+def other_heads(model: Any) -> set[str]:
+    """Linears outside of the base model, where the model has no output embeddings: the score of a classifier."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or prefix not in model._modules or model.get_output_embeddings() is not None:
+        return set()
+    named = model.named_modules()
+    return {name for name, module in named if is_linear(module) and not name.startswith(f"{prefix}.")}
 
 
 def _tied_embedding(parameters: Mapping[str, torch.nn.Parameter], head: str | None) -> str:
@@ -188,14 +176,14 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    scoring = routers(model)
+    scoring, heads = routers(model), other_heads(model)
     linears = [
         LinearSpec(
             name,
             *linear_shape(module),
             tensor=f"{name}.weight",
             bias_tensor=None if module.bias is None else f"{name}.bias",
-            is_head=module is head,
+            is_head=module is head or name in heads,
             tied=f"{name}.weight" in tied,
             router=name in scoring,
             transposed=is_transposed(module),

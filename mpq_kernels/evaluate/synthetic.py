@@ -20,11 +20,12 @@ from ..backends import select
 from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
 from ..dense.checkpoint import COMPUTE_DTYPES, check_dense
 from ..dense.linears import LinearSpec
-from ..dense.names import build_meta_model, list_linears
+from ..dense.model import build_meta_model
+from ..dense.names import list_linears
 from ..errors import CheckpointError, UnsupportedError
 from ..files.strict import contained_file, read_json_object
 from ..format.random import random_weight
-from ..hf.quantizer import install_modules
+from ..nn.install import install_modules
 from ..nn.linear import packed_modules
 from ..plan.plan import Plan
 from ..plan.resolve import resolve

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,19 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
+from ..checkpoint.config import QUANT_METHOD, PackingConfig
 from ..checkpoint.packed import validate_tensors
-from ..dense.experts import experts_modules
-from ..dense.kinds import is_linear, linear_shape
-from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
 from ..format.weights import PackedWeight
-from ..nn.experts import GroupedLinear, why_not_fitting
-from ..nn.fused import FusedLinear
+from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
-from ..nn.mlp import fuse_gates
-from ..nn.replace import place, place_experts, untie
 from .fit import fit_names
 
 logger = logging.getLogger(__name__)
@@ -117,90 +110,6 @@ class MPQQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes and no data-dependent shapes: generate may compile."""
         return True
-
-
-def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
-    """Put empty packed modules, on the meta device, where the model's linears and experts stand.
-
-    Raises CheckpointError when the model has no such linear, or one of another shape: a plan for another model.
-    """
-    modules = dict(model.named_modules())
-    blocks = _blocks(packing)
-    for module in packing.modules.values():
-        if module.experts is None:
-            _check_fits(module, modules)
-    for name, parts in blocks.items():
-        _check_experts_fit(name, parts, modules)
-    placed: list[str] = []
-    compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
-    for name, module in packing.modules.items():
-        layer: MixedLinear
-        if module.experts is not None:
-            continue
-        if module.members is None:
-            layer = MixedLinear(module.layout, module.bias, dtype=compute, device="meta")
-        else:
-            layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
-        placed += place(model, name, layer)
-    untie(model, placed)
-    for name, parts in blocks.items():
-        layers = {
-            leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")
-            for leaf, part in parts.items()
-            if part.experts is not None
-        }
-        place_experts(model, name, layers)
-    fuse_gates(model)
-
-
-def _blocks(packing: PackingConfig) -> dict[str, dict[str, PackedModule]]:
-    """Experts module of the model -> its packed weights by the last part of their names. Raises CheckpointError."""
-    blocks: dict[str, dict[str, PackedModule]] = {}
-    for module in packing.modules.values():
-        if module.experts is not None:
-            parts, leaf = blocks.setdefault(module.experts.module, {}), module.name.rpartition(".")[2]
-            if leaf in parts:
-                raise CheckpointError(f"{module.name}: {module.experts.module} has two packed weights named {leaf}")
-            parts[leaf] = module
-    return blocks
-
-
-def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[str, nn.Module]) -> None:
-    """Raise CheckpointError unless the model has experts of these shapes there and both their weights are packed."""
-    where = ", ".join(part.name for part in parts.values())
-    experts = modules.get(name)
-    if experts is None or name not in experts_modules(modules[""]):
-        found = "has no such module" if experts is None else f"has a {type(experts).__name__} there"
-        raise CheckpointError(f"{where}: packed for the experts {name}, but the model {found}: is config.json its own?")
-    if set(parts) != {GATE_UP, DOWN}:
-        raise CheckpointError(f"{where}: the experts {name} take a packed {GATE_UP} and a packed {DOWN}")
-    for leaf, part in parts.items():
-        reason = why_not_fitting(experts, leaf, part.experts.count if part.experts else 0, part.layout, part.bias)
-        if reason is not None:
-            raise CheckpointError(f"{part.name}: {reason}: is config.json its own?")
-
-
-def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
-    rows = [module.layout.out_features] if module.members is None else [m.n1 - m.n0 for m in module.members]
-    biases = []
-    for name, n in zip(module.replaced(), rows, strict=True):
-        linear = modules.get(name)
-        if linear is None or not is_linear(linear):
-            found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
-            raise CheckpointError(
-                f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?"
-            )
-        rows_there, columns_there = linear_shape(linear)
-        if (rows_there, columns_there) != (n, module.layout.in_features):
-            raise CheckpointError(
-                f"{name} is packed as {n} x {module.layout.in_features}, the model wants {rows_there} x "
-                f"{columns_there}: is config.json its own?"
-            )
-        biases.append(linear.bias is not None)
-    if any(biases) != module.bias:
-        raise CheckpointError(
-            f"{module.name}: stored {'with' if module.bias else 'without'} a bias, unlike the model's"
-        )
 
 
 def register() -> None:

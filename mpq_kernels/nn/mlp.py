@@ -33,7 +33,7 @@ class GatedMLP(nn.Module):
         # In a tuple, so that it is not registered: its children are this module's.
         self._family = (family,)
         for name, child in family.named_children():
-            self.add_module(name, child)
+            self._modules[name] = child  # add_module would find the family's
         self.training = family.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

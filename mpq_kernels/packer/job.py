@@ -198,25 +198,30 @@ class PackJob:
             raise CheckpointError(f"{self.source.path}: the biases fused into {weight.name} have dtypes {dtypes}")
         return dtypes.pop() if dtypes else None
 
-    def config(self) -> dict[str, Any]:
-        """config.json of the output: that of the source, and how its weights are packed."""
+    def packing(self) -> PackingConfig:
+        """How the weights of the output are packed."""
         modules = {}
         for weight in self.resolved.weights:
             members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
                 weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
             )
-        packing_config = PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the output: that of the source, and how its weights are packed."""
         # auto_map names code files; none is carried along.
         config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
         if not {config.get("dtype"), config.get("torch_dtype")} - {None, "auto"}:
             # Without it, transformers would take the first floating tensor's dtype, which may be that of scales.
             config["dtype"] = str(self.source.dtype).removeprefix("torch.")
-        config["quantization_config"] = packing_config.to_dict()
+        config["quantization_config"] = self.packing().to_dict()
         return config
 
-    def report(self, out: Path, written: PackedCheckpoint, carried: Sequence[str], resumed: int) -> PackReport:
-        """Sizes as they are on disk, errors as measured. carried: files; resumed: parts of an earlier run."""
+    def report(
+        self, out: Path, written: PackedCheckpoint, carried: Sequence[str], unused: Sequence[str], resumed: int
+    ) -> PackReport:
+        """Sizes as they are on disk, errors as measured. carried: files, unused: tensors, resumed: parts."""
         size = written.size()
         return PackReport(
             out_dir=str(out),
@@ -231,6 +236,7 @@ class PackJob:
             files=tuple(file.name for file in written.files.files),
             copied=tuple(carried),
             left=self.source.left_files(),
+            unused=tuple(unused),
             large=large_parameters(self.source, self.resolved, self.kept),
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,

@@ -36,6 +36,7 @@ from .carry import carried_bytes, carry, folders_of
 from .job import PackJob, prepare
 from .output import check_output, check_space
 from .parts import Shard, index_of
+from .refuse import check_loads
 from .report import PackReport
 from .unfinished import TIME, working_directory
 from .write import write_parts
@@ -85,6 +86,7 @@ def pack(
             calibrator = Calibrator(source, calibrated)
     job = PackJob(source, resolved, quantizer, progress, calibrator)
     shards = job.shards(max_shard_bytes)
+    unused = check_loads(source, job.packing(), {name: spec for shard in shards for name, spec in shard.specs.items()})
     texts = {CONFIG_FILE: json_bytes(job.config())}
     if len(shards) > 1:
         texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
@@ -96,7 +98,7 @@ def pack(
         carry(source.path, carried, work.directory)
         _finish(work.directory, shards, texts, carried)
         written = PackedCheckpoint.open(work.directory)
-        report = job.report(out, written, carried, work.resumed)
+        report = job.report(out, written, carried, unused, work.resumed)
     return report
 
 

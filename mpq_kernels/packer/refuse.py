@@ -1,9 +1,16 @@
-"""What packing refuses before any work is done: a model of which it would pack too little to be of use."""
+"""What packing refuses before any work is done: what would be of no use, or could not be loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from ..checkpoint.config import PackingConfig
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.model import build_meta_model
 from ..errors import CheckpointError
+from ..files.safetensors import Spec
+from ..nn.install import install_modules
+from ..nn.loading import UNUSED, check_whole, trial_report
 
 MIN_KNOWN = 0.5  # share of the matrices, embeddings and head not counted, that must be known as those of linears
 MAX_NAMED = 5  # classes in a message
@@ -31,3 +38,29 @@ def check_recognised(source: DenseCheckpoint) -> None:
         f"known as such; the others to {', '.join(named) or 'nothing'}{''.join(f'; {why}' for why in reasons)}. "
         "allow_dense=True (--allow-dense) packs what can be packed"
     )
+
+
+def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mapping[str, Spec]) -> tuple[str, ...]:
+    """Load the packed model as `load` will, without values. Returns names of tensors that the model does not use.
+
+    tensors: all that will be written. Raises CheckpointError for what `load` would refuse.
+    """
+    _check_beside(source, packing, tensors)
+    model = build_meta_model(source.path, source.dtype)
+    install_modules(model, packing, source.dtype)
+    report = trial_report(model, tensors, source.dtype)
+    check_whole(source.path, report)
+    return tuple(sorted(report[UNUSED]))
+
+
+def _check_beside(source: DenseCheckpoint, packing: PackingConfig, tensors: Iterable[str]) -> None:
+    """Raise CheckpointError for a tensor beside a packed weight that the model lacks: it may belong to the weight."""
+    own = {name for module in packing.modules.values() for name in module.tensor_names}
+    places = {place: module.name for module in packing.modules.values() for place in (module.name, *module.replaced())}
+    for name in tensors:
+        owner, _, last = name.rpartition(".")
+        if name not in own and (owner in places or last == "qweight"):
+            raise CheckpointError(
+                f"{source.tensors.get(name, name)}: {owner} is to be packed, and the model that config.json describes "
+                f"has no {last} there. Keep {owner} as it is (bits=16), or remove the tensor from the checkpoint"
+            )

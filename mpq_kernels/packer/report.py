@@ -48,10 +48,10 @@ class PackReport:
     packed: all packed weights by purpose. kept: dense module -> why it was kept. kept_bytes: tensors that belong to no
     packed module. bias_bytes: biases of packed modules. file_bytes: safetensors files with headers.
     source_bytes: tensors of the dense checkpoint. copied: files carried along, relative to out_dir. left: file, or
-    folder with "/" behind it -> why it was not. large: every parameter of more than LARGE elements that was not packed,
-    and why. resumed: how many of `parts`, the linears that were packed and the tensors that were kept, an earlier run
-    had finished. unreached: experts that no calibration token was routed to; they were calibrated on all tokens that
-    their module reads.
+    folder with "/" behind it -> why it was not. unused: tensors that were kept and that the model does not use.
+    large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
+    linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
+    calibration token was routed to; they were calibrated on all tokens that their module reads.
     """
 
     out_dir: str
@@ -66,6 +66,7 @@ class PackReport:
     files: tuple[str, ...]
     copied: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     large: tuple[LargeParameter, ...] = ()
     parts: int = 0
     resumed: int = 0
