@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
         self.training = family.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., hidden). Returns (..., hidden) in x.dtype, equal to the family's own but for fp32 sums' order."""
+        """x: (..., hidden). Returns (..., hidden) in x.dtype; the gate is rounded as the family rounds it."""
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         if type(down) is MixedLinear and up.numel() <= MOST_TOKENS * down.in_features and down.takes_gate(up, gate):
             y: torch.Tensor = down(up, gate)
