@@ -1,7 +1,8 @@
 """Modules that stand in for nn.Linear and for experts, and how they take their place in a model in memory.
 
-May import: backends, quantize, plan, dense, format.
-Gives: MixedLinear, FusedLinear and its members, GroupedLinear and PackedExperts, replace.replace_linears.
+May import: backends, checkpoint, quantize, plan, dense, format.
+Gives: MixedLinear, FusedLinear and its members, GroupedLinear and PackedExperts, GatedMLP,
+replace.replace_linears (quantizes a model in memory), install.install_modules (empty modules for a loader).
 """
 
 from .experts import GroupedLinear, PackedExperts
