@@ -158,6 +158,8 @@ def _print_report(report: PackReport) -> None:
             f"no calibration token reached {count(len(report.unreached), 'expert')}, calibrated on all that their "
             f"module reads: {', '.join(report.unreached)}"
         )
+    if report.unused:
+        print(f"kept, though the model does not use them: {', '.join(report.unused)}")
     print(
         f"{report.out_dir}: {report.bpw:.4f} bits per packed weight; packed {report.packed.total_bytes:,} bytes, "
         f"kept {report.kept_bytes + report.bias_bytes:,}, files {report.file_bytes:,} (was {report.source_bytes:,})"
