@@ -41,7 +41,7 @@ class BitFormat:
     """How codes of one width are stored."""
 
     bits: int
-    planes: tuple[int, ...]  # plane widths, most significant bits first; they add up to `bits`
+    planes: tuple[int, ...]  # plane widths, most significant bits first, from wide to narrow; they add up to `bits`
     symmetric_zero: float  # the zero point of a symmetric weight, which stores none
 
     @property
