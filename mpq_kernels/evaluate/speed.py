@@ -128,10 +128,14 @@ def measure(
             ids = synthetic_tokens(model, batch, tokens)
             pieces = [ids] if test == "pp" else list(ids.split(1, dim=1))
             extra = {"logits_to_keep": 1} if only_last else {}
-            logits, _ = _run(model, pieces, extra)
-            if not bool(logits.isfinite().all()):
+
+            def fed(step: int, _: Any, pieces: Sequence[torch.Tensor] = pieces) -> torch.Tensor:
+                return pieces[step]
+
+            out, _ = _timed(model, len(pieces), fed, **extra)
+            if not bool(out.logits.isfinite().all()):
                 raise MPQError(f"{test}{tokens}, batch {batch}: the model's logits hold NaN or Inf, so it is not timed")
-            seconds = tuple(_run(model, pieces, extra)[1] for _ in range(repetitions))
+            seconds = tuple(_timed(model, len(pieces), fed, **extra)[1] for _ in range(repetitions))
             results.append(Measurement(test, tokens, batch, seconds))
             if progress is not None:
                 progress(len(results), len(tests) * len(batches), f"{test}{tokens} x {batch}")
@@ -157,14 +161,18 @@ def _check(model: Any, tests: Sequence[tuple[str, int]], batches: Sequence[int],
         raise MPQError(f"{test}{longest} is more than the model's {limit} positions (max_position_embeddings)")
 
 
-def _run(model: Any, pieces: Sequence[torch.Tensor], extra: dict[str, int]) -> tuple[torch.Tensor, float]:
-    """(last logits, seconds) of feeding the pieces one after the other, starting with an empty cache."""
-    cache = None
+def _timed(
+    model: Any, steps: int, ids: Callable[[int, Any], torch.Tensor], out: Any = None, **extra: int
+) -> tuple[Any, float]:
+    """(last output, seconds) of `steps` forward passes with one cache: that of `out`, or an empty one.
+
+    ids(step, the output before): what the model is fed. The only place where tokens per second are measured.
+    """
     start = now(model.device)
-    for ids in pieces:
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
-        cache = out.past_key_values
-    return out.logits, now(model.device) - start
+    for step in range(steps):
+        cache = None if out is None else out.past_key_values
+        out = model(input_ids=ids(step, out), past_key_values=cache, use_cache=True, **extra)
+    return out, now(model.device) - start
 
 
 def now(device: torch.device) -> float:
@@ -268,11 +276,6 @@ def generation_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 
 
 def _timed_decode(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """(seconds of the prompt's pass, seconds of `new_tokens` steps of one token each)."""
-    start = now(ids.device)
-    out = model(input_ids=ids, use_cache=True)
-    token = out.logits[:, -1:].argmax(-1)
-    middle = now(ids.device)
-    for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    return middle - start, now(ids.device) - middle
+    out, prompt = _timed(model, 1, lambda step, before: ids)
+    _, decode = _timed(model, new_tokens, lambda step, before: before.logits[:, -1:].argmax(-1), out)
+    return prompt, decode
