@@ -115,9 +115,8 @@ def test_paths_in_code_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_in_code_exist(page):
-    for name in re.findall(r"\bmpq_kernels(?:\.[A-Za-z_]\w*)+", " ".join(code_of(page))):
-        if not name.endswith((".git", ".egg-info")):
-            resolve(name)
+    named = re.findall(r"\bmpq_kernels(?:\.[A-Za-z_]\w*)+", " ".join(code_of(page)))
+    assert all(resolve(name) is not None for name in named if not name.endswith((".git", ".egg-info")))
 
 
 def test_reference_has_the_public_names():

@@ -13,18 +13,15 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.allocation.plans import Results, model_parser
+from benchmarks.allocation.plans import Results, model_parser, opened
 from benchmarks.facts import facts
-from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
+from mpq_kernels.allocate import Budget, allocate, make_units
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study
 from mpq_kernels.allocate.units import GRANULARITIES
-from mpq_kernels.dense.names import list_linears
 from mpq_kernels.errors import MPQError
 from mpq_kernels.evaluate.divergence import divergence, predict
-from mpq_kernels.evaluate.perplexity import token_windows
 
 
 def main() -> None:
@@ -35,14 +32,9 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,5,6")
     parser.add_argument("--tokens", type=int, default=10240)
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    linears = list_linears(model)
-    bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
-    units = make_units(linears, args.granularity, make_choices(bits, sizes))
-    rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
-    original = predict(model, token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens), 64)
+    model, linears, choices, rows, text = opened(args)
+    units = make_units(linears, args.granularity, choices)
+    original = predict(model, text, 64)
     settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
     names = ("budget", "granularity", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})

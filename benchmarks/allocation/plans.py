@@ -32,7 +32,8 @@ from mpq_kernels.allocate import Budget, Unit, allocate, make_choices, make_plan
 from mpq_kernels.allocate.fill import Split
 from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.allocate.study import Study
-from mpq_kernels.allocate.units import GRANULARITIES
+from mpq_kernels.allocate.units import GRANULARITIES, Choice
+from mpq_kernels.dense.linears import LinearSpec
 from mpq_kernels.dense.names import list_linears
 from mpq_kernels.evaluate.divergence import divergence, predict
 from mpq_kernels.evaluate.perplexity import token_windows
@@ -106,6 +107,17 @@ def model_parser(text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def opened(args: argparse.Namespace) -> tuple[Any, list[LinearSpec], tuple[Choice, ...], torch.Tensor, torch.Tensor]:
+    """(dense model in fp32, its linears, choices, windows of the calibration text, windows of the text)."""
+    torch.set_grad_enabled(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
+    rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
+    text = token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens)
+    return model, list_linears(model), make_choices(bits, sizes), rows, text
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = model_parser(__doc__)
@@ -117,14 +129,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--random", type=int, default=20)
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    linears = list_linears(model)
-    bits, sizes = ([int(v) for v in text.split(",")] for text in (args.bits, args.group_sizes))
-    units = list(make_units(linears, args.granularity, make_choices(bits, sizes), span=args.span))
-    rows = token_windows(tokenizer, args.calibration.read_text(encoding="utf-8"), 256, args.calibration_tokens)
-    text = token_windows(tokenizer, args.text.read_text(encoding="utf-8"), 256, args.tokens)
+    model, linears, choices, rows, text = opened(args)
+    units = list(make_units(linears, args.granularity, choices, span=args.span))
     names = ("method", "granularity", "span", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
     settings = {"model": args.model.name, "text": args.text.name, "calibration": args.calibration.name}
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})

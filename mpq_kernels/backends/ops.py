@@ -43,6 +43,7 @@ _load_library()
 @torch.library.register_fake("mpq::linear_int8")
 @torch.library.register_fake("mpq::linear")
 def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    """y (..., N) of x (..., K), without values."""
     named = by_name(torch.ops.mpq.linear.default, args, given)
     x, in_features = named["x"], named["in_features"]
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension")
@@ -52,6 +53,7 @@ def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 
 @torch.library.register_fake("mpq::silu_mul_linear")
 def silu_mul_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    """y (..., N) of gate and up, both (..., K), without values."""
     named = by_name(torch.ops.mpq.silu_mul_linear.default, args, given)
     gate, up, in_features = named["gate"], named["up"], named["in_features"]
     torch._check(up.dim() >= 1 and up.shape[-1] == in_features, lambda: f"up must be (..., in_features={in_features})")
@@ -62,6 +64,7 @@ def silu_mul_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 @torch.library.register_fake("mpq::grouped_linear_int8")
 @torch.library.register_fake("mpq::grouped_linear")
 def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
+    """y (T, N / experts) of x (T, K), without values."""
     named = by_name(torch.ops.mpq.grouped_linear.default, args, given)
     x, offsets, in_features = named["x"], named["offsets"], named["in_features"]
     torch._check(x.dim() == 2 and x.shape[1] == in_features, lambda: f"x must be (T, in_features={in_features})")
@@ -71,5 +74,6 @@ def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 
 @torch.library.register_fake("mpq::dequantize")
 def dequantize_fake(*args: Any, **given: Any) -> torch.Tensor:
+    """W (N, K) of the dtype asked for, without values."""
     named = by_name(torch.ops.mpq.dequantize.default, args, given)
     return named["qweight"].new_empty(named["out_features"], named["in_features"], dtype=named["dtype"])

@@ -11,15 +11,13 @@ tensors are those of `from_pretrained(path, dtype=the checkpoint's)`, bit by bit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..dense.checkpoint import DenseCheckpoint
-from ..dense.model import build_meta_model
+from ..dense.model import build_meta_model, no_progress_bar
 from ..errors import CheckpointError
 from .walk import find_blocks, stage_of
 
@@ -57,7 +55,7 @@ class StoredModel:
         names = self._stored.get(stage, [])
         mapping: Any = get_model_conversion_mapping(model)
         config = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
-        with _no_progress_bar():
+        with no_progress_bar():
             read = {name: self.source.read(name) for name in names}
             info, _ = convert_and_load_state_dict_in_model(model, read, config)
         del read
@@ -141,17 +139,3 @@ def compute_buffers(model: Any, device: torch.device) -> None:
     model.initialize_weights()
     for module, name in held:
         setattr(module, name, getattr(module, name).to(device))
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers would show one for every block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

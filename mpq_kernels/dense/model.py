@@ -5,6 +5,8 @@ Code that comes with a checkpoint is never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,17 @@ def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.M
             f"{short(str(error), 300)}); code that comes with a checkpoint is not run"
         ) from error
     return model
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar of loaded weights, which would be shown for every block, or though nothing is read."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -124,13 +124,13 @@ class MixedLinear(nn.Module):
         weight = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
         shape = (self._segments, self.out_features, self.in_features)
         if gate is not None:
-            if self.takes_gate(x, gate):
+            if self._takes_gate(x, gate):
                 y: torch.Tensor = self._silu_mul(gate, x, *weight, self.bias, *shape)  # type: ignore[misc]
                 return y
             x = nn.functional.silu(gate) * x
         return self._run(x, weight, self.bias, shape)
 
-    def takes_gate(self, x: torch.Tensor, gate: torch.Tensor) -> bool:
+    def _takes_gate(self, x: torch.Tensor, gate: torch.Tensor) -> bool:
         """Whether silu(gate) * x would be part of the product: the backend has it, and nothing asks for a gradient."""
         if self.qweight.device != self._device:
             self._bind()

@@ -6,13 +6,13 @@ transformers does with the dense model.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..dense.model import no_progress_bar
 from ..errors import CheckpointError
 
 UNUSED = "unexpected_keys"
@@ -58,17 +58,3 @@ def trial_report(
         "mismatched_keys": info.mismatched_keys,
         "error_msgs": info.error_msgs,
     }
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers would show one, though nothing is read."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -18,7 +18,8 @@ from ..backends import BACKENDS
 from .linear import MixedLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Tokens up to which the activation is worth being part of the product: above, its launches are hidden by the product.
+# Tokens of the decode kernels (csrc/cuda/decode.cu): with more, each block would compute the activation of the same x
+# again. Where that stops to pay has not been measured.
 MOST_TOKENS = 16
 
 
@@ -39,11 +40,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., hidden). Returns (..., hidden) in x.dtype; the gate is rounded as the family rounds it."""
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if type(down) is MixedLinear and up.numel() <= MOST_TOKENS * down.in_features and down.takes_gate(up, gate):
-            y: torch.Tensor = down(up, gate)
-            return y
-        z: torch.Tensor = down(self.act_fn(gate) * up)
-        return z
+        few = type(down) is MixedLinear and up.numel() <= MOST_TOKENS * down.in_features
+        y: torch.Tensor = down(up, gate) if few else down(self.act_fn(gate) * up)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -67,4 +67,5 @@ def test_a_mixture_is_refused_for_auto_round_in_both(run, tmp_path):
 
 
 def test_an_older_output_may_be_asked_about(run):
-    run("pack", "dense", "packed", "--bits", 4, "--dry-run", "--overwrite")
+    done = run("pack", "dense", "packed", "--bits", 4, "--dry-run", "--overwrite")
+    assert "dry run: nothing is written" in done.out and "is not empty" not in done.err

@@ -3,6 +3,9 @@
 import shutil
 from dataclasses import replace
 
+import torch
+from safetensors.torch import load_file, save_file
+
 import mpq_kernels as mpq
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from tests.made.commands import broken_copy
@@ -25,6 +28,14 @@ def test_pack_is_the_library_call(run, tmp_path):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert "model.layers.0.self_attn.qkv_proj" in text
     assert "plan: 16 bits" in text
+
+
+def test_tensors_that_the_model_does_not_use_are_named(run, tmp_path):
+    shutil.copytree("dense", tmp_path / "more")
+    file = tmp_path / "more" / "model.safetensors"
+    save_file(load_file(file) | {"v_head.summary.weight": torch.zeros(1, 64)}, file, metadata={"format": "pt"})
+    text = run("pack", tmp_path / "more", tmp_path / "o", "--bits", 4, "--group-size", 32, "--quantizer", "rtn").out
+    assert "kept, though the model does not use them: v_head.summary.weight" in text
 
 
 def test_pack_with_calibration(run, tmp_path):

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import mpq_kernels
 from mpq_kernels import Plan
@@ -17,15 +16,6 @@ from tests.made.commands import Runner
 from tests.made.packed import digests
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gutenberg-6m"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers here are so small that threads would mostly wait for each other, on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 INTERRUPTED = """

@@ -23,15 +23,6 @@ from tests.made.commands import HEAD, Runner, broken_copy
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gutenberg-6m"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers here are so small that threads would mostly wait for each other, on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe", "gpt_oss"])
 def packed(request, tmp_path_factory):
     """(dense directory, packed directory of two shards)."""

@@ -14,6 +14,7 @@ from mpq_kernels.dense.checkpoint import DenseCheckpoint
 from mpq_kernels.nn.fused import FusedLinear
 from mpq_kernels.nn.linear import packed_modules
 from tests.made.checkpoints import FAMILIES, tiny_model
+from tests.made.mixtures import generate
 from tests.made.twins import dequantized_twin
 
 FUSIBLE = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3")
@@ -34,14 +35,6 @@ def plan_for(path, family, lm_head=16) -> mpq.Plan:
             {"name": "gate_up_proj", "members": ["gate_proj", "up_proj"]},
         ]
     return mpq.Plan.model_validate({"version": 1, "modules": modules, "fuse": fuse})
-
-
-def generate(model, tokens=12):
-    ids = torch.arange(3, 15)[None]
-    return model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -98,3 +98,12 @@ def bench_models(root):
     (root / "bare").mkdir()
     shutil.copy(root / "dense" / "config.json", root / "bare")
     return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers here are so small that threads would mostly wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

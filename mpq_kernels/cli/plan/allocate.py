@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from ...allocate import Allocation, Limits
 
 
-WITH_TEXT, WITHOUT_TEXT = (
-    "fisher",
-    "frobenius",
-)  # of the methods with and without a text, the best in docs/allocation.md
+# The methods with and without a text when none is named; docs/allocation.md compares them all.
+WITH_TEXT, WITHOUT_TEXT = "fisher", "frobenius"
 
 
 def _solvers() -> Iterable[str]:
