@@ -65,7 +65,7 @@ class LinearSpec:
     name: of the module; of an expert's projection, the one that its tensor has in the files, or would have there if it
     were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
     its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
-    transposed: its weight is stored as [K, N].
+    transposed: its weight is stored as [K, N]. tower: it reads images or sound, or what is made of them (towers.py).
     """
 
     name: str
@@ -78,6 +78,7 @@ class LinearSpec:
     expert: ExpertPart | None = None
     router: bool = False
     transposed: bool = False
+    tower: bool = False
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
         """W [N, K] from the tensor called `tensor`, contiguous: a copy only where it is stored in another order."""

@@ -24,6 +24,7 @@ from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, rou
 from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
 from .model import build_meta_model
+from .towers import output_head, towers
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelMap:
             if is_linear(module):
                 _check_linear(path, name, module, stored, tensors)
         _check_complete(path, parameters, stored, tensors)
-        scoring, heads = routers(model), other_heads(model)
+        scoring, heads, other = routers(model), other_heads(model), towers(model)
         linears = tuple(
             LinearSpec(
                 name,
@@ -71,6 +72,7 @@ class ModelMap:
                 tied=name == head and embedding is not None,
                 router=name in scoring,
                 transposed=is_transposed(module),
+                tower=name in other,
             )
             for name, module in model.named_modules()
             if is_linear(module)
@@ -100,7 +102,7 @@ def _stored_name(name: str, prefix: str, tensors: Mapping[str, StoredTensor]) ->
 
 def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
     """(module name of the output head, whether its weight is the input embedding)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(model)
     if head is None:
         return None, False
     name = next(name for name, module in model.named_modules() if module is head)
@@ -111,7 +113,7 @@ def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
 def other_heads(model: Any) -> set[str]:
     """Linears outside of the base model, where the model has no output embeddings: the score of a classifier."""
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or prefix not in model._modules or model.get_output_embeddings() is not None:
+    if not prefix or prefix not in model._modules or output_head(model) is not None:
         return set()
     named = model.named_modules()
     return {name for name, module in named if is_linear(module) and not name.startswith(f"{prefix}.")}
@@ -172,11 +174,9 @@ def _check_complete(
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear of a model, in module order, then the linears of all experts, as its files name them."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
+    head = output_head(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    scoring, heads = routers(model), other_heads(model)
+    scoring, heads, other = routers(model), other_heads(model), towers(model)
     linears = [
         LinearSpec(
             name,
@@ -187,6 +187,7 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
             tied=f"{name}.weight" in tied,
             router=name in scoring,
             transposed=is_transposed(module),
+            tower=name in other,
         )
         for name, module in model.named_modules()
         if is_linear(module)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -28,7 +29,9 @@ from ..files.shards import TensorFiles
 from ..format.weights import PackedWeight
 from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
+from .dequantize import dequantize_model
 from .fit import fit_names
+from .resize import RESIZE, guard_resizing
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class MPQQuantizer(HfQuantizer):
             else:
                 raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
             module.rebind()
+        guard_resizing(model)
         del self._files, self._stored
         return model
 
@@ -96,6 +100,12 @@ class MPQQuantizer(HfQuantizer):
         PackedWeight(module.layout, **tensors).check_values()
         for stored in names.values():
             self._files.release(stored)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """What `model.dequantize()` calls."""
+        model.__dict__.pop(RESIZE, None)
+        made: nn.Module = dequantize_model(model, dtype)
+        return made
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed tensors back as they are."""
