@@ -21,6 +21,11 @@ def token_ids(config: Any) -> Inputs:
     return {"input_ids": torch.randint(10, 100, (ROWS, TOKENS), generator=generator)}
 
 
+def copies(inputs: Inputs) -> Inputs:
+    """The same with tensors that a model may write to."""
+    return {name: value.clone() for name, value in inputs.items()}
+
+
 def logits(output: Any) -> torch.Tensor:
     """What two models are compared by."""
     found: torch.Tensor = output.logits

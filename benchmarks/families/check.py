@@ -26,7 +26,7 @@ from mpq_kernels.dense.names import list_linears
 from mpq_kernels.nn.experts import PackedExperts
 from mpq_kernels.nn.linear import MixedLinear
 
-from .cases import TOKENS, VOCAB, Case, Inputs
+from .cases import TOKENS, VOCAB, Case, Inputs, copies
 from .shrink import tiny_config
 
 RIGHT, REFUSED, LATE, WRONG, CRASHED, NOT_JUDGED = "right", "refused", "refused late", "wrong", "crashed", "not judged"
@@ -137,7 +137,7 @@ class _Run:
             model = auto.from_config(config).eval().float()
             self.row.name = type(model).__name__
             for parameter in model.parameters():
-                if parameter.dim() == 1:  # fresh norms are one and biases zero, which would hide mistakes
+                if parameter.dim() == 1 or not parameter.any():  # fresh norms are one, biases and some projections zero
                     parameter.add_(torch.randn_like(parameter) * NOISE)
             model.save_pretrained(self.source)
             inputs = case.inputs(model.config)
@@ -160,7 +160,7 @@ class _Run:
 
     def _logits(self, model: Any, inputs: Inputs) -> torch.Tensor:
         torch.manual_seed(0)
-        return self.case.output(model(**{name: value.clone() for name, value in inputs.items()}))
+        return self.case.output(model(**copies(inputs)))
 
     def _pack(self, out: Path, quantizer: str, **options: Any) -> mpq.PackReport:
         self.row.stage, begun = "pack", []
