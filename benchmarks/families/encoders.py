@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Changes, Inputs, Kind, logits, token_ids
+from .shrink import SPECIAL
 
 CLASSES = 3
 # model type -> changes of its tiny config.
@@ -18,6 +19,13 @@ def masked_ids(config: Any) -> Inputs:
     """Token ids of which all are read."""
     found = token_ids(config)
     return found | {"attention_mask": torch.ones_like(found["input_ids"])}
+
+
+def ended_ids(config: Any) -> Inputs:
+    """The same, each row with the end of a text as its last token."""
+    found = masked_ids(config)
+    found["input_ids"][:, -1] = SPECIAL["eos_token_id"]
+    return found
 
 
 def pair(config: Any) -> Inputs:
@@ -69,7 +77,7 @@ def classifiers() -> list[Case]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
 
     auto = "AutoModelForSequenceClassification"
-    return _cases("classifiers", list(NAMES), auto, changes={"num_labels": CLASSES})
+    return _cases("classifiers", list(NAMES), auto, ended_ids, changes={"num_labels": CLASSES, "pad_token_id": 0})
 
 
 def seq2seq() -> list[Case]:
