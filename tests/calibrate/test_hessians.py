@@ -82,7 +82,7 @@ def test_inputs_are_summed_once_and_passed_blocks_released(tmp_path):
     query = calibration.hessian(f"{attention}.q_proj")
     assert calibration.hessian(f"{attention}.k_proj") is query is calibration.hessian(f"{attention}.v_proj")
     calibration.hessian("model.layers.1.mlp.down_proj")
-    blocks = calibration.walk.blocks
+    blocks = list(calibration.walk.blocks.values())
     assert {p.device.type for p in blocks[0].parameters()} == {"meta"}
     with pytest.raises(QuantizeError, match=r"layers.0.self_attn.q_proj: calibration has already passed"):
         calibration.hessian(f"{attention}.q_proj")
@@ -91,7 +91,7 @@ def test_inputs_are_summed_once_and_passed_blocks_released(tmp_path):
 def test_bf16_models_are_read_in_fp32_one_block_at_a_time(tmp_path):
     tiny_model("llama", tmp_path / "m", dtype=torch.bfloat16)
     calibration = calibrator(tmp_path / "m")
-    dtypes = [{p.dtype for p in block.parameters()} for block in calibration.walk.blocks]
+    dtypes = [{p.dtype for p in block.parameters()} for block in calibration.walk.blocks.values()]
     assert dtypes == [{torch.float32}, {torch.bfloat16}]
     assert calibration.walk.hidden[0].dtype == torch.float32
 
