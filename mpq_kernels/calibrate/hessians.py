@@ -8,10 +8,10 @@ Inputs come from layers that are already quantized, in earlier blocks and inside
 layer will read when the packed model runs: its codes then also make up for part of the error before it.
 
 Memory does not grow with the number of blocks: all outside of the blocks in fp32, one block in fp32 (read from the
-files when the walk comes to it, released behind it: load.py), its inputs for all calibration tokens in fp32, and
-one Hessian in fp64 with its factor; where experts are packed, what one module of them reads (experts.py). The same
-input gives the same bytes on one machine with one number of threads: matrix products of another number of threads add
-up in another order.
+files when the walk comes to it, released behind it: load.py), its inputs for all calibration tokens and what else the
+model's own forward keeps of them (walk.py), and one Hessian in fp64 with its factor; where experts are packed, what one
+module of them reads (experts.py). The same input gives the same bytes on one machine with one number of threads: matrix
+products of another number of threads add up in another order.
 """
 
 from __future__ import annotations

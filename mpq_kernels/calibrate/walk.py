@@ -75,8 +75,8 @@ class Call:
 class Pass:
     """The forward pass of one batch. call: where it waits, None when it has ended.
 
-    seen: (linear, input) of every call outside of the blocks so far. hidden: what enters the block where it waits; what left
-    the last one when it has ended.
+    seen: (linear, input) of every call outside of the blocks so far. hidden: what enters the block where it waits; what
+    left the last one when it has ended.
     """
 
     tokens: torch.Tensor

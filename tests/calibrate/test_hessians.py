@@ -267,12 +267,3 @@ def test_nan_in_activations_and_linears_without_tokens_are_refused(tmp_path):
     del calibration.leaders["model.layers.0.mlp.up_proj"]  # what a run that never calls the linear leaves
     with pytest.raises(QuantizeError, match="up_proj: no token of the first .* reaches this linear"):
         calibration.hessian("model.layers.0.mlp.up_proj")
-
-
-def test_models_that_are_not_one_stack_are_refused(tmp_path):
-    from mpq_kernels.calibrate.walk import find_blocks
-
-    two = torch.nn.ModuleDict({name: torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for name in "ab"})
-    for model, words in ((two, "has a, b"), (torch.nn.Linear(2, 2), "has none")):
-        with pytest.raises(QuantizeError, match=words):
-            find_blocks(model)
