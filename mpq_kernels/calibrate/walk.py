@@ -124,7 +124,9 @@ _here = threading.local()  # .queues: of the pass that a thread runs
 def _forward(model: Any, tokens: torch.Tensor, asks: SimpleQueue[Any], answers: SimpleQueue[Any]) -> None:
     """What the thread of a pass does."""
     _here.queues = asks, answers
-    # This thread's own: the little that is computed here needs no threads, and each pass would hold as many of its own.
+    # The little that is computed here needs no threads, and each pass would hold as many of its own. Asking for the
+    # number first makes it this thread's, which the caller's own, set again behind it, then leaves alone.
+    torch.get_num_threads()
     torch.set_num_threads(1)
     given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     try:
@@ -186,6 +188,7 @@ class BlockWalk:
         self.passes = [Pass(batch, named.get(head)) for batch in self.batches]
         weakref.finalize(self, _end, self.passes)
         self.current = 0
+        self.writes: bool | None = None  # whether the current block writes into tensors that it is given
         inner = [parameter for block in self.blocks.values() for parameter in block.parameters()]
         before = [parameter._version for parameter in inner]
         for one in self.passes:
@@ -273,7 +276,7 @@ class BlockWalk:
         self._enter()
 
     def _enter(self) -> None:
-        self.writes: bool | None = None  # whether the current block writes into tensors that it is given
+        self.writes = None
         if any(one.call is not None and one.call.place == self.current for one in self.passes):
             self.load(self.current)
 

@@ -271,13 +271,21 @@ def test_blocks_that_write_into_their_arguments_are_run_on_copies():
 
 
 def test_threads_end_with_the_walk(tmp_path):
-    """And none is ever more than its own: a pass does not get the threads of torch's that its caller has."""
+    """A pass computes with one thread, or each would hold as many as its caller has."""
     tiny_model("llama", tmp_path / "m")
-    before, count = threading.active_count(), torch.get_num_threads()
+    before, count, seen = threading.active_count(), torch.get_num_threads(), []
+    torch.set_num_threads(2)
     dense = StoredModel(DenseCheckpoint.open(tmp_path / "m"), torch.device("cpu"))
+    embedding = dense.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    norm = dense.model.model.norm
+    norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     walk = BlockWalk(dense.model, TOKENS, torch.device("cpu"), dense.load)
     assert threading.active_count() == before + 3
-    assert torch.get_num_threads() == count
+    walk.advance()
+    walk.advance()
+    assert torch.get_num_threads() == 2 and seen == [1] * 6
+    torch.set_num_threads(count)
     waiting = [thread for thread in threading.enumerate() if thread.daemon]
     del walk
     gc.collect()
