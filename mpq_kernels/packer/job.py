@@ -19,6 +19,7 @@ from ..calibrate import auto_round
 from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
+from ..calibrate.trial import check_walk
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
@@ -264,23 +265,26 @@ def prepare(
     act_order: bool = False,
     allow_dense: bool = False,
 ) -> ResolvedPlan:
-    """The plan on the source's linears, in the order in which they are packed; no weight is read.
+    """The plan on the source's linears, in the order in which they are packed.
+
+    No weight is read, but by the trial of a calibration where the model cannot be tried without them (trial.py).
 
     quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
     the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears.
 
-    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer cannot do, CheckpointError for a
-    model of which too little would be packed.
+    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer or its calibration cannot do,
+    CheckpointError for a model of which too little would be packed.
     """
     if not allow_dense:
         check_recognised(source)
     resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)
+    if not calibrated or not resolved.weights:
         return resolved
-    if not calibrated:
-        return resolved
-    return in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    ordered = in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    check_walk(source, ordered)
+    return resolved if row.whole_model else ordered
 
 
 def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
