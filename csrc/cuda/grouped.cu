@@ -30,7 +30,7 @@ struct GroupedWork {
       else
         high = middle;
     }
-    const int begin = dev::ld_constant(p.offsets + low), end = dev::ld_constant(p.offsets + low + 1);
+    const int begin = dev::ld_global(p.offsets + low), end = dev::ld_global(p.offsets + low + 1);
     const uint32_t blocks = uint32_t(end - begin + block_tokens - 1) / uint32_t(block_tokens);
     const uint32_t place = item - before(low), group = place / blocks;
     const int first = begin + int(place - group * blocks) * block_tokens;
@@ -47,7 +47,7 @@ struct GroupedWork {
 // Running counts of the experts' items: lane 0 of warp 0 adds what all threads counted.
 MPQ_DEVICE void count_items(const GroupedParams& p, uint32_t table, int block_tokens) {
   for (int e = int(dev::thread_index()); e < p.num_experts; e += int(dev::thread_count())) {
-    const int rows = dev::ld_constant(p.offsets + e + 1) - dev::ld_constant(p.offsets + e);
+    const int rows = dev::ld_global(p.offsets + e + 1) - dev::ld_global(p.offsets + e);
     const int groups = dev::ld_constant(p.expert_groups + e + 1) - dev::ld_constant(p.expert_groups + e);
     dev::st_shared(table + 4 * uint32_t(e + 1), uint32_t((rows + block_tokens - 1) / block_tokens) * uint32_t(groups));
   }

@@ -53,12 +53,12 @@ MPQ_DEVICE uint4 silu_mul(uint4 gate, uint4 up) {
 MPQ_DEVICE uint4 load_columns(const Input& in, const void* matrix, int64_t row, int column) {
   const uint16_t* from = static_cast<const uint16_t*>(matrix) + row * in.row_stride;
   if (in.vector_loads && column + 8 <= in.columns)
-    return dev::ld_constant(reinterpret_cast<const uint4*>(from + column));
+    return dev::ld_global(reinterpret_cast<const uint4*>(from + column));
   uint32_t v[4] = {};
   MPQ_UNROLL for (int i = 0; i < 8; ++i) {
     if (column + i >= in.columns) continue;
     const int place = in.perm ? dev::ld_constant(in.perm + column + i) : column + i;
-    v[i >> 1] |= uint32_t(dev::ld_constant(from + place)) << (16 * (i & 1));
+    v[i >> 1] |= uint32_t(dev::ld_global(from + place)) << (16 * (i & 1));
   }
   return uint4{v[0], v[1], v[2], v[3]};
 }
