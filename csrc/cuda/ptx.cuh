@@ -180,8 +180,8 @@ template <class T>
 MPQ_DEVICE T ld_global(const T* address) {
   return *address;
 }
-// For data that no kernel writes which may run beside this one. Not for what an earlier kernel of the stream wrote, where
-// launches may overlap: this path may hold bytes from before that kernel.
+// For data that no kernel writes which may run beside this one. Not for what an earlier kernel of the stream wrote,
+// where launches may overlap: this path may hold bytes from before that kernel.
 template <class T>
 MPQ_DEVICE T ld_constant(const T* address) {
   return __ldg(address);

@@ -135,8 +135,7 @@ struct Machine {
 
   static void when_gone(cudaGraph_t graph, void (*call)(void*), void* argument) {
     cudaUserObject_t object = nullptr;
-    check("cudaUserObjectCreate",
-          cudaUserObjectCreate(&object, argument, call, 1, cudaUserObjectNoDestructorSync));
+    check("cudaUserObjectCreate", cudaUserObjectCreate(&object, argument, call, 1, cudaUserObjectNoDestructorSync));
     check("cudaGraphRetainUserObject", cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove));
   }
 };

@@ -1,6 +1,4 @@
 // csrc/torch/counters.h over a machine of the test's own: which calls share counters, and when a set is free again.
-#include "torch/counters.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -8,12 +6,14 @@
 #include <set>
 #include <stdexcept>
 
+#include "torch/counters.h"
+
 namespace {
 
-#define EXPECT(condition)                                            \
-  if (!(condition)) {                                                \
+#define EXPECT(condition)                                             \
+  if (!(condition)) {                                                 \
     std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-    std::exit(1);                                                    \
+    std::exit(1);                                                     \
   }
 
 struct Graph {
