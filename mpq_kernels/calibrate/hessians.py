@@ -54,8 +54,8 @@ class Calibrator:
         self.calibration = calibration
         device = torch.device(calibration.device)
         dense = StoredModel(source, device) if dense is None else dense
-        rows = calibration.rows(source.path, dense.model.config.get_text_config())
-        self.walk = BlockWalk(dense.model, rows, device, dense.load)
+        inputs = calibration.inputs(source.path, dense.model.config)
+        self.walk = BlockWalk(dense.model, inputs, device, dense.load)
         self.leaders: dict[str, str] = {}  # linear of this stage -> the first that reads the same tensor
         self.calls: Counter[str] = Counter()
         self.held: tuple[str, torch.Tensor] | None = None

@@ -9,6 +9,7 @@ weights, which reads them once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .load import compute_buffers
 from .walk import ModelFails
 
 TOKENS = 8
+Sample = Mapping[str, torch.Tensor]
 
 
 class Skeleton:
@@ -50,22 +52,25 @@ def _zeros_of(size: int) -> Any:
     return lambda x: x.new_zeros(*x.shape[:-1], size)
 
 
-def check_walk(source: DenseCheckpoint, resolved: ResolvedPlan) -> None:
+def check_walk(source: DenseCheckpoint, resolved: ResolvedPlan, sample: Sample | None = None) -> None:
     """Raise what a calibration of this plan, in its order, would raise, as far as it does not hang on values.
+
+    sample: one of those that it reads, None where it reads tokens.
 
     QuantizeError: a model that cannot be walked, a linear that no token reaches; CheckpointError.
     """
     if not resolved.weights:
         return
     try:
-        _walk(source, resolved, Skeleton(source))
+        _walk(source, resolved, sample, Skeleton(source))
     except ModelFails:
-        _walk(source, resolved, None)
+        _walk(source, resolved, sample, None)
 
 
-def _walk(source: DenseCheckpoint, resolved: ResolvedPlan, skeleton: Skeleton | None) -> None:
+def _walk(source: DenseCheckpoint, resolved: ResolvedPlan, sample: Sample | None, skeleton: Skeleton | None) -> None:
     tokens = torch.ones(1, TOKENS, dtype=torch.int64)
-    calibrator = Calibrator(source, Calibration(tokens=tokens), skeleton)
+    calibration = Calibration(tokens=tokens) if sample is None else Calibration(samples=[sample])
+    calibrator = Calibrator(source, calibration, skeleton)
     for weight in resolved.weights:
         for member in weight.members:
             calibrator.check(member.spec.name)

@@ -23,8 +23,8 @@ import contextvars
 import copy
 import threading
 import weakref
-from collections import UserDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter, UserDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -33,11 +33,10 @@ import torch
 from torch import nn
 
 from ..dense.kinds import is_linear, is_transposed
+from ..dense.towers import towers
 from ..errors import MPQError, QuantizeError
 from ..files.strict import short
 from ..quantize import suitable
-
-BATCH_TOKENS = 4096  # read at once
 
 
 class Stop(Exception):
@@ -79,7 +78,7 @@ class Pass:
     left the last one when it has ended.
     """
 
-    tokens: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
     head: str | None
     asks: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
@@ -90,7 +89,7 @@ class Pass:
     def start(self, model: Any) -> None:
         """Run up to the first block."""
         threads = torch.get_num_threads()
-        threading.Thread(target=_forward, args=(model, self.tokens, self.asks, self.answers), daemon=True).start()
+        threading.Thread(target=_forward, args=(model, self.inputs, self.asks, self.answers), daemon=True).start()
         try:
             self._wait()
         finally:
@@ -121,17 +120,16 @@ class Pass:
 _here = threading.local()  # .queues: of the pass that a thread runs
 
 
-def _forward(model: Any, tokens: torch.Tensor, asks: SimpleQueue[Any], answers: SimpleQueue[Any]) -> None:
+def _forward(model: Any, inputs: Mapping[str, torch.Tensor], asks: SimpleQueue[Any], answers: SimpleQueue[Any]) -> None:
     """What the thread of a pass does."""
     _here.queues = asks, answers
     # The little that is computed here needs no threads, and each pass would hold as many of its own. Asking for the
     # number first makes it this thread's, which the caller's own, set again behind it, then leaves alone.
     torch.get_num_threads()
     torch.set_num_threads(1)
-    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False, **given)
+            model(**inputs, use_cache=False)
     except Stop:
         asks.put(None)
     except BaseException as error:  # noqa: BLE001  (raised again by the thread that waits for this one)
@@ -162,21 +160,29 @@ def _waiting(place: int | str, run: Callable[..., Any]) -> Callable[..., Any]:
 class BlockWalk:
     """The walk of some tokens through a model's blocks.
 
-    batches: tokens int64 [n, sequence] each. current: index of the block where the passes wait; the number of blocks
-    when the walk is through and only linears outside of them are left.
+    batches: tokens int64 [n, sequence] of each pass. current: index of the block where the passes wait; the number of
+    blocks when the walk is through and only linears outside of them are left.
     """
 
-    def __init__(self, model: Any, rows: torch.Tensor, device: torch.device, load: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        inputs: Iterable[Mapping[str, torch.Tensor]],
+        device: torch.device,
+        load: Callable[[int], None],
+    ) -> None:
         """Stand before the first block. The model is changed: blocks that were passed are on the meta device.
 
-        load: gives a block its parameters, in fp32 on the device; for the number of blocks, all outside of them.
-        Raises QuantizeError: a model without blocks, or one that does not run on tokens alone.
+        inputs: keywords of the model's forward, of one pass each; with input_ids or decoder_input_ids. load: gives a
+        block its parameters, in fp32 on the device; for the number of blocks, all outside of them. Raises
+        QuantizeError: a model without blocks, or one that does not run on these inputs.
         """
         self.model, self.device, self.load = model.eval(), device, load
         self.blocks = find_blocks(model)
         self.names, self.places = list(self.blocks), places_of(self.blocks)
         self._refuse_shared_weights()
-        self.batches = rows.to(device).split(max(1, BATCH_TOKENS // rows.shape[1]))
+        placed = [{name: _on(value, device) for name, value in each.items()} for each in inputs]
+        self.batches = [each["input_ids"] if "input_ids" in each else each["decoder_input_ids"] for each in placed]
         load(len(self.blocks))
         for index, block in enumerate(self.blocks.values()):
             block.forward = _waiting(index, block.forward)
@@ -185,7 +191,7 @@ class BlockWalk:
             if self.stage(name) == len(self.blocks) and (is_linear(module) or module is head):
                 module.forward = _waiting(name, module.forward)
         named = {module: name for name, module in model.named_modules()}
-        self.passes = [Pass(batch, named.get(head)) for batch in self.batches]
+        self.passes = [Pass(each, named.get(head)) for each in placed]
         weakref.finalize(self, _end, self.passes)
         self.current = 0
         self.writes: bool | None = None  # whether the current block writes into tensors that it is given
@@ -281,6 +287,11 @@ class BlockWalk:
             self.load(self.current)
 
 
+def _on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device, in fp32 if it holds no whole numbers."""
+    return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+
+
 def _end(passes: list[Pass]) -> None:
     """Let the threads of passes that still wait come to their end."""
     for one in passes:
@@ -302,9 +313,11 @@ def _in_words() -> Iterator[None]:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> block, in model order: the members of every outermost ModuleList that has linears inside of its members.
+    """Name -> block: the members of every outermost ModuleList that has linears inside of its members.
 
-    Raises QuantizeError for a model without any.
+    In model order, but those of towers first: they run before the blocks that read what they make. A list beside a
+    longer one in a tower runs between that one's members (Qwen3-VL's mergers), and is outside. Raises QuantizeError for
+    a model without any.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -318,7 +331,16 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             f"calibration walks through a model that is made of blocks, and {type(model).__name__} has none; "
             f"{without_text()}"
         )
-    return blocks
+    beside = towers(model)
+    seeing = [name for name in blocks if any(linear.startswith(f"{name}.") for linear in beside)]
+    lists = Counter(map(_parent, seeing))
+    longest = {_parent(name): count for name, count in sorted(lists.items(), key=lambda item: item[1])}
+    first = [name for name in seeing if lists[_parent(name)] == longest[_parent(_parent(name))]]
+    return {name: blocks[name] for name in [*first, *(name for name in blocks if name not in seeing)]}
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def places_of(blocks: Collection[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, MPQError
 
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 WORDS = {1: "uint8", 2: "int16", 4: "int32"}  # bytes of a sample of a WAV file -> how it is stored
 
 
@@ -67,6 +68,16 @@ def _text(processor: Any, prompt: str, images: int, sounds: int) -> dict[str, st
     marks += [getattr(processor, "audio_token", None) or ""] * sounds
     text = "".join(mark for mark in marks if mark not in prompt) + prompt
     return {"text": text} if text else {}
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, by name. Raises MPQError where there is none."""
+    if not folder.is_dir():
+        raise MPQError(f"{folder}: is not a directory")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not found:
+        raise MPQError(f"{folder}: holds no file with one of the endings {', '.join(PICTURES)}")
+    return found
 
 
 def read_image(path: Path) -> Any:

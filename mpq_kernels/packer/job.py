@@ -264,13 +264,15 @@ def prepare(
     calibrated: bool,
     act_order: bool = False,
     allow_dense: bool = False,
+    sample: Mapping[str, torch.Tensor] | None = None,
 ) -> ResolvedPlan:
     """The plan on the source's linears, in the order in which they are packed.
 
     No weight is read, but by the trial of a calibration where the model cannot be tried without them (trial.py).
 
     quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
-    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears.
+    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears. sample:
+    what it looks at in place of a text.
 
     Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer or its calibration cannot do,
     CheckpointError for a model of which too little would be packed.
@@ -283,7 +285,7 @@ def prepare(
     if not calibrated or not resolved.weights:
         return resolved
     ordered = in_walk_order(in_free_order(resolved) if act_order else resolved, source)
-    check_walk(source, ordered)
+    check_walk(source, ordered, sample)
     return resolved if row.whole_model else ordered
 
 

@@ -76,7 +76,8 @@ def pack(
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = DenseCheckpoint.open(model_dir)
     act_order = calibrated is not None and calibrated.act_order
-    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order, allow_dense)
+    sample = calibrated.samples[0] if calibrated is not None and calibrated.samples else None
+    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order, allow_dense, sample)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import mpq_kernels as mpq
-from mpq_kernels.calibrate.calibration import Calibration
+from mpq_kernels.calibrate.calibration import Calibration, token_batches
 from mpq_kernels.calibrate.experts import in_walk_order
 from mpq_kernels.calibrate.hessians import Calibrator, damped
 from mpq_kernels.calibrate.load import StoredModel
@@ -210,7 +210,7 @@ class Looped(torch.nn.Module):
 
 
 def test_blocks_that_are_run_again_are_refused():
-    walk = BlockWalk(Looped(), TOKENS, torch.device("cpu"), lambda stage: None)
+    walk = BlockWalk(Looped(), token_batches(TOKENS), torch.device("cpu"), lambda stage: None)
     walk.advance()
     with pytest.raises(QuantizeError, match=r"Looped runs blocks.0 again after blocks.1, .* comes by each block once"):
         walk.advance()
@@ -218,17 +218,17 @@ def test_blocks_that_are_run_again_are_refused():
 
 def test_weights_that_blocks_share_are_refused():
     with pytest.raises(QuantizeError, match=r"blocks.1.0.weight is the same weight as blocks.0.0.weight"):
-        BlockWalk(Looped(cross=True), TOKENS, torch.device("cpu"), lambda stage: None)
+        BlockWalk(Looped(cross=True), token_batches(TOKENS), torch.device("cpu"), lambda stage: None)
 
 
 def test_errors_of_the_model_come_in_words():
     model = Looped()
     model.embedding.forward = lambda tokens: tokens.none
     with pytest.raises(ModelFails, match=r"cannot be run on tokens alone, .* \(AttributeError: .*none.*'rtn' or 'hqq'"):
-        BlockWalk(model, TOKENS, torch.device("cpu"), lambda stage: None)
+        BlockWalk(model, token_batches(TOKENS), torch.device("cpu"), lambda stage: None)
     model = Looped()
     model.blocks[0][0] = torch.nn.Linear(5, 4)
-    walk = BlockWalk(model, TOKENS, torch.device("cpu"), lambda stage: None)
+    walk = BlockWalk(model, token_batches(TOKENS), torch.device("cpu"), lambda stage: None)
     with pytest.raises(ModelFails, match=r"\(RuntimeError: .*shapes"):
         walk.forward(0)
 
@@ -261,7 +261,7 @@ def test_blocks_that_write_into_their_arguments_are_run_on_copies():
         model.blocks[index] = Writing()
     with torch.no_grad():
         wanted = model(TOKENS[:4], False)
-        walk = BlockWalk(model, TOKENS[:4], torch.device("cpu"), lambda stage: None)
+        walk = BlockWalk(model, token_batches(TOKENS[:4]), torch.device("cpu"), lambda stage: None)
         for _ in range(2):
             for _ in range(3):
                 walk.forward(0)
@@ -280,7 +280,7 @@ def test_threads_end_with_the_walk(tmp_path):
     embedding.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     norm = dense.model.model.norm
     norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    walk = BlockWalk(dense.model, TOKENS, torch.device("cpu"), dense.load)
+    walk = BlockWalk(dense.model, token_batches(TOKENS), torch.device("cpu"), dense.load)
     assert threading.active_count() == before + 3
     walk.advance()
     walk.advance()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, Idefics3Processor, WhisperFeatureExtractor, WhisperProcessor
 
 import mpq_kernels as mpq
-from mpq_kernels.cli.media import read_sound
+from mpq_kernels.cli.media import media_inputs, open_processor, pictures, read_sound
 from mpq_kernels.errors import MPQError
 from tests.made.multimodal import tiny_multimodal
 
@@ -139,3 +139,29 @@ def test_a_model_that_generates_nothing(run, tmp_path, space):
 def test_a_sound_that_cannot_be_read(tmp_path):
     with pytest.raises(MPQError, match="cannot be read"):
         read_sound(tmp_path / "none.wav", RATE)
+
+
+def test_calibration_on_pictures(run, models, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index, colour in enumerate(("red", "green")):
+        Image.new("RGB", (30, 40), colour).save(tmp_path / "pictures" / f"{index}.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    tower = "model.vision_model.encoder.layers.0.mlp.fc1"
+    plan = mpq.Plan.from_dict({"version": 1, "modules": {tower: {"bits": 3, "group_size": 32}}})
+    plan.to_file(tmp_path / "plan.json")
+    words = ["--plan", tmp_path / "plan.json", "--quantizer", "gptq", "--json", "--quiet"]
+    seen = ["--calibration-images", tmp_path / "pictures", "--calibration-prompt", "What is it?"]
+    run("pack", models / "dense", tmp_path / "a", *words, *seen)
+    processor, samples = open_processor(models / "dense"), []
+    for path in pictures(tmp_path / "pictures"):
+        samples.append(dict(media_inputs(processor, "What is it?", [path], [])))
+    mpq.pack(models / "dense", tmp_path / "b", plan, quantizer="gptq", calibration=mpq.Calibration(samples=samples))
+    mpq.pack(models / "dense", tmp_path / "c", plan, quantizer="rtn")
+    packed = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert packed[0] == packed[1] != packed[2]
+    (tmp_path / "empty").mkdir()
+    nothing = run("pack", models / "dense", tmp_path / "d", *words, "--calibration-images", tmp_path / "empty", code=1)
+    assert "holds no file with one of the endings" in nothing.err and not (tmp_path / "d").exists()
+    assert "either --calibration or --calibration-images" in run.misuse(
+        "pack", models / "dense", "d", *words, *seen, "--calibration", "text.txt"
+    )
