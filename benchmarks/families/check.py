@@ -24,7 +24,6 @@ from mpq_kernels.dense.linears import GATE_UP, PARTS, LinearSpec
 from mpq_kernels.dense.model import model_class
 from mpq_kernels.dense.names import list_linears
 from mpq_kernels.nn.experts import PackedExperts
-from mpq_kernels.nn.linear import MixedLinear
 
 from .cases import TOKENS, VOCAB, Case, Inputs, copies
 from .shrink import tiny_config
@@ -188,18 +187,16 @@ class _Run:
     def _twin(self, packed: Any, errors: dict[str, float]) -> Any:
         """The dense model with the dequantized weights. Every weight must miss its own by the error in the report."""
         dense = self._dense()
-        head = dense.get_output_embeddings()
-        if head is not None and isinstance(packed.get_output_embeddings(), MixedLinear):
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # a packed head is not the embedding
         stored = {place(spec): spec.name for spec in DenseCheckpoint.open(self.source).linears()}
         filled = 0
         for spec in list_linears(dense):
             value = dequantized(packed, spec)
             if value is None:
                 continue
+            own(dense, spec)
             view = weight_view(dense, spec)
             name = stored[place(spec)]
-            error = float((value - view).norm() / view.norm())
+            error = float((value - view).norm() / view.norm().clamp_min(1e-30))
             if not abs(error - errors[name]) <= ERRORS * errors[name] + 1e-6:
                 raise Ended(WRONG, f"{name} differs from its dense weight by {error:.4f}, and not {errors[name]:.4f}")
             view.copy_(value)
@@ -241,6 +238,13 @@ def place(spec: LinearSpec) -> tuple[Any, ...]:
     """Where a linear is in the model, whatever the files call it."""
     expert = spec.expert
     return (spec.name,) if expert is None else (expert.module, expert.index, expert.part)
+
+
+def own(model: Any, spec: LinearSpec) -> None:
+    """Give a linear a weight of its own where it is tied: a packed one is not."""
+    if spec.expert is None:
+        linear = model.get_submodule(spec.name)
+        linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
 
 
 def dequantized(model: Any, spec: LinearSpec) -> torch.Tensor | None:

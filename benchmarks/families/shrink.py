@@ -69,20 +69,26 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 FIRST_SPECIAL = 110  # of the other special tokens: those of images and the like
 LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 MOST_LAYERS = 4
-DEPTH = "num_hidden_layers"
+DEFAULT = "default"  # a change of this name: what the class needs to make a default config
+DEPTH, KV = "num_hidden_layers", "num_key_value_heads"
 
 
 def tiny_config(config_class: Any, changes: Changes) -> Any:
     """The tiny config of a class, with a family's own changes."""
-    return config_class(**merged(tiny_values(config_class()), changes))
+    default = dict(changes.get(DEFAULT, {}))
+    changes = {name: value for name, value in changes.items() if name != DEFAULT}
+    return config_class(**merged(tiny_values(config_class(**default)), changes))
 
 
 def merged(values: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
-    """Values with changes, which go into dicts; a change of None removes the value: the class's own default."""
+    """Values with changes, which go into dicts; a change of `...` leaves a value to the class."""
     out = dict(values)
     for name, value in changes.items():
         inner = out.get(name)
-        out[name] = merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+        if value is ...:
+            out.pop(name, None)
+        else:
+            out[name] = merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
     return out
 
 
@@ -103,6 +109,8 @@ def tiny_values(config: Any) -> dict[str, Any]:
             special += 1
         elif name in BY_NAME and _number(value) and value > 0:
             out[name] = BY_NAME[name]
+    if "kv_lora_rank" in named and KV in out:
+        out[KV] = HEADS  # latent attention has keys and values for every head
     return out | _layers(named)
 
 

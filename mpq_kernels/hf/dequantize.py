@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dense.experts import PARAMETERS
+from ..dense.experts import parameters_of
 from ..dense.kinds import is_linear, is_transposed
 from ..dense.linears import PARTS
 from ..errors import UnsupportedError
@@ -87,7 +87,7 @@ def _filled(linear: nn.Module, packed: MixedLinear | FusedMember, dtype: torch.d
 def _fill_experts(packed: PackedExperts, dtype: torch.dtype) -> None:
     """Give the family's module its parameters back."""
     family: Any = packed.family
-    for leaf, name in PARAMETERS.items():
+    for leaf, name in parameters_of(family).items():
         layer: GroupedLinear = getattr(packed, leaf)
         experts = [_parted(layer.dequantize_expert(i, dtype), leaf, family) for i in range(layer.experts)]
         stacked = torch.stack([expert.T if family.is_transposed else expert for expert in experts])
@@ -101,7 +101,7 @@ def _fill_experts(packed: PackedExperts, dtype: torch.dtype) -> None:
 def _parted(rows: torch.Tensor, leaf: str, family: Any) -> torch.Tensor:
     """Rows of one expert in the order that its family has: gate and up above each other, or in turn."""
     count = len(PARTS[leaf])
-    if count == 1 or family.is_concatenated:
+    if count == 1 or not family.has_gate or family.is_concatenated:
         return rows
     return rows.unflatten(0, (count, len(rows) // count)).transpose(0, 1).flatten(0, 1)
 

@@ -23,9 +23,10 @@ from ..calibrate.trial import check_walk
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.conversions import Origin
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
-from ..files.safetensors import Spec
+from ..files.safetensors import Spec, nbytes
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
@@ -35,6 +36,7 @@ from ..progress import Progress
 from ..quantize import QUANTIZERS, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
+from .kept import kept_tensors
 from .parts import Made, Part, Shard, Unit, digest, into_shards
 from .refuse import check_recognised
 from .report import ModuleReport, PackReport, large_parameters
@@ -58,16 +60,16 @@ class PackJob:
         self.calibrator = calibrator
         self.errors: dict[str, float] = {}
         self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
-        self.kept = _kept_tensors(source, resolved)
+        self.kept = kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
-        self.total = sum(source.tensors[name].entry.nbytes for name in self.kept.values())
+        self.total = sum(nbytes((kept.dtype, kept.shape)) for kept in self.kept.values())
         self.total += sum(self._weight_bytes(member.spec) for member in members)
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
-        units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
+        units += [self._kept_unit(name, kept) for name, kept in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
         except CheckpointError as error:
@@ -98,22 +100,22 @@ class PackJob:
             parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
         return Unit(specs, tuple(parts))
 
-    def _kept_unit(self, name: str, stored: str) -> Unit:
-        tensor = self.source.tensors[stored]
+    def _kept_unit(self, name: str, kept: Origin) -> Unit:
+        size = nbytes((kept.dtype, kept.shape))
 
         def digests() -> dict[str, str]:
-            return {stored: digest([self.source.read(stored)])}
+            return {kept.tensor: digest([self.source.made(kept)])}
 
         def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
-            self._advance(tensor.entry.nbytes, name)
+            self._advance(size, name)
 
         def make() -> Made:
-            made = Made({name: self.source.read(stored)}, digests())
-            self._advance(tensor.entry.nbytes, name)
+            made = Made({name: self.source.made(kept)}, digests())
+            self._advance(size, name)
             return made
 
-        places = {name: (0, math.prod(tensor.shape))}
-        return Unit({name: (tensor.dtype, tensor.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+        places = {name: (0, math.prod(kept.shape))}
+        return Unit({name: (kept.dtype, kept.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
@@ -121,7 +123,7 @@ class PackJob:
         quantized, error = self._quantize(member, dense)
         inputs = self._digests(spec, dense)
         del dense
-        self.source.release(spec.tensor)
+        self.source.release_weight(spec)
         packed = pack_weight(quantized).tensors()
         del quantized
         if "perm" in packed:
@@ -309,18 +311,3 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
         return replace(weight, members=members, layout=replace(weight.layout, permuted=True))
 
     return replace(resolved, weights=tuple(permuted(w) if free(w) else w for w in resolved.weights))
-
-
-def _kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
-    """Name in the output -> stored name, of every tensor that stays as it is.
-
-    The tied embedding always stays: it is looked up by row even where the head is packed.
-    """
-    packed = [member.spec for weight in resolved.weights for member in weight.members]
-    dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
-    kept = {name: name for name in source.tensors if name not in dropped}
-    tied = source.model_map
-    if tied.tied_source is not None and tied.tied_target is not None:
-        kept.pop(tied.tied_source, None)
-        kept[tied.tied_target] = tied.tied_source
-    return kept

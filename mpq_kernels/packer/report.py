@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.conversions import Origin
 from ..dense.experts import PARAMETERS
 from ..dense.linears import DOWN, GATE_UP, PARTS
 from ..format.layout import SizeBreakdown
@@ -85,9 +86,9 @@ class PackReport:
 
 
 def large_parameters(
-    source: DenseCheckpoint, resolved: ResolvedPlan, kept: Mapping[str, str]
+    source: DenseCheckpoint, resolved: ResolvedPlan, kept: Mapping[str, Origin]
 ) -> tuple[LargeParameter, ...]:
-    """Parameters of more than LARGE elements that stay as they are. kept: name in the output -> stored tensor."""
+    """Parameters of more than LARGE elements that stay as they are. kept: name in the output -> where it comes from."""
     sizes: dict[str, int] = {}
     reasons: dict[str, str] = {}
     model = source.model_map
@@ -104,10 +105,10 @@ def large_parameters(
         sizes[name] = sizes.get(name, 0) + spec.out_features * spec.in_features
         reasons[name] = resolved.kept[spec.name]
         named.add(spec.tensor)
-    for name, stored in kept.items():
-        if stored not in named:
-            sizes[name] = math.prod(source.tensors[stored].shape)
-            reasons[name] = _why_not_linear(model.kinds.get(stored))
+    for name, origin in kept.items():
+        if origin.tensor not in named:
+            sizes[name] = math.prod(origin.shape)
+            reasons[name] = _why_not_linear(model.kinds.get(origin.tensor))
     return tuple(LargeParameter(name, size, reasons[name]) for name, size in sizes.items() if size > LARGE)
 
 

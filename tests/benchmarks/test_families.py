@@ -59,3 +59,20 @@ def test_the_page_lists_families_and_reasons():
     for part in ("Packed: 1 of 3.", "`good`.", "| `odd` | has a\\|b |", "| `late` | refused late: x |"):
         assert part in text
     assert max(map(len, text.splitlines())) <= pages.WIDTH
+
+
+# One of each kind of mapping between what is stored and what the model has.
+MAPPED = (
+    "gpt_neox", "granitemoe", "granitemoehybrid", "nemotron_h", "roberta", "zamba", "zamba2", "deepseek_v4", "jamba",
+    "lfm2_moe", "phimoe", "hrm_text", "aria_text", "laguna", "exaone", "sarvam_moe", "hy_v3", "hy_v4", "lara_mini",
+    "lfm3", "bert", "prophetnet", "gpt_oss", "mixtral", "minimax", "longcat_flash", "gemma3", "fuyu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MAPPED)
+def test_a_family_of_each_kind_of_mapping(model_type, tmp_path):
+    row = check.check(case(model_type), tmp_path)
+    if model_type == "longcat_flash":  # experts of another form
+        assert row.state == check.REFUSED and "LongcatFlashExperts" in row.why
+    else:
+        assert (row.state, row.why) == (check.RIGHT, "")
