@@ -39,7 +39,10 @@ def inputs_with(auto: str, forms: dict[str, Form], tokens: tuple[str, ...], feat
         for name, form in forms.items():
             try:
                 inputs = _with_tokens(model, form(config), tokens, features)
-                other = {key: value + 1 if value.is_floating_point() else value for key, value in inputs.items()}
+                other = {
+                    key: torch.randn_like(value) if value.is_floating_point() else value
+                    for key, value in inputs.items()
+                }
                 first, second = model(**copies(inputs)), model(**copies(other))
                 if torch.equal(logits(first), logits(second)):
                     raise ValueError("the values do not reach the logits")
@@ -49,6 +52,11 @@ def inputs_with(auto: str, forms: dict[str, Form], tokens: tuple[str, ...], feat
         raise ValueError(f"inputs of no known form fit: {'; '.join(problems)}")
 
     return make
+
+
+def _others(value: torch.Tensor) -> torch.Tensor:
+    """Other random values in place of random values."""
+    return torch.randn_like(value) if value.is_floating_point() else value
 
 
 def _with_tokens(model: Any, media: Inputs, names: tuple[str, ...], features: str) -> Inputs:
@@ -62,7 +70,7 @@ def _with_tokens(model: Any, media: Inputs, names: tuple[str, ...], features: st
     method = getattr(model, features, None) or getattr(model.base_model, features, None)
     rows = 0 if rows_of_form is None else int(rows_of_form)
     if token is not None and method is not None:
-        rows = _rows(_called(method, media))
+        rows = _rows(_called(method, media | _questions(model)))
     ids = torch.tensor([[*TEXT_BEFORE, *[token] * rows, *TEXT_BEHIND]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media, **_kinds(model, ids, token)}
 
@@ -79,9 +87,13 @@ def _kinds(model: Any, ids: torch.Tensor, token: int | None) -> Inputs:
     wanted = inspect.signature(model.forward).parameters
     kinds = (ids == token).long() if token is not None else torch.zeros_like(ids)
     out = {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}
-    if "qformer_input_ids" in wanted:
-        out["qformer_input_ids"] = torch.tensor([TEXT_BEHIND])
-    return out
+    return out | _questions(model)
+
+
+def _questions(model: Any) -> Inputs:
+    """What a model asks its own projector about a picture."""
+    wanted = inspect.signature(model.forward).parameters
+    return {"qformer_input_ids": torch.tensor([TEXT_BEHIND])} if "qformer_input_ids" in wanted else {}
 
 
 def _rows(found: Any) -> int:
@@ -137,6 +149,25 @@ def patches(config: Any) -> Inputs:
     return {"pixel_values": _random(side * side, row), "image_grid_thw": torch.tensor([[1, side, side]])}
 
 
+def placed_patches(config: Any) -> Inputs:
+    """[1, patches, pixels] with the place of each, as Gemma 4 has them."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+    return {"pixel_values": _random(1, 16, 3 * _vision(config).patch_size ** 2), "image_position_ids": places}
+
+
+def shaped_patches(config: Any) -> Inputs:
+    """[1, patches, pixels] with the shape of their grid, as LFM2-VL has them."""
+    pixels = _random(1, 16, 3 * _vision(config).patch_size ** 2)
+    mask = torch.ones(1, 16, dtype=torch.long)
+    return {"pixel_values": pixels, "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": mask}
+
+
+def small_pictures(config: Any) -> Inputs:
+    """[patches, 3, side, side] with their grid, as Kimi has them."""
+    side = _vision(config).patch_size
+    return {"pixel_values": _random(16, 3, side, side), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
 def crossed(config: Any) -> Inputs:
     """Tiles that layers of their own attend to, as Llama 3.2 does."""
     side, tiles = _side(config), _vision(config).max_num_tiles
@@ -160,6 +191,9 @@ IMAGES: dict[str, Form] = {
     "tiles": tiles,
     "sized": sized,
     "sized tiles": sized_tiles,
+    "placed patches": placed_patches,
+    "shaped patches": shaped_patches,
+    "small pictures": small_pictures,
     "crossed": crossed,
     "decoded": decoded,
 }

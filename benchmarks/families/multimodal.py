@@ -65,6 +65,21 @@ CHANGES: dict[str, Changes] = {
     "voxtral_realtime": {"audio_config": {"intermediate_size": 4 * HIDDEN}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 140, "text_config": ROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 140, "text_config": ROPE},
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "head_dim": HEAD, "global_head_dim": HEAD, "patch_size": PATCH,
+            "pooling_kernel_size": 2, "position_embedding_size": 64, "default_output_length": 4,
+        },
+    },
+    "janus": {
+        "vision_config": {"projection_dim": HIDDEN, "num_image_tokens": 16},
+        "vq_config": {
+            "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "num_embeddings": 64,
+            "latent_channels": 32, "embed_dim": 8, "projection_dim": HIDDEN, "image_token_embed_dim": HIDDEN,
+            "num_patches": 4,
+        },
+    },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vision-encoder-decoder": {},
 }  # fmt: skip
@@ -83,6 +98,8 @@ def common(config: Any) -> dict[str, Any]:
         out["image_size"] = [SIDE, SIDE]
     if type(getattr(config, "patch_size", None)) is list or type(getattr(config, "patch_size", None)) is tuple:
         out["patch_size"] = [PATCH, PATCH]
+    if 0 < (getattr(config, "initializer_range", None) or 0) < 1e-6:
+        out["initializer_range"] = 0.02  # BLIP's 1e-10 makes weights that vanish in fp16
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         out["rope_parameters"] = rope | {"mrope_section": MROPE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -165,7 +165,7 @@ def _look_at(model: Path, folder: Path, prompt: str, tokens: int | None, act_ord
 
     processor = open_processor(model)
     samples = [dict(media_inputs(processor, prompt, [path], [])) for path in pictures(folder)]
-    limit = {} if tokens is None else {"max_tokens": tokens}
+    limit: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
     return Calibration(samples=samples, act_order=act_order, **limit)
 
 

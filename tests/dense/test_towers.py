@@ -12,30 +12,17 @@ from mpq_kernels.errors import PlanError
 from mpq_kernels.plan.plan import Plan, WeightPlan
 from tests.made.multimodal import FAMILIES
 
-LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-LLAMA |= {"num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0}
 SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}
 T5 = {"d_model": 16, "d_ff": 24, "num_heads": 2, "d_kv": 8, "num_layers": 1, "vocab_size": 50}
+PARTS = ("model.vision_", "model.visual", "model.connector", "model.encoder", "model.multi_modal_projector")
+PARTS += ("model.audio_tower", "vision_model", "multi_modal_projector")
 # name -> (class, config, prefixes of its towers and projectors)
 MODELS = {
     **{
-        family: (model, config(**values), ("model.vision_", "model.visual", "model.connector", "model.encoder"))
+        family: (model, config(**values), PARTS)
         for family, (config, model, values) in FAMILIES.items()
     },
-    "a language model in the top module": (
-        transformers.LlavaForConditionalGeneration,
-        transformers.LlavaConfig(text_config=LLAMA, vision_config=SIGHT | {"model_type": "clip_vision_model"}),
-        ("model.vision_tower", "model.multi_modal_projector"),
-    ),
-    "a head inside of the language model": (
-        transformers.Llama4ForConditionalGeneration,
-        transformers.Llama4Config(
-            text_config={k: v for k, v in LLAMA.items() if k != "model_type"} | {"head_dim": 8, "num_local_experts": 2},
-            vision_config=SIGHT | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
-        ),
-        ("vision_model", "multi_modal_projector"),
-    ),
     "a decoder, and an encoder of text": (
         transformers.T5ForConditionalGeneration, transformers.T5Config(**T5), ()
     ),

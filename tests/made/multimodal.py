@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 VOCAB = 160
 TEXT: dict[str, Any] = {
@@ -51,6 +52,42 @@ FAMILIES: dict[str, tuple[Any, Any, Mapping[str, Any]]] = {
             "vision_end_token_id": 153, "tie_word_embeddings": False,
         },
     ),
+    "llava": (  # stored under the names of an older version
+        transformers.LlavaConfig,
+        transformers.LlavaForConditionalGeneration,
+        {
+            "text_config": TEXT | {"model_type": "llama"},
+            "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+            "image_token_id": IMAGE, "vision_feature_layer": -1, "tie_word_embeddings": False,
+        },
+    ),
+    "llama4": (  # experts, a head inside of its language model
+        transformers.Llama4Config,
+        transformers.Llama4ForConditionalGeneration,
+        {
+            "text_config": TEXT | {
+                "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
+                "no_rope_layers": [1, 0],
+            },
+            "vision_config": VISION | {
+                "image_size": 32, "patch_size": 8, "intermediate_size": 128, "vision_output_dim": 32,
+                "projector_input_dim": 32, "projector_output_dim": 32,
+            },
+            "image_token_id": IMAGE, "image_token_index": IMAGE, "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_audio": (
+        transformers.Qwen2AudioConfig,
+        transformers.Qwen2AudioForConditionalGeneration,
+        {
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "audio_config": {
+                "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64,
+                "num_mel_bins": 8, "max_source_positions": 16,
+            },
+            "audio_token_id": IMAGE, "tie_word_embeddings": False,
+        },
+    ),
     "whisper": (transformers.WhisperConfig, transformers.WhisperForConditionalGeneration, SOUND),
 }  # fmt: skip
 
@@ -88,7 +125,28 @@ def _sound(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"decoder_input_ids": torch.tensor([[1, 17, 9, 33]]), "input_features": random(1, 8, 40)}
 
 
-INPUTS = {"idefics3": _tiles, "qwen3_vl": _patches, "whisper": _sound}
+def _square(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"input_ids": _ids(16), "pixel_values": random(1, 3, 32, 32)}
+
+
+def _shuffled(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"input_ids": _ids(4), "pixel_values": random(1, 3, 32, 32)}
+
+
+def _heard(random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids, mask = _ids(8), torch.ones(1, 32, dtype=torch.int64)
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": random(1, 8, 32),
+        "feature_attention_mask": mask,
+    }  # fmt: skip
+
+
+INPUTS = {
+    "idefics3": _tiles, "qwen3_vl": _patches, "whisper": _sound, "llava": _square, "llama4": _shuffled,
+    "qwen2_audio": _heard,
+}  # fmt: skip
+# Llama 4 of transformers 5.24 reads this from what its language model returns, and fails without it.
+MoeCausalLMOutputWithPast.image_outputs = getattr(MoeCausalLMOutputWithPast, "image_outputs", None)
 
 
 def inputs(family: str, seed: int = 1) -> dict[str, torch.Tensor]:
