@@ -26,12 +26,15 @@ class SassError(Exception):
 
 @dataclass(frozen=True)
 class Instruction:
-    """`opcode` with its modifiers; `target`: labels that it may go to."""
+    """`opcode` with its modifiers; `targets`: labels that it may go to. `control`: what the scheduler is told (bits 105
+    and up of the encoding: benchmarks/gpu/model/program.py), where the text has encodings."""
 
     predicate: str
     opcode: str
     operands: str
     targets: tuple[str, ...] = ()
+    address: int = 0
+    control: int = 0
 
 
 @dataclass(frozen=True)
