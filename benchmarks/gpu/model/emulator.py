@@ -56,8 +56,8 @@ def round_up(value: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One block of a launch. `params`: kernel parameters. `constants`: banks above 0. `load`, `atomic`: what a word of
-    global memory holds; what an addition to it finds there."""
+    """One block of a launch. `params`: kernel parameters. `constants`: banks above 0. Global memory: `load`
+    gives the word at an address, `atomic` adds to it and gives what it held, `store` writes it."""
 
     params: bytes
     params_at: int
@@ -66,7 +66,8 @@ class Launch:
     warps: int = 1
     constants: Mapping[int, bytes] = field(default_factory=dict)
     load: Callable[[int], int] = lambda _: 0
-    atomic: Callable[[int], int] = lambda _: 0
+    atomic: Callable[[int, int], int] = lambda _address, _value: 0
+    store: Callable[[int, int], None] = lambda _address, _value: None
 
     def banks(self) -> dict[int, tuple[int, ...]]:
         """Constants as words. The first ones of bank 0: threads of a block, blocks of the grid."""
@@ -121,7 +122,7 @@ class Emulator:
             if n in self._labels:
                 body.append(f"return {n}, False")
                 break
-        names = "R, U, P, V, C, M, Z, t, load, atomic, at"
+        names = "R, U, P, V, C, M, Z, t, load, atomic, store, at"
         source = f"def stretch({names}):\n    " + "\n    ".join(body)
         scope: dict[str, Any] = {
             "E": self._taken, "S": self._skipped, "F": to_float, "B": to_bits, "permute": permute, "truncate": truncate,
@@ -173,7 +174,7 @@ class _Warp:
         self._state = (
             [0] * 260, [0] * 68, [False] * 8, [False] * 8, banks, shared,
             {"SR_TID.X": 32 * w, "SR_CTAID.X": launch.block[0], "SR_CTAID.Y": launch.block[1]},
-            self.trace.append, launch.load, launch.atomic, code.program.at_address,
+            self.trace.append, launch.load, launch.atomic, launch.store, code.program.at_address,
         )  # fmt: skip
 
     def run_to_barrier(self) -> None:

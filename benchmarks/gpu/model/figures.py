@@ -80,7 +80,7 @@ def launch_of(plan: Plan, machine: Machine, code: Code, block: int, last: bool) 
     cut = plan.cuts[block + 1] if plan.shares_last_group(block) else plan.cuts[block]
     counter = COUNTERS + 4 * cut.first
 
-    def arrived(address: int) -> int:
+    def arrived(address: int, _: int) -> int:
         return cut.last - cut.first if last and address == counter else 0
 
     return Launch(plan.params, machine.params_at, (block, 0), plan.grid, plan.warps, code.constants, atomic=arrived)

@@ -6,10 +6,11 @@ products and everything of 16 bits give zero, which steers nothing in the kernel
 
 from __future__ import annotations
 
+import struct
+
 from benchmarks.gpu.model.expressions import (
     MASK,
     Statements,
-    UnknownInstruction,
     address,
     constant,
     integer,
@@ -238,18 +239,21 @@ def load_shared(words: list[str], a: list[str]) -> list[str]:
     return [f"w = {address(a[1])}", *set_words(a[0], [f"M.get(w + {4 * i}, 0)" for i in range(count_of(words))])]
 
 
+def registers(words: list[str], first: str) -> list[str]:
+    """What a store writes."""
+    return ["0" if first == "RZ" else f"R[{int(first[1:]) + i}]" for i in range(count_of(words))]
+
+
 def store_shared(words: list[str], a: list[str]) -> list[str]:
-    first, count = word(a[1]), count_of(words)
-    values = [first if first == "0" else f"R[{int(a[1][1:]) + i}]" for i in range(count)]
-    return [f"w = {address(a[0])}", *(f"M[w + {4 * i}] = {v}" for i, v in enumerate(values))]
+    return [f"w = {address(a[0])}", *(f"M[w + {4 * i}] = {v}" for i, v in enumerate(registers(words, a[1])))]
 
 
 def load_global(words: list[str], a: list[str]) -> list[str]:
     return [f"m = {address(a[1])}", *set_words(a[0], [f"load(m + {4 * i})" for i in range(count_of(words))])]
 
 
-def store_global(_words: list[str], a: list[str]) -> list[str]:
-    return [f"m = {address(a[0])}"]
+def store_global(words: list[str], a: list[str]) -> list[str]:
+    return [f"m = {address(a[0])}", *(f"store(m + {4 * i}, {v})" for i, v in enumerate(registers(words, a[1])))]
 
 
 def copy_to_shared(_words: list[str], a: list[str]) -> list[str]:
@@ -257,7 +261,22 @@ def copy_to_shared(_words: list[str], a: list[str]) -> list[str]:
 
 
 def atomic(_words: list[str], a: list[str]) -> list[str]:
-    return [f"m = {address(a[2])}", *set_word(a[1], "atomic(m)")]
+    return [f"m = {address(a[2])}", f"w = atomic(m, {word(a[3])})", *set_word(a[1], "w")]
+
+
+def reduction(_words: list[str], a: list[str]) -> list[str]:
+    return [f"m = {address(a[0])}", f"atomic(m, {word(a[1])})"]
+
+
+def half_pair(_words: list[str], a: list[str]) -> list[str]:
+    """HFMA2; of zeros and two immediates it is how the compiler loads a word, else a product that steers nothing."""
+    known = len(a) == 5 and a[1].lstrip("-") == a[2] == "RZ"
+    return set_word(a[0], str(half_bits(a[3]) << 16 | half_bits(a[4])) if known else "0")
+
+
+def half_bits(text: str) -> int:
+    """fp16 of an immediate."""
+    return int(struct.unpack("<H", struct.pack("<e", float(text)))[0])
 
 
 def shuffle(_words: list[str], a: list[str]) -> list[str]:
@@ -270,10 +289,6 @@ def vote(_words: list[str], a: list[str]) -> list[str]:
     return set_word(a[0], f"{MASK} * {predicate(a[-1])}")
 
 
-def unknown(words: list[str], _a: list[str]) -> list[str]:
-    raise UnknownInstruction(".".join(words))
-
-
 OPCODES: dict[str, Statements] = {
     "MOV": move, "UMOV": move, "R2UR": move, "IABS": lambda w, a: set_word(a[0], f"abs{signed(integer(a[1]))}"),
     "IMAD": imad, "UIMAD": imad, "IADD3": iadd3, "UIADD3": iadd3, "VIADD": viadd, "IMNMX": imnmx, "VIMNMX": imnmx,
@@ -284,12 +299,12 @@ OPCODES: dict[str, Statements] = {
     "FMUL": float_of("{0} * {1}"), "FADD": float_of("{0} + {1}"), "FFMA": float_of("{0} * {1} + {2}"),
     "S2R": special_register, "S2UR": special_register, "CS2R": special_register,
     "LDC": load_constant, "ULDC": load_constant, "LDS": load_shared, "STS": store_shared, "LDSM": zeros(4),
-    "LDG": load_global, "STG": store_global, "LDGSTS": copy_to_shared, "ATOMG": atomic, "SHFL": shuffle,
-    "VOTE": vote, "VOTEU": vote, "HMMA": zeros(4), "HADD2": zeros(1), "HMUL2": zeros(1), "HFMA2": zeros(1),
+    "LDG": load_global, "STG": store_global, "LDGSTS": copy_to_shared, "ATOMG": atomic, "REDG": reduction, "SHFL": shuffle,
+    "VOTE": vote, "VOTEU": vote, "HMMA": zeros(4), "HADD2": zeros(1), "HMUL2": zeros(1), "HFMA2": half_pair,
     "F2FP": zeros(1), "F2F": zeros(1), "FCHK": lambda w, a: set_predicate(a[0], "False"),
     **dict.fromkeys(
         "NOP WARPSYNC BSSY BSYNC BREAK ENDCOLLECTIVE YIELD MEMBAR ERRBAR CGAERRBAR CCTL PREEXIT ACQBULK DEPBAR "
         "LDGDEPBAR BAR".split(), nothing
     ),
 }  # fmt: skip
-MEMORY = ("LDG", "STG", "LDGSTS", "ATOMG")  # their address is part of the trace
+MEMORY = ("LDG", "STG", "LDGSTS", "ATOMG", "REDG")  # their address is part of the trace

@@ -31,7 +31,7 @@ for _pipe, _latency, _words in (
     ("memory", "l2", "LDG"),
     ("memory", "copy", "LDGSTS"),
     ("memory", "store", "STG"),
-    ("memory", "atomic", "ATOMG ATOM RED"),
+    ("memory", "atomic", "ATOMG ATOM REDG"),
     ("memory", "shuffle", "SHFL"),
     ("memory", "constant", "LDC"),
     ("memory", "identity", "S2R S2UR"),
