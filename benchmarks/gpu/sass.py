@@ -209,7 +209,7 @@ class Graph:
     def paths(self, inner: Loop, outer: Loop) -> Iterator[tuple[int, ...]]:
         """Ways inside `outer`, without a circle, from the end of `inner` to its beginning."""
         inside = outer.blocks - inner.blocks
-        stack = [(n,) for b in inner.blocks for n in self.after[b] if n in inside]
+        stack: list[tuple[int, ...]] = [(n,) for b in inner.blocks for n in self.after[b] if n in inside]
         while stack:
             path = stack.pop()
             for n in self.after[path[-1]]:

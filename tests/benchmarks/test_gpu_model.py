@@ -5,21 +5,21 @@ The small kernels are machine_code/tiny.cu, read from the text that nvdisasm gav
 
 import json
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.model.__main__ import main
 from benchmarks.gpu.model.cubins import Code, code_of
 from benchmarks.gpu.model.emulator import Launch
 from benchmarks.gpu.model.expressions import UnknownInstruction
 from benchmarks.gpu.model.figures import LIBRARY, figure
 from benchmarks.gpu.model.machines import MACHINES, PIPES
+from benchmarks.gpu.model.phases import PHASES
 from benchmarks.gpu.model.pipeline import simulate
 from benchmarks.gpu.model.problem import Problem, ProblemError, prepare
-from benchmarks.gpu.sass_files import find_tool
+from benchmarks.gpu.sass_files import find_tool, run, sections
 from benchmarks.layers.shapes import add_shape
 
 H200 = MACHINES["h200"]
@@ -115,8 +115,8 @@ def test_chain():
 
 
 def test_barrier():
-    """Warp 0: STS at 123, BAR at 124; the other was there at 88. Both go on at 144, LDS takes 30, the second one waits a
-    cycle for shared memory. Six iterations of 25 cycles from 203 (204) on, then 76 cycles to EXIT."""
+    """Warp 0: STS at 123, BAR at 124; the other was there at 88. Both go on at 144, LDS takes 30, the second one waits
+    a cycle for shared memory. Six iterations of 25 cycles from 203 (204) on, then 76 cycles to EXIT."""
     code = tiny("pass_kernel")
     traces, _ = launched(code, "QI", OUT, 2, warps=2)
     found = simulate(code.program, traces, H200)
@@ -133,9 +133,9 @@ def test_warps_of_one_scheduler_share_its_pipes():
     assert cycles(code, many) < cycles(code, alone) + 60
     # 16 FFMA of each of four warps: at 8 cycles each the pipe is the bound.
     assert cycles(code, many, pipes=slow) >= 16 * 4 * 8
-    run = simulate(code.program, many, replace(H200, pipes=slow))
-    assert run.waited[""].most_common(1)[0][0] == "fma pipe"
-    assert run.busy["fma"] == 16 * 16 * 8
+    found = simulate(code.program, many, replace(H200, pipes=slow))
+    assert found.waited[""].most_common(1)[0][0] == "fma pipe"
+    assert found.busy["fma"] == 16 * 16 * 8
 
 
 def test_code_comes_late():
@@ -160,12 +160,15 @@ def built():
         pytest.skip(f"{LIBRARY.name} was not built (no nvcc, or MPQ_CUDA_ARCHS=none)")
     for tool in ("cuobjdump", "nvdisasm"):
         if not find_tool(tool):
-            pytest.skip(f"{tool} is neither in the triton package, nor in CUDA_HOME, nor on the PATH: pip install triton")
+            pytest.skip(
+                f"{tool} is neither in the triton package, nor in CUDA_HOME, nor on the PATH: pip install triton"
+            )
 
 
 def made(shape: str, bits: str, tokens: int, **more) -> Problem:
     assert add_shape(shape)
     return Problem(shape, bits, tokens, **more)
+
 
 # Shape, widths, M -> instructions for each weight of the middle block, cycles of the middle block and of the same block
 # where it adds what others left: what the model says of the kernels as they are, nvcc 13.0, and 2%.
@@ -207,9 +210,9 @@ def test_phases_and_what_bounds_them(built):
     f = figure(made("4096x4096", "4", 1), H200)
     assert set(f.middle.waited) == {"prologue", "panel", "product", "flush", "copies", "reduction"}
     # Nothing is lost: each warp's time is in its phases.
-    for run in (f.middle, f.last):
-        assert sum(sum(w.values()) for w in run.waited.values()) == sum(run.finished)
-        assert sum(run.issued.values()) == run.instructions
+    for block in (f.middle, f.last):
+        assert sum(sum(w.values()) for w in block.waited.values()) == sum(block.finished)
+        assert sum(block.issued.values()) == block.instructions
     # The last block does more, in its reduction alone.
     more = {phase for phase in f.last.issued if f.last.issued[phase] != f.middle.issued[phase]}
     assert more == {"reduction"} and f.last.cycles > f.middle.cycles
@@ -233,12 +236,34 @@ def test_problems_that_cannot_be_prepared():
         prepare(made("512x512", "4", 1, group_size=8), H200)
 
 
-def test_command(built):
-    command = [sys.executable, "-m", "benchmarks.gpu.model", "--shape", "2048x2048", "--json"]
-    done = subprocess.run([*command, "--tokens", "1"], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+def test_command(built, capsys):
+    words = ["--shape", "2048x2048", "--tokens"]
+    main([*words, "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
     f = figure(made("2048x2048", "4", 1), H200)
     assert (found["cycles"], found["us"], found["modelled"]) == (f.cycles, round(f.us, 2), True)
     assert found["fraction_of_floor"] == round(f.fraction_of_floor, 3)
-    done = subprocess.run([*command, "--segments", "4|3"], capture_output=True, text=True)
-    assert done.returncode == 1 and "2048x2048 has not as many members as 4|3 has widths" in done.stderr
+    main([*words, "1,2"])
+    out = capsys.readouterr().out
+    assert f" {f.body_us:.1f} " in out and "Modelled from machine code, not measured" in out and "prologue" not in out
+    main([*words, "1"])
+    out = capsys.readouterr().out
+    assert all(f"\n  {phase} " in out for phase in PHASES)
+    with pytest.raises(SystemExit, match="2048x2048 has not as many members as 4|3 has widths"):
+        main([*words, "1", "--segments", "4|3"])
+
+
+def test_command_on_a_cubin(built, capsys, tmp_path):
+    """The same kernel and block as a peer's: what its cubin gives is what the library gives."""
+    run(find_tool("cuobjdump"), "-xelf", "sm_90.", str(LIBRARY), cwd=tmp_path)
+    plan = prepare(made("2048x2048", "4", 1), H200)
+    values = ",".join(map(str, struct.unpack(f"{len(plan.params) // 8}Q", plan.params)))
+    for cubin in sorted(tmp_path.glob("*.cubin")):
+        if any("linear_kernelILb0ELi1E" in name for name in sections(cubin.read_bytes())):
+            break
+    f = figure(made("2048x2048", "4", 1), H200)
+    words = ["--cubin", str(cubin), "--kernel", "linear_kernelILb0ELi1E", "--grid", str(plan.grid[0]), "--json"]
+    words += ["--threads", str(32 * plan.warps), "--block", str(f.block), "--bytes", str(f.floor_us * 4.3e6)]
+    main([*words, "--params", f"{len(plan.params) // 8}Q:{values}"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["cycles"] == f.middle.cycles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from benchmarks.gpu.sass import SassError
 from benchmarks.gpu.sass_files import find_tool
 from benchmarks.layers.shapes import SHAPES, add_shape
 
-NOTICE = "Modelled from machine code, not measured. us: kernel body; + node: with {} us from kernel to kernel in a graph."
+NOTICE = (
+    "Modelled from machine code, not measured. us: kernel body; + node: with {} us from kernel to kernel in a graph."
+)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu.model", description=__doc__)
-    p.add_argument("--shape", default="8192x8192", help="NxK or a name of benchmarks/layers/shapes.py; several with ','")
+    p.add_argument(
+        "--shape", default="8192x8192", help="NxK or a name of benchmarks/layers/shapes.py; several with ','"
+    )
     p.add_argument("--bits", default="4", help='widths, several with ","; "4|3|8" for a shape of three members')
     p.add_argument("--segments", help="the same as --bits, for shapes of several members")
     p.add_argument("--tokens", default="1", help="M, several with ','")
@@ -33,7 +37,10 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--bf16", action="store_true", help="x in bf16; fp16 without it")
     p.add_argument("--machine", choices=MACHINES, default="h200")
     p.add_argument("--bandwidth", type=float, help="TB/s instead of the machine's")
-    p.add_argument("--cold-code", action="store_true", help="no instruction of the kernel is in a cache of the multiprocessor")
+    p.add_argument("--assume", help='other cycles than those of machines.py: "dram=900,atomic=700,tensor=6.5"')
+    p.add_argument(
+        "--cold-code", action="store_true", help="no instruction of the kernel is in a cache of the multiprocessor"
+    )
     p.add_argument("--library", type=Path, default=LIBRARY)
     p.add_argument("--json", action="store_true", help="figures as JSON, a list where there are several")
     peer = p.add_argument_group("kernel of another program (peer.py)")
@@ -47,6 +54,20 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
+def assumed(machine: Machine, text: str | None) -> Machine:
+    """With other latencies and rates of pipes."""
+    pipes, latency = dict(machine.pipes), dict(machine.latency)
+    for pair in text.split(",") if text else ():
+        name, _, value = pair.partition("=")
+        if name in pipes:
+            pipes[name] = float(value)
+        elif name in latency:
+            latency[name] = int(value)
+        else:
+            sys.exit(f"--assume: {name} is none of {', '.join([*pipes, *latency])}")
+    return replace(machine, pipes=pipes, latency=latency)
+
+
 def phase_lines(run: Run) -> Iterator[str]:
     """What each phase takes, as the mean over warps, and what bounds it."""
     warps = len(run.finished)
@@ -57,7 +78,8 @@ def phase_lines(run: Run) -> Iterator[str]:
         yield f"  {phase:<16}{cycles:>8.0f}{cycles / run.cycles:>7.0%}{run.issued[phase]:>14}  {top}"
     idle = run.cycles - sum(run.finished) / warps
     yield f"  {'after its exit':<16}{idle:>8.0f}{idle / run.cycles:>7.0%}"
-    busy = {name: n / run.cycles / (1 if name == "shared memory" else 4) for name, n in run.busy.most_common(4)}
+    most = sorted(run.busy.items(), key=lambda item: -item[1])[:5]
+    busy = {name: n / run.cycles / (1 if name == "shared memory" else 4) for name, n in most}
     yield "  busy: " + ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
 
 
@@ -108,7 +130,9 @@ def report(args: argparse.Namespace, machine: Machine) -> None:
         if not add_shape(shape) or shape not in SHAPES:
             raise ProblemError(f"{shape} is neither NxK nor one of {', '.join(SHAPES)}")
     widths = (args.segments or args.bits).split(",")
-    problems = [Problem(s, b, int(m), args.group, args.bf16) for s in shapes for b in widths for m in args.tokens.split(",")]
+    problems = [
+        Problem(s, b, int(m), args.group, args.bf16) for s in shapes for b in widths for m in args.tokens.split(",")
+    ]
     if args.json:
         found = [json_of(figure(p, machine, args.library, args.cold_code)) for p in problems]
         print(json.dumps(found[0] if len(found) == 1 else found))
@@ -119,20 +143,24 @@ def report(args: argparse.Namespace, machine: Machine) -> None:
         print(line(table_row(f)), flush=True)
         if len(problems) == 1:
             for title, run in (("a middle block", f.middle), ("the same block, adding the sums of others", f.last)):
-                print(f"\n{title}: {run.cycles} cycles, {run.instructions} instructions, {run.code_misses} misses of code")
+                print(
+                    f"\n{title}: {run.cycles} cycles, {run.instructions} instructions, {run.code_misses} misses of code"
+                )
                 print("\n".join(phase_lines(run)))
     print("\n" + NOTICE.format(GRAPH_NODE_US))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = arguments().parse_args()
-    machine = MACHINES[args.machine]
+    args = arguments().parse_args(words)
+    machine = assumed(MACHINES[args.machine], args.assume)
     if args.bandwidth:
         machine = replace(machine, bandwidth=args.bandwidth * 1e12)
     missing = [tool for tool in ("cuobjdump", "nvdisasm") if not find_tool(tool)]
     if missing or not (args.cubin or args.library).exists():
-        sys.exit(f"{args.cubin or args.library} does not exist" if not missing else f"no {missing[0]}: pip install triton")
+        sys.exit(
+            f"{args.cubin or args.library} does not exist" if not missing else f"no {missing[0]}: pip install triton"
+        )
     try:
         if args.cubin:
             report_peer(args, machine)

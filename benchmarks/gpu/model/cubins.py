@@ -47,7 +47,7 @@ def _cubins(path: Path, arch: int | None) -> Iterator[list[Path]]:
 
 
 def read_code(path: Path, kernel: str, arch: int | None = None) -> Code:
-    """The kernel with a name as in sass_files.py, or with a part of its symbol. Raises SassError where there is none."""
+    """The kernel of a name as in sass_files.py, or a part of its symbol. Raises SassError where there is none."""
     tool = find_tool("nvdisasm")
     assert tool
     with _cubins(path, arch) as cubins:

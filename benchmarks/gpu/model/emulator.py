@@ -73,9 +73,8 @@ class Launch:
         """Constants as words. The first ones of bank 0: threads of a block, blocks of the grid."""
         head = struct.pack("<6I", 32 * self.warps, 1, 1, *self.grid, 1)
         first = head.ljust(self.params_at, b"\0") + self.params
-        banks = {0: first, **self.constants}
-        return {n: struct.unpack(f"<{len(b) // 4 + 64}I", b.ljust(len(b) // 4 * 4 + 256, b"\0")[: len(b) // 4 * 4 + 256])
-                for n, b in banks.items()}  # fmt: skip
+        banks = {n: content + bytes(-len(content) % 4 + 256) for n, content in {0: first, **self.constants}.items()}
+        return {n: struct.unpack(f"<{len(content) // 4}I", content) for n, content in banks.items()}
 
 
 class Emulator:
@@ -111,8 +110,10 @@ class Emulator:
         while True:
             i = self.program.instructions[n]
             lines = [] if i.opcode == "NOP" else self._statements(n)
-            note = f"t((({n}), True, m))" if i.opcode.split(".")[0] in MEMORY else f"t(E[{n}])"
-            body += _guarded(i.predicate, [*lines[:-1], note, lines[-1]] if _jumps(lines) else [*lines, note], f"t(S[{n}])")
+            note = f"t(({n}, True, m))" if i.opcode.split(".")[0] in MEMORY else f"t(E[{n}])"
+            body += _guarded(
+                i.predicate, [*lines[:-1], note, lines[-1]] if _jumps(lines) else [*lines, note], f"t(S[{n}])"
+            )
             n += 1
             if i.opcode.startswith("BAR"):
                 body.append(f"return {n}, True")
@@ -166,7 +167,9 @@ def _guarded(condition: str, lines: list[str], otherwise: str) -> list[str]:
 
 
 class _Warp:
-    def __init__(self, code: Emulator, launch: Launch, banks: dict[int, tuple[int, ...]], shared: dict[int, int], w: int):
+    def __init__(
+        self, code: Emulator, launch: Launch, banks: dict[int, tuple[int, ...]], shared: dict[int, int], w: int
+    ):
         self.trace: list[Entry] = []
         self.finished = False
         self._code = code

@@ -1,6 +1,6 @@
 """Operands of SASS as Python expressions. Names that they use, lists of numbers of 32 bits (emulator.py):
 
-    R, U: registers, uniform registers      P, V: predicates, uniform predicates      C[bank]: constants
+R, U: registers, uniform registers      P, V: predicates, uniform predicates      C[bank]: constants
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def signed(expression: str) -> str:
 def predicate(text: str) -> str:
     """A truth value: "!UP0"."""
     word = text.lstrip("!")
-    if word in ("PT", "UPT"):
-        value = "True"
-    else:
-        value = f"V[{word[2:]}]" if word.startswith("UP") else f"P[{word[1:]}]"
+    value = "True" if word.endswith("T") else f"V[{word[2:]}]" if word.startswith("UP") else f"P[{word[1:]}]"
     return f"(not {value})" if text.startswith("!") else value
 
 

@@ -114,20 +114,16 @@ def lea(words: list[str], a: list[str]) -> list[str]:
 def lop3(_words: list[str], a: list[str]) -> list[str]:
     found, rest = split_predicates(a)
     table = int(rest[4], 16)
+    names = ("~x", "x"), ("~y", "y"), ("~z", "z")
+    terms = (
+        " & ".join(n[i >> s & 1] for n, s in zip(names, (2, 1, 0), strict=True)) for i in range(8) if table >> i & 1
+    )
     x, y, z = (integer(t) for t in rest[1:4])
-    if (table, rest[3]) == (0xC0, "RZ"):
-        expression = f"{x} & {y}"
-    else:
-        names = ("~x", "x"), ("~y", "y"), ("~z", "z")
-        terms = [" & ".join(n[i >> s & 1] for n, s in zip(names, (2, 1, 0), strict=True)) for i in range(8)
-                 if table >> i & 1]  # fmt: skip
-        expression = " | ".join(terms) or "0"
-        return [
-            f"x = {x}; y = {y}; z = {z}; w = ({expression}) & {MASK}",
-            *(s for text in found for s in set_predicate(text, "w")),
-            *set_word(rest[0], "w"),
-        ]
-    return [f"w = {expression}", *(s for text in found for s in set_predicate(text, "w")), *set_word(rest[0], "w")]
+    return [
+        f"x = {x}; y = {y}; z = {z}; w = ({' | '.join(terms) or '0'}) & {MASK}",
+        *(statement for text in found for statement in set_predicate(text, "w")),
+        *set_word(rest[0], "w"),
+    ]
 
 
 def plop3(_words: list[str], a: list[str]) -> list[str]:
@@ -189,7 +185,10 @@ def predicates_to_register(_words: list[str], a: list[str]) -> list[str]:
 
 
 def register_to_predicates(_words: list[str], a: list[str]) -> list[str]:
-    return [f"w = {integer(a[1])}", f"P[:7] = [bool(w >> i & 1) if {integer(a[2])} >> i & 1 else P[i] for i in range(7)]"]
+    return [
+        f"w = {integer(a[1])}",
+        f"P[:7] = [bool(w >> i & 1) if {integer(a[2])} >> i & 1 else P[i] for i in range(7)]",
+    ]
 
 
 def to_real(words: list[str], a: list[str]) -> list[str]:
@@ -299,12 +298,12 @@ OPCODES: dict[str, Statements] = {
     "FMUL": float_of("{0} * {1}"), "FADD": float_of("{0} + {1}"), "FFMA": float_of("{0} * {1} + {2}"),
     "S2R": special_register, "S2UR": special_register, "CS2R": special_register,
     "LDC": load_constant, "ULDC": load_constant, "LDS": load_shared, "STS": store_shared, "LDSM": zeros(4),
-    "LDG": load_global, "STG": store_global, "LDGSTS": copy_to_shared, "ATOMG": atomic, "REDG": reduction, "SHFL": shuffle,
-    "VOTE": vote, "VOTEU": vote, "HMMA": zeros(4), "HADD2": zeros(1), "HMUL2": zeros(1), "HFMA2": half_pair,
-    "F2FP": zeros(1), "F2F": zeros(1), "FCHK": lambda w, a: set_predicate(a[0], "False"),
+    "LDG": load_global, "STG": store_global, "LDGSTS": copy_to_shared, "ATOMG": atomic, "REDG": reduction,
+    "SHFL": shuffle, "VOTE": vote, "VOTEU": vote, "HMMA": zeros(4), "HADD2": zeros(1), "HMUL2": zeros(1),
+    "HFMA2": half_pair, "F2FP": zeros(1), "F2F": zeros(1), "FCHK": lambda w, a: set_predicate(a[0], "False"),
     **dict.fromkeys(
-        "NOP WARPSYNC BSSY BSYNC BREAK ENDCOLLECTIVE YIELD MEMBAR ERRBAR CGAERRBAR CCTL PREEXIT ACQBULK DEPBAR "
-        "LDGDEPBAR BAR".split(), nothing
+        ("NOP", "WARPSYNC", "BSSY", "BSYNC", "BREAK", "ENDCOLLECTIVE", "YIELD", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL",
+         "PREEXIT", "ACQBULK", "DEPBAR", "LDGDEPBAR", "BAR"), nothing
     ),
 }  # fmt: skip
 MEMORY = ("LDG", "STG", "LDGSTS", "ATOMG", "REDG")  # their address is part of the trace

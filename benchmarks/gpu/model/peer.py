@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.model --cubin marlin.sm_90.cubin --kernel Marlin --grid 132 --threads 256 --block 66 \\
         --params QQQQiiiiQ:0x400000000,0x100000000,0x500000000,0x200000000,1,8192,8192,0,0x600000000 --bytes 34603008
 
-Addresses from 1 << 32 below 4 << 32 are weights, read from memory; those from 2 << 32 on are scales, of which four lanes
-each read the same. Words from 6 << 32 on are locks: each load of one finds one more, modulo 4, so that a loop that waits
-for its turn ends.
+Addresses from 1 << 32 below 4 << 32 are weights, read from memory; those from 2 << 32 on are scales, of which four
+lanes each read the same. Words from 6 << 32 on are locks: each load of one finds one more, modulo 4, so that a loop
+that waits for its turn ends.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Which part of the work an instruction belongs to, from the nest of loops of csrc/cuda/linear.cuh:
 
-    prologue                                    first copies, waiting for the kernel ahead
-    for item:                       reduction   warps added, partial sums written, added by the last block
-        for panel:                  panel       x to shared memory
-            for unit:               copies      the next unit is copied, the ring turned
-                for group:          flush       scales and zeros
-                    for tile:       product     codes unpacked and multiplied
+prologue                                    first copies, waiting for the kernel ahead
+for item:                       reduction   warps added, partial sums written, added by the last block
+    for panel:                  panel       x to shared memory
+        for unit:               copies      the next unit is copied, the ring turned
+            for group:          flush       scales and zeros
+                for tile:       product     codes unpacked and multiplied
 """
 
 from __future__ import annotations

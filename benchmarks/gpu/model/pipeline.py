@@ -12,7 +12,7 @@ without bank conflicts.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +36,9 @@ class Run:
     instructions: int = 0
     waited: dict[str, Counter[str]] = field(default_factory=dict)
     issued: Counter[str] = field(default_factory=Counter)
-    busy: Counter[str] = field(default_factory=Counter)  # cycles of each pipe, four schedulers together
+    busy: dict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # cycles of each pipe, four schedulers together
     code_misses: int = 0
     finished: list[int] = field(default_factory=list)  # by warp
 
@@ -247,8 +249,8 @@ class Multiprocessor:
         return self.memory_free + self.machine.latency["dram"]
 
     def _account(self, warp: Warp, phase: str, cycle: int, pipe: str, pipe_free: float) -> None:
-        """Shares the cycles since the warp's last issue out among what it waited for, in this order: what the warp needs,
-        the pipe, a slot of the scheduler."""
+        """Shares the cycles since the warp's last issue out among what it waited for, in this order: what the warp
+        needs, the pipe, a slot of the scheduler."""
         self.run.instructions += 1
         self.run.issued[phase] += 1
         waited = self.run.waited.setdefault(phase, Counter())

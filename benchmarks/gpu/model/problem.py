@@ -20,7 +20,10 @@ from mpq_kernels.format.codes import SCALE_DTYPES, ZERO_KINDS
 from mpq_kernels.format.layout import WeightLayout
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = ["benchmarks/gpu/model/plan.cpp", *(f"csrc/cuda/{name}.cpp" for name in ("work_list", "cut_work", "check", "shared_memory"))]
+SOURCES = [
+    "benchmarks/gpu/model/plan.cpp",
+    *(f"csrc/cuda/{name}.cpp" for name in ("work_list", "cut_work", "check", "shared_memory")),
+]
 FLAGS = ["-std=c++20", "-O1", f"-I{ROOT / 'csrc'}"]
 COUNTERS = 6 << 32
 
@@ -110,7 +113,9 @@ class Plan:
 def planner() -> Path:
     """plan.cpp as a program, in build/."""
     digest = hashlib.sha256()
-    headers = sorted(path for folder in ("cuda", "include", "generated") for path in (ROOT / "csrc" / folder).glob("*.h"))
+    headers = sorted(
+        path for folder in ("cuda", "include", "generated") for path in (ROOT / "csrc" / folder).glob("*.h")
+    )
     for path in [*(ROOT / s for s in SOURCES), *headers]:
         digest.update(path.read_bytes())
     target = ROOT / "build" / "model" / f"plan-{digest.hexdigest()[:16]}"
@@ -131,7 +136,9 @@ def prepare(problem: Problem, machine: Machine) -> Plan:
              machine.shared_bytes, SCALE_DTYPES.index("float16"), 2 if problem.bf16 else 1]  # fmt: skip
     done = subprocess.run([str(planner()), *map(str, words)], input="\n".join(lines).encode(), capture_output=True)
     if done.returncode:
-        raise ProblemError(f"{problem.shape}, {problem.bits} bits, {problem.tokens} tokens: {done.stderr.decode().strip()}")
+        raise ProblemError(
+            f"{problem.shape}, {problem.bits} bits, {problem.tokens} tokens: {done.stderr.decode().strip()}"
+        )
     head, _, params = done.stdout.partition(b"\n")
     facts: dict[str, Any] = json.loads(head)
     return Plan(

@@ -1,5 +1,5 @@
-// Small kernels for test_gpu_model.py: their machine code, tiny_sm90.sass beside this file, is emulated and timed there,
-// with results and cycles by hand. Made by CUDA 13.0 with
+// Small kernels for test_gpu_model.py: their machine code, tiny_sm90.sass beside this file, is emulated and timed
+// there, with results and cycles by hand. Made by CUDA 13.0 with
 //
 //     nvcc -std=c++20 -O3 -arch=sm_90 -cubin -o tiny.cubin tiny.cu
 //     nvdisasm -c -ndf -hex tiny.cubin | grep -v -E '^\s*$' > tiny_sm90.sass
