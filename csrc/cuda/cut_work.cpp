@@ -64,16 +64,38 @@ class Cutter {
   int64_t row_cost_ = 0, row_tiles_ = 0, begin_ = 0, first_group_ = 0, total_ = 0;
 };
 
+// Parts that each row group is cut into where all cost the same and whole parts leave few blocks idle; 0 elsewhere. A
+// block then has one part of one row group: one panel and one reduction instead of two.
+uint32_t even_parts(const mpq_weight& w, int group_rows, uint32_t blocks, uint32_t& groups) {
+  constexpr uint32_t kLeastBlocks = 90;  // percent; computed, not measured (docs/kernels.md)
+  groups = 0;
+  for (int i = 0; i < w.num_segments; ++i) {
+    const mpq_segment &s = w.segments[i], &one = w.segments[0];
+    const bool alike = s.bits == one.bits && s.group_size == one.group_size && s.zero == one.zero;
+    if (s.k1 - s.k0 != w.in_features || !alike) return 0;
+    groups += uint32_t(ceil_div(ceil_div(s.n1 - s.n0, kTileN), group_rows));
+  }
+  const uint32_t parts = blocks / groups;
+  return uint64_t{groups} * parts * 100 >= uint64_t{blocks} * kLeastBlocks ? parts : 0;
+}
+
 }  // namespace
 
 uint32_t cut_work(const mpq_weight& weight, int log2_group_rows, int max_unit, uint32_t blocks, LinearParams& params,
                   bool& split) {
   Cutter cutter(weight, max_unit, log2_group_rows);
   Cut* cuts = params.cuts;
-  uint32_t used = 0;
+  uint32_t used = 0, groups = 0;
+  const uint32_t parts = even_parts(weight, 1 << log2_group_rows, blocks, groups);
+  if (parts) blocks = groups * parts;
+  const auto even = [&](uint32_t i) {
+    const int log2 = log2_unit(weight.segments[0], max_unit);
+    const int64_t units = ceil_div(ceil_div(weight.in_features, kTileK), int64_t{1} << log2);
+    return Cut{i / parts, uint32_t(units * (i % parts) / parts << log2), 0, 0};
+  };
   for (uint32_t i = 0; i <= blocks; ++i) {
     // total * i may pass 2^63 for weights of petabytes only.
-    const Cut cut = cutter.at(i == blocks ? cutter.total() : cutter.total() * i / blocks);
+    const Cut cut = parts ? even(i) : cutter.at(i == blocks ? cutter.total() : cutter.total() * i / blocks);
     if (i && cut.group == cuts[used].group && cut.tile == cuts[used].tile) continue;
     used = i ? used + 1 : 0;
     cuts[used] = cut;

@@ -105,8 +105,11 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
 struct Strip {
   int token, number;
 
-  MPQ_DEVICE void advance(int by, int strips) {
-    for (number += by; number >= strips; number -= strips) ++token;
+  // By tokens * strips + rest strips, rest < strips.
+  MPQ_DEVICE void advance(int tokens, int rest, int strips) {
+    token += tokens;
+    number += rest;
+    if (number >= strips) number -= strips, ++token;
   }
 };
 
@@ -114,11 +117,10 @@ struct Strip {
 template <bool kBf16, int kTokenTiles, bool kGate, int kBatch>
 MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
                             int first_tile, int tiles) {
-  const int warps = int(dev::thread_count()) / 32, lane = int(dev::thread_index()) % 32;
-  const int strips = (tiles + 3) / 4;
-  Strip load{0, 0}, store{0, 0};
-  load.advance(int(dev::thread_index()) / 32, strips);
-  store = load;
+  const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32;
+  const int lane = int(dev::thread_index()) % 32;
+  const int strips = (tiles + 3) / 4, step = warps / strips, rest = warps % strips;
+  Strip load{warp / strips, warp % strips}, store = load;
   while (store.token < tokens) {
     uint4 x[kBatch];
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
@@ -128,13 +130,13 @@ MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base
         x[i] = load_columns(in, in.x, first_token + load.token, column);
         if constexpr (kGate) x[i] = silu_mul<kBf16>(load_columns(in, in.gate, first_token + load.token, column), x[i]);
       }
-      load.advance(warps, strips);
+      load.advance(step, rest, strips);
     }
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (store.token >= tokens) break;
       const int column = store.number * 256 + lane * 8;
       store_columns<kBf16, kTokenTiles>(map, base, x[i], store.token, column, column < tiles * kTileK, in.chunk_sums);
-      store.advance(warps, strips);
+      store.advance(step, rest, strips);
     }
   }
 }
