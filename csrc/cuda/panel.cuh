@@ -101,14 +101,19 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
   }
 }
 
-// 256 columns of a token: what the lanes of a warp load at a time.
+// 256 columns of a token, what the lanes of a warp load at a time; or a distance between two of them.
 struct Strip {
   int token, number;
 
-  // By tokens * strips + rest strips, rest < strips.
-  MPQ_DEVICE void advance(int tokens, int rest, int strips) {
-    token += tokens;
-    number += rest;
+  // The strip `index`, where each token has `strips`. No division: index is a warp's number, and mostly below strips.
+  static MPQ_DEVICE Strip at(int index, int strips) {
+    Strip strip{0, index};
+    while (strip.number >= strips) strip.number -= strips, ++strip.token;
+    return strip;
+  }
+  MPQ_DEVICE void advance(Strip by, int strips) {
+    token += by.token;
+    number += by.number;
     if (number >= strips) number -= strips, ++token;
   }
 };
@@ -117,10 +122,9 @@ struct Strip {
 template <bool kBf16, int kTokenTiles, bool kGate, int kBatch>
 MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base, int64_t first_token, int tokens,
                             int first_tile, int tiles) {
-  const int warps = int(dev::thread_count()) / 32, warp = int(dev::thread_index()) / 32;
-  const int lane = int(dev::thread_index()) % 32;
-  const int strips = (tiles + 3) / 4, step = warps / strips, rest = warps % strips;
-  Strip load{warp / strips, warp % strips}, store = load;
+  const int lane = int(dev::thread_index()) % 32, strips = (tiles + 3) / 4;
+  const Strip step = Strip::at(int(dev::thread_count()) / 32, strips);
+  Strip load = Strip::at(int(dev::thread_index()) / 32, strips), store = load;
   while (store.token < tokens) {
     uint4 x[kBatch];
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
@@ -130,13 +134,13 @@ MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base
         x[i] = load_columns(in, in.x, first_token + load.token, column);
         if constexpr (kGate) x[i] = silu_mul<kBf16>(load_columns(in, in.gate, first_token + load.token, column), x[i]);
       }
-      load.advance(step, rest, strips);
+      load.advance(step, strips);
     }
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (store.token >= tokens) break;
       const int column = store.number * 256 + lane * 8;
       store_columns<kBf16, kTokenTiles>(map, base, x[i], store.token, column, column < tiles * kTileK, in.chunk_sums);
-      store.advance(step, rest, strips);
+      store.advance(step, strips);
     }
   }
 }

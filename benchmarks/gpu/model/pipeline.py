@@ -44,38 +44,42 @@ class Run:
 
 
 class Code:
-    """L0 caches of the schedulers over the multiprocessor's cache: when may an instruction be decoded?"""
+    """L0 caches of the schedulers over the multiprocessor's cache: when may an instruction be decoded? A cache has for
+    each of its lines the cycle from which it is there."""
 
     def __init__(self, machine: Machine, cold: bool):
         self._machine = machine
-        self._l0: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(SCHEDULERS)]
-        self._l1: OrderedDict[int, None] | None = OrderedDict() if cold else None
+        self._l0: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(SCHEDULERS)]
+        self._l1: OrderedDict[int, int] | None = OrderedDict() if cold else None
         self.misses = 0
 
-    def delay(self, scheduler: int, line: int, before: int) -> int:
-        """Cycles until the line is there; `before`: the line that the warp is in."""
+    def there(self, scheduler: int, line: int, before: int, cycle: int) -> int:
+        """Cycle from which the line is there, for a warp that wants it at `cycle` and comes from the line `before`."""
         cache = self._l0[scheduler]
         if line in cache:
             cache.move_to_end(line)
-            return 0
-        cache[line] = None
-        if len(cache) > self._machine.code_l0 // self._machine.code_line:
-            cache.popitem(last=False)
-        far = self._from_l2(line)
-        if line == before + 1 and not far:
-            return 0
-        self.misses += 1
-        return self._machine.code_l1_miss if far else self._machine.code_l0_miss
+            return cache[line]
+        near = self._near(line, cycle)
+        follows = line == before + 1 and near <= cycle
+        self.misses += not follows
+        self._keep(
+            cache, line, cycle if follows else max(near, cycle + self._machine.code_l0_miss), self._machine.code_l0
+        )
+        return cache[line]
 
-    def _from_l2(self, line: int) -> bool:
+    def _near(self, line: int, cycle: int) -> int:
+        """Cycle from which the multiprocessor's cache has the line."""
         if self._l1 is None:
-            return False
-        known = line in self._l1
-        self._l1[line] = None
-        self._l1.move_to_end(line)
-        if len(self._l1) > self._machine.code_l1 // self._machine.code_line:
-            self._l1.popitem(last=False)
-        return not known
+            return 0
+        there = self._l1.get(line, cycle + self._machine.code_l1_miss)
+        self._keep(self._l1, line, there, self._machine.code_l1)
+        return there
+
+    def _keep(self, cache: OrderedDict[int, int], line: int, there: int, size: int) -> None:
+        cache[line] = there
+        cache.move_to_end(line)
+        if len(cache) > size // self._machine.code_line:
+            cache.popitem(last=False)
 
 
 class Warp:
@@ -168,9 +172,8 @@ class Multiprocessor:
             del warp.copies[: len(waited)]
         line = step.line // self.machine.code_line
         if line != warp.line:
-            delay = self.code.delay(w % SCHEDULERS, line, warp.line)
-            if delay:
-                reasons.append((max(r for r, _ in reasons) + delay, "code"))
+            cycle = max(r for r, _ in reasons)
+            reasons.append((self.code.there(w % SCHEDULERS, line, warp.line, cycle), "code"))
             warp.line = line
         warp.ready = max(r for r, _ in reasons)
         warp.reasons = reasons
