@@ -108,29 +108,6 @@ MPQ_DEVICE bool arrive_last(const LinearParams& p, uint32_t base, uint32_t first
   return is_last;
 }
 
-// Rows that are read back together. More of them than there are, inside the last row tile, may be written.
-constexpr int kRowsTogether = 4;
-
-// Sum of the parts of four rows of one token, in the order of their blocks: that of block `first`, then `parts` more.
-// first_part, next_parts: this place in the first block's slot and in the next one's; stride: floats from slot to slot.
-MPQ_DEVICE float4 add_parts(const float* first_part, const float* next_parts, uint64_t stride, int parts) {
-  constexpr int kBatch = 4;  // loads that are in flight for each lane
-  const auto load = [](const float* from) { return dev::ld_from_others(reinterpret_cast<const float4*>(from)); };
-  float4 sum = load(first_part);
-  MPQ_NO_UNROLL for (int part = 0; part < parts; part += kBatch) {
-    float4 v[kBatch];
-    // Beyond the last part it is loaded once more: a load that does not depend on a condition waits for no other.
-    MPQ_UNROLL for (int j = 0; j < kBatch; ++j) v[j] =
-        load(next_parts + uint64_t(part + j < parts ? part + j : parts - 1) * stride);
-    MPQ_UNROLL for (int j = 0; j < kBatch; ++j) {
-      if (part + j >= parts) continue;
-      sum.x = dev::add(sum.x, v[j].x), sum.y = dev::add(sum.y, v[j].y);
-      sum.z = dev::add(sum.z, v[j].z), sum.w = dev::add(sum.w, v[j].w);
-    }
-  }
-  return sum;
-}
-
 // A part of K was in this block: to the workspace, and from there to y once all parts are there.
 template <bool kBf16, int kTokenTiles>
 MPQ_DEVICE void share_rows(const LinearParams& p, uint32_t base, const Target& target, const LinearWork& work,
@@ -138,24 +115,39 @@ MPQ_DEVICE void share_rows(const LinearParams& p, uint32_t base, const Target& t
   const bool begun_before = extent.first_tile > 0;
   const uint32_t first = begun_before ? work.begin.first : work.end.first;
   const uint32_t last = begun_before ? work.begin.last : work.end.last;
+  constexpr int kBatch = 4;  // parts that are read at a time
   const int group_rows = kTileN << p.log2_group_rows;
   float* mine = partial_slot<kTokenTiles>(p, dev::block_x(), begun_before ? 0 : 1);
-  const int whole = (target.rows.count + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
+  // Whole fours of rows: that is how they are read back. The rows too many are padding.
+  const int rows = (target.rows.count + 3) & ~3;
   MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n) add_warps<kTokenTiles>(
-      p, base, y, n, target.tokens, whole,
+      p, base, y, n, target.tokens, rows,
       [&](int token, int row, float sum) { dev::st_global(mine + token * group_rows + row, sum); });
   if (!arrive_last(p, base, first, last)) return;
-  const float* first_part = partial_slot<kTokenTiles>(p, first, 1);
-  const float* next_parts = partial_slot<kTokenTiles>(p, first + 1, 0);
-  const uint64_t stride = 2 * uint64_t(8 * kTokenTiles) * uint32_t(group_rows);
-  const int step = kRowsTogether * int(dev::thread_count());
-  for (int i = kRowsTogether * int(dev::thread_index()); i < target.tokens * group_rows; i += step) {
+  const float* begin = partial_slot<kTokenTiles>(p, first, 1);
+  const float* next = partial_slot<kTokenTiles>(p, first + 1, 0);
+  const uint64_t step = uint64_t(partial_slot<kTokenTiles>(p, 1, 0) - partial_slot<kTokenTiles>(p, 0, 0));
+  const int parts = int(last - first);  // after the first
+  for (int i = 4 * int(dev::thread_index()); i < target.tokens * group_rows; i += 4 * int(dev::thread_count())) {
     const int row = i & (group_rows - 1), token = i >> (6 + p.log2_group_rows);
     if (row >= target.rows.count) continue;
-    const float4 sum = add_parts(first_part + i, next_parts + i, stride, int(last - first));
-    const float out[kRowsTogether] = {sum.x, sum.y, sum.z, sum.w};
-    MPQ_UNROLL for (int e = 0; e < kRowsTogether; ++e) {
-      if (row + e < target.rows.count) write_output<kBf16>(p.out, target, token, row + e, out[e]);
+    float4 sum = dev::ld_from_others(reinterpret_cast<const float4*>(begin + i));
+    MPQ_NO_UNROLL for (int part = 0; part < parts; part += kBatch) {
+      float4 v[kBatch];
+      MPQ_UNROLL for (int j = 0; j < kBatch; ++j) {
+        // Without a branch, so that all of them are on their way together; a part too many is read and not added.
+        const int there = part + j < parts ? part + j : parts - 1;
+        v[j] = dev::ld_from_others(reinterpret_cast<const float4*>(next + uint64_t(there) * step + i));
+      }
+      MPQ_UNROLL for (int j = 0; j < kBatch; ++j) {
+        if (part + j >= parts) continue;
+        sum.x = dev::add(sum.x, v[j].x), sum.y = dev::add(sum.y, v[j].y);
+        sum.z = dev::add(sum.z, v[j].z), sum.w = dev::add(sum.w, v[j].w);
+      }
+    }
+    const float out[4] = {sum.x, sum.y, sum.z, sum.w};
+    MPQ_UNROLL for (int r = 0; r < 4; ++r) {
+      if (row + r < target.rows.count) write_output<kBf16>(p.out, target, token, row + r, out[r]);
     }
   }
 }
