@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..packer.report import PackReport
 
 PROMPT = "Describe this image."
+SHOWN = 5  # linears with groups of zeros that are named
 
 
 def command(
@@ -183,6 +184,13 @@ def _print_report(report: PackReport) -> None:
         print(
             f"no calibration token reached {count(len(report.unreached), 'expert')}, calibrated on all that their "
             f"module reads: {', '.join(report.unreached)}"
+        )
+    if report.zero_groups:
+        names = list(report.zero_groups)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(
+            f"stored as zeros, since their weights are 0 or vanish in the dtype of the scales: "
+            f"{count(sum(report.zero_groups.values()), 'group')} of {', '.join(names[:SHOWN])}{more}"
         )
     if report.unused:
         print(f"kept, though the model does not use them: {', '.join(report.unused)}")

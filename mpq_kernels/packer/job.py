@@ -6,6 +6,7 @@ and of a file that is mapped only the tensor that is being read.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from ..progress import Progress
 from ..quantize import QUANTIZERS, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
+from .journal import Finished
 from .kept import kept_tensors
 from .parts import Made, Part, Shard, Unit, digest, into_shards
 from .refuse import check_recognised
@@ -59,7 +61,9 @@ class PackJob:
         self.progress = progress
         self.calibrator = calibrator
         self.errors: dict[str, float] = {}
+        self.zero_groups: dict[str, int] = {}  # packed linear -> groups stored as zeros, where there are any
         self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
+        self.before = hashlib.sha256()  # what the codes of the next part depend on besides its own
         self.kept = kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
@@ -68,12 +72,25 @@ class PackJob:
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        together = isinstance(self.calibrator, LearnedRounding)
+        self.before = hashlib.sha256(repr(self.resolved.weights).encode() if together else b"")
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
         units += [self._kept_unit(name, kept) for name, kept in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
         except CheckpointError as error:
             raise CheckpointError(f"{self.source.path}: {error}") from error
+
+    def _key(self, member: ResolvedMember, places: Mapping[str, tuple[int, int]], bias: torch.dtype | None) -> str:
+        """Key of a linear's part: what the plan asks of it, and of all others on which its codes depend.
+
+        With a text those are all that are quantized before it, since it is calibrated on what they make; auto-round
+        tunes all of them together.
+        """
+        text = f"{[(name, count) for name, (_, count) in places.items()]} {bias} {member}".encode()
+        if isinstance(self.calibrator, Calibrator):
+            self.before.update(text)
+        return hashlib.sha256(self.before.digest() + text).hexdigest()
 
     def _packed_unit(self, weight: ResolvedWeight) -> Unit:
         specs: dict[str, Spec] = {
@@ -97,7 +114,8 @@ class PackJob:
             made = partial(self._pack_member, weight, member)
             restored = partial(self._restore_member, weight, member)
             digests = partial(self._digests, member.spec)
-            parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
+            key = self._key(member, places, bias)
+            parts.append(Part(f"packed {member.spec.name}", key, places, made, restored, digests))
         return Unit(specs, tuple(parts))
 
     def _kept_unit(self, name: str, kept: Origin) -> Unit:
@@ -106,7 +124,7 @@ class PackJob:
         def digests() -> dict[str, str]:
             return {kept.tensor: digest([self.source.made(kept)])}
 
-        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
+        def restore(tensors: Mapping[str, torch.Tensor], done: Finished) -> None:
             self._advance(size, name)
 
         def make() -> Made:
@@ -114,13 +132,14 @@ class PackJob:
             self._advance(size, name)
             return made
 
-        places = {name: (0, math.prod(kept.shape))}
-        return Unit({name: (kept.dtype, kept.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+        places, spec = {name: (0, math.prod(kept.shape))}, (kept.dtype, kept.shape)
+        return Unit({name: spec}, (Part(f"kept {name}", f"{kept.tensor} {spec}", places, make, restore, digests),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
         dense = self.source.weight(spec)
         quantized, error = self._quantize(member, dense)
+        zero_groups = sum(int((block.scales == 0).sum()) for _, _, block in quantized.blocks)
         inputs = self._digests(spec, dense)
         del dense
         self.source.release_weight(spec)
@@ -137,12 +156,11 @@ class PackJob:
         dtype, bias = self._bias_dtype(weight), self.source.bias(spec)
         if dtype is not None:  # a member without a bias adds nothing
             tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
-        self.errors[spec.name] = error
-        self._advance(self._weight_bytes(spec), spec.name)
-        return Made(tensors, inputs, error)
+        self._note(spec, error, zero_groups)
+        return Made(tensors, inputs, error, zero_groups)
 
     def _restore_member(
-        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], error: float | None
+        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], done: Finished
     ) -> None:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
@@ -155,7 +173,12 @@ class PackJob:
                 own["perm"] = self.perm[1]
             self.calibrator.enter(spec.name)
             self.calibrator.set_weight(spec.name, dequantize(PackedWeight(member.layout, **own)))
-        self.errors[spec.name] = 0.0 if error is None else error
+        self._note(spec, 0.0 if done.error is None else done.error, done.zero_groups)
+
+    def _note(self, spec: LinearSpec, error: float, zero_groups: int) -> None:
+        self.errors[spec.name] = error
+        if zero_groups:
+            self.zero_groups[spec.name] = zero_groups
         self._advance(self._weight_bytes(spec), spec.name)
 
     def _digests(self, spec: LinearSpec, dense: torch.Tensor | None = None) -> dict[str, str]:
@@ -244,6 +267,7 @@ class PackJob:
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
             unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
+            zero_groups=self.zero_groups,
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:

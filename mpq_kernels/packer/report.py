@@ -52,7 +52,9 @@ class PackReport:
     folder with "/" behind it -> why it was not. unused: tensors that were kept and that the model does not use.
     large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
     linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
-    calibration token was routed to; they were calibrated on all tokens that their module reads.
+    calibration token was routed to; they were calibrated on all tokens that their module reads. zero_groups: packed
+    linear -> how many of its groups are stored as zeros, because all of their weights are 0, or so small that their
+    scale is 0 in its dtype; linears without any are not in it.
     """
 
     out_dir: str
@@ -72,6 +74,7 @@ class PackReport:
     parts: int = 0
     resumed: int = 0
     unreached: tuple[str, ...] = ()
+    zero_groups: dict[str, int] = field(default_factory=dict)
 
     @property
     def bpw(self) -> float:
