@@ -29,8 +29,14 @@ def _name(module: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the class of a module is in the table, and it holds a weight and perhaps a bias, and nothing else."""
-    return _name(module) in STORES_TRANSPOSED and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}
+    """Whether the class of a module is in the table, and it holds a weight and perhaps a bias, and nothing else.
+
+    A weight without rows is none: MobileBERT has one where its embedding is as wide as its blocks.
+    """
+    if _name(module) not in STORES_TRANSPOSED or not {"weight"} <= module._parameters.keys() <= {"weight", "bias"}:
+        return False
+    weight = module._parameters["weight"]
+    return weight is None or weight.numel() > 0
 
 
 def is_transposed(linear: nn.Module) -> bool:

@@ -10,6 +10,7 @@ conversions.py follows those tables, experts.py has the experts of mixtures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class ModelMap:
         for name, module in model.named_modules():
             if is_linear(module):
                 _check_linear(path, name, module, origins, found.failed, tensors)
-        _check_complete(path, parameters, origins, tensors)
+        _check_complete(path, model, origins, tensors)
         scoring, heads, other = routers(model), other_heads(model), towers(model)
         linears = tuple(
             LinearSpec(
@@ -167,16 +168,20 @@ def _check_linear(
 
 def _check_complete(
     path: Path,
-    parameters: Mapping[str, torch.nn.Parameter],
+    model: Any,
     origins: Mapping[str, Origin],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Refuse a checkpoint that lacks a parameter, or holds it in another shape.
 
-    While some stored tensor has no parameter of its own, what seems to be missing may yet come from that: whether the
-    model loads is tried later.
+    Some parameters are computed and not stored, such as Marian's positions: transformers knows which. While some stored
+    tensor has no parameter of its own, what seems to be missing may yet come from that: whether the model loads is
+    tried later.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     missing = sorted(name for name in parameters if name not in origins)
+    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in computed)]
     used = {stored for origin in origins.values() for stored in origin.tensors}
     if missing and set(tensors) <= used:
         raise CheckpointError(f"{path}: no file holds {missing[0]}, which the model needs ({len(missing)} missing)")

@@ -112,10 +112,10 @@ class MPQQuantizer(HfQuantizer):
         for tensor in names.values():
             self._files.release(tensor)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """What `model.dequantize()` calls."""
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        """What `model.dequantize()` calls, with the dtype in config, which is a name once the model was saved."""
         model.__dict__.pop(RESIZE, None)
-        made: nn.Module = dequantize_model(model, dtype)
+        made: nn.Module = dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return made
 
     def is_serializable(self) -> bool:

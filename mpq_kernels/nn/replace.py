@@ -25,8 +25,8 @@ from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
 from .mlp import fuse_gates
 
-# Linears of transformers' state space mixers that are not called: the mixer multiplies by their `weight` or hands it to
-# a kernel, some in training only. Type of the mixer -> their names.
+# Linears of transformers' modules, most of them state space mixers, that are not called: the module multiplies by their
+# `weight` or hands it to a kernel, some in training only. Type of the module -> their names.
 READ_WEIGHTS = {
     "BambaMixer": ("out_proj",),
     "FalconH1Mixer": ("out_proj",),
@@ -35,6 +35,8 @@ READ_WEIGHTS = {
     "JambaMambaMixer": ("dt_proj",),
     "Mamba2Mixer": ("out_proj",),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
     "NemotronHMamba2Mixer": ("out_proj",),
     "Zamba2MambaMixer": ("out_proj",),
 }
