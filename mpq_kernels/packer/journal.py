@@ -15,12 +15,12 @@ import errno
 import fcntl
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.strict import fsync_directory, parse_json, write_all
+from ..files.strict import fsync_directory, parse_json, short, write_all
 
 VERSION = 1
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without them answer
@@ -98,11 +98,13 @@ class Journal:
             version = lines[0].get("journal")
             if version != VERSION:
                 raise CheckpointError(f"{self.path}: journal={version!r}, and this version writes {VERSION}")
-            self.identity, self.parts = lines[0]["identity"], lines[0]["parts"]
-        try:
-            self.finished = {line["part"]: Finished(**line) for line in lines[1:]}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: is damaged: a line is no finished part ({error})") from error
+            self.identity, self.parts = lines[0].get("identity", {}), lines[0].get("parts", 0)
+            if not isinstance(self.identity, dict) or type(self.parts) is not int:
+                raise CheckpointError(f"{self.path}: is damaged: its first line does not say what is packed")
+        for line in lines[1:]:
+            if not _is_finished(line):
+                raise CheckpointError(f"{self.path}: is damaged: a line is no finished part ({short(line)})")
+        self.finished = {line["part"]: Finished(**line) for line in lines[1:]}
         os.ftruncate(self._descriptor, whole)
 
     def add(self, finished: Finished) -> None:
@@ -133,6 +135,15 @@ class Journal:
         """Remove the journal from disk and close it."""
         self.path.unlink(missing_ok=True)
         self.close()
+
+
+def _is_finished(line: dict[str, Any]) -> bool:
+    """Whether a line has the fields of Finished, of their types."""
+    if not {"part", "inputs", "output"} <= set(line) <= {each.name for each in fields(Finished)}:
+        return False
+    inputs = line["inputs"]
+    texts = [line["part"], line["output"], *(inputs.values() if isinstance(inputs, dict) else [None])]
+    return all(isinstance(text, str) for text in texts) and isinstance(line.get("error"), float | int | None)
 
 
 def _lock(descriptor: int) -> bool:

@@ -1,0 +1,16 @@
+"""The kinds of a campaign, each in the file of its name."""
+
+from __future__ import annotations
+
+from . import configs, foreign, headers, plans, records
+from .campaign import Kind
+
+KINDS: dict[str, Kind] = {
+    "plans": Kind("plans of ours: read, resolved, written, read again", plans.prepare, 300_000),
+    "foreign": Kind("plans of other programs: read and resolved", foreign.prepare, 200_000),
+    "headers": Kind("safetensors files: headers read, tensors mapped", headers.prepare, 200_000),
+    "index": Kind("indexes of shards: files found and opened", headers.prepare_index, 60_000),
+    "configs": Kind("quantization_config: packed directories opened", configs.prepare, 100_000),
+    "journal": Kind("journals of packings: opened and gone on with", records.prepare_journal, 70_000),
+    "manifest": Kind("manifests: read, files compared", records.prepare_manifest, 50_000),
+}
