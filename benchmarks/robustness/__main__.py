@@ -49,7 +49,7 @@ def run_kind(name: str, args: argparse.Namespace, data: dict[str, Any]) -> bool:
     print(f"{name:10} {tally.cases} cases, {tally.seconds:.0f} s, slowest {tally.slowest[0]:.2f} s, ", end="")
     print(f"peak {tally.peak_bytes / 1e6:.0f} MB: {outcomes}", flush=True)
     for failure in tally.failures if tally.failed else ():
-        print(f"  case {failure['case']}: {failure['what']}\n    " + failure["text"].replace("\n", "\n    "))
+        print(f"  case {failure['case']}: {failure['what']} at {failure['place']}: {failure['text']}")
     return not tally.failed
 
 
@@ -62,7 +62,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("-o", "--output", type=Path, help="results, written after every chunk and gone on with")
     shm = Path("/dev/shm")
-    parser.add_argument("--work", type=Path, default=shm if os.access(shm, os.W_OK) else None, help="files of the cases")
+    parser.add_argument(
+        "--work", type=Path, default=shm if os.access(shm, os.W_OK) else None, help="files of the cases"
+    )
     args = parser.parse_args()
     unknown = [name for name in args.kinds if name not in KINDS]
     if unknown:

@@ -64,17 +64,19 @@ class Tally:
         """Add what came of other cases."""
         self.cases += other.cases
         self.outcomes.update(other.outcomes)
-        self.failures = (self.failures + other.failures)[:KEPT_FAILURES]
+        both = self.failures + other.failures
+        self.failures = list({(each["what"], each["place"]): each for each in reversed(both)}.values())[:KEPT_FAILURES]
         self.failed += other.failed
         self.slowest = max(tuple(self.slowest), tuple(other.slowest))
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
         self.seconds += other.seconds
 
-    def fail(self, case: int, what: str, text: str) -> None:
-        """Count a failure."""
+    def fail(self, case: int, what: str, place: str = "", text: str = "") -> None:
+        """Count a failure; the first of each place is kept."""
         self.outcomes[what] += 1
         self.failed += 1
-        self.failures.append({"case": case, "what": what, "text": text[-1500:]})
+        self.failures.append({"case": case, "what": what, "place": place, "text": text[-400:]})
+        self.failures = list({(each["what"], each["place"]): each for each in reversed(self.failures)}.values())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -92,6 +94,22 @@ class TooSlow(BaseException):
 
 def _expired(*_: Any) -> None:
     raise TooSlow
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error comes of one that ran out of memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the package, or of the campaign, in which an error began, and of where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/mpq_kernels/" in frame.filename or "/robustness/" in frame.filename]
+    return " > ".join(f"{'/'.join(f.filename.split('/')[-3:])}:{f.lineno}" for f in (own[-1:] + frames[-1:]))
 
 
 def memory(key: str) -> int:
@@ -121,10 +139,13 @@ def run_cases(name: str, kind: Kind, run: Run, seed: int, cases: Iterable[int], 
                 tally.outcomes[what] += 1
             except MPQError as error:
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                tally.outcomes[type(error).__name__] += 1
+                if _out_of_memory(error):
+                    tally.fail(case, "FAILURE out of memory", _place(error), str(error))
+                else:
+                    tally.outcomes[type(error).__name__] += 1
             except (Exception, TooSlow) as error:
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                tally.fail(case, f"FAILURE {type(error).__name__}", "".join(traceback.format_exception(error)))
+                tally.fail(case, f"FAILURE {type(error).__name__}", _place(error), str(error))
             tally.cases += 1
             tally.slowest = max(tally.slowest, (time.process_time() - begin, case))
     finally:
@@ -217,5 +238,5 @@ def _wait(child: _Child) -> tuple[Tally, list[list[int]]]:
     at = child.cases.index(child.now())
     tally = Tally(cases=1)
     what = "hung" if hung else f"ended with status {status}"
-    tally.fail(child.cases[at], f"FAILURE the process {what}", "")
+    tally.fail(child.cases[at], f"FAILURE the process {what}")
     return tally, [child.cases[:at], child.cases[at + 1 :]]

@@ -15,7 +15,7 @@ from .world import make_packed, read_json
 
 KNOWN = ("layouts", "modules", "kept", "layout", "bias", "members", "experts", "module", "count", "in_features",
          "out_features", "segments", "scale_dtype", "permuted", "quant_method", "layout_id", "format_version", "int",
-         "float", "none", "bfloat16", "float32", "model.layers.0.mlp.up_proj", "q_proj", "lm_head", "qk_proj")  # fmt: skip
+         "float", "none", "bfloat16", "float32", "model.layers.0.mlp.up_proj", "q_proj", "lm_head")  # fmt: skip
 
 
 def prepare(folder: Path) -> Run:

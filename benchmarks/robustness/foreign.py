@@ -34,7 +34,13 @@ SLIM = {str(i): {name: [2] if "mlp" not in name else [3] for name in MODULES} fo
 TABLE = {f"model.layers.{i}.{name}": 4 for i in LAYERS for name in MODULES}
 SHIFT = {name: {"bits": 3, "columnwise": True} for name in TABLE}
 EXPERTS = {str(i): {str(e): 2 + e % 3 for e in range(4)} for i in LAYERS}
-STRINGS = ("main_2.attn_4", "main_3.exp_l1e3_8.layer_0_4.keyword__q_proj__5", "all_4", "moe.shared_2.other.4+other_block.8")
+STRINGS = (
+    "main_2.attn_4",
+    "main_3.exp_l1e3_8.layer_0_4.keyword__q_proj__5",
+    "all_4",
+    "moe.shared_2.other.4+other_block.8",
+)
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {}, {"keep_floats": True}, {"group_size": 64}, {"kept_experts": 8})
 # name -> (the format, model, a document of it)
 JSON: dict[str, tuple[str, str, Any]] = {
     "gptq": ("gptqmodel", "llama", GPTQ), "round": ("auto-round", "llama", ROUND),
@@ -42,9 +48,9 @@ JSON: dict[str, tuple[str, str, Any]] = {
     "shift": ("shiftaddllm", "llama", SHIFT), "experts": ("mc-moe", "mixtral", EXPERTS),
     "inside": ("gptqmodel", "llama", {"model_type": "llama", "quantization_config": GPTQ}),
 }  # fmt: skip
-KNOWN = (*HOSTILE, "bits", "group_size", "sym", "desc_act", "dynamic", "lm_head", "extra_config", "data_type", "targets",
-         "weights", "ignore", "strategy", "channel", "tensor", "num_bits", "Linear", "re:.*", "fp8", "quant_method",
-         "actorder", "block_name_to_quantize", "model.layers.1.mlp.down_proj", "self_attn.k_proj")  # fmt: skip
+KNOWN = (*HOSTILE, "bits", "group_size", "sym", "desc_act", "dynamic", "lm_head", "extra_config", "data_type",
+         "targets", "weights", "ignore", "strategy", "channel", "tensor", "num_bits", "Linear", "re:.*", "fp8",
+         "quant_method", "actorder", "block_name_to_quantize", "model.layers.1.mlp.down_proj", "self_attn.k_proj")  # fmt: skip
 
 
 def _json(chance: Random) -> tuple[str, str, str, bytes]:
@@ -105,7 +111,15 @@ def _torch(chance: Random) -> tuple[str, str, str, bytes]:
     return form, model, "plan.pt", mutate_bytes(chance, data) if chance.random() < 0.7 else data
 
 
-MAKERS: tuple[Callable[[Random], tuple[str, str, str, bytes]], ...] = (_json, _json, _json, _json, _yaml, _string, _torch)
+MAKERS: tuple[Callable[[Random], tuple[str, str, str, bytes]], ...] = (
+    _json,
+    _json,
+    _json,
+    _json,
+    _yaml,
+    _string,
+    _torch,
+)
 
 
 def prepare(folder: Path) -> Run:
@@ -117,7 +131,9 @@ def prepare(folder: Path) -> Run:
         path = Path(name)
         path.write_bytes(data)
         how = chance.choice((form, form, form, AUTO, chance.choice(list(FORMATS))))
-        options: dict[str, Any] = chance.choice(({}, {}, {"keep_floats": True}, {"group_size": 64}, {"kept_experts": 8}))
+        options: dict[str, Any] = chance.choice(
+            ({}, {}, {"keep_floats": True}, {"group_size": 64}, {"kept_experts": 8})
+        )
         imported = read_foreign(path, how, linears(model), **options)
         resolve(imported.plan, linears(model))
         assert set(imported.plan.modules) == {spec.name for spec in linears(model)}

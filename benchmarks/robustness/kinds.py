@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import configs, foreign, headers, plans, records
+from . import configs, foreign, headers, models, plans, records
 from .campaign import Kind
 
 KINDS: dict[str, Kind] = {
@@ -13,4 +13,5 @@ KINDS: dict[str, Kind] = {
     "configs": Kind("quantization_config: packed directories opened", configs.prepare, 100_000),
     "journal": Kind("journals of packings: opened and gone on with", records.prepare_journal, 70_000),
     "manifest": Kind("manifests: read, files compared", records.prepare_manifest, 50_000),
+    "models": Kind("config.json of models: packed and loaded", models.prepare, 6_000, 200, seconds=20.0),
 }

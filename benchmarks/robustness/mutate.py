@@ -99,7 +99,12 @@ def _nearby(chance: Random, value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Raw):
         at = chance.randrange(len(value) + 1)
         return chance.choice(
-            (value[:at] + chance.choice(TEXTS[:20]) + value[at:], value[:at] + value[at + 1 :], value.upper(), value * 2)
+            (
+                value[:at] + chance.choice(TEXTS[:20]) + value[at:],
+                value[:at] + value[at + 1 :],
+                value.upper(),
+                value * 2,
+            )
         )
     return anything(chance)
 

@@ -25,8 +25,8 @@ HOSTILE = (
     r"(?:.?){400}.{400}", "(?=.*)" * 150 + ".*.*.*.*!",
 )  # fmt: skip
 KNOWN = (*(f"re:{text}" for text in HOSTILE), "bits", "group_size", "symmetric", "zero", "scale_dtype", "segments",
-         "perm", "rows", "cols", "name", "members", "modules", "default", "fuse", "version", "model.layers.0.mlp.up_proj",
-         "int", "float", "bfloat16", "float32", "q_proj", "o_proj", "qk_proj")  # fmt: skip
+         "perm", "rows", "cols", "name", "members", "modules", "default", "fuse", "version",
+         "model.layers.0.mlp.up_proj", "int", "float", "bfloat16", "float32", "q_proj", "o_proj")  # fmt: skip
 
 
 def with_expressions(chance: Random, plan: Any) -> Any:

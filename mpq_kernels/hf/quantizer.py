@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.config import QUANT_METHOD, PackingConfig
 from ..checkpoint.packed import validate_tensors
+from ..dense.model import CONFIG_FILE, check_bytes
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
 from ..format.weights import PackedWeight
@@ -74,6 +75,8 @@ class MPQQuantizer(HfQuantizer):
         if left:
             logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
         install_modules(model, fitted, kwargs.get("dtype"))
+        stored = sum(tensor.entry.nbytes for tensor in self._files.tensors.values())
+        check_bytes(self._files.files[0].parent / CONFIG_FILE, model, stored)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

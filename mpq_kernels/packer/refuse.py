@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from ..checkpoint.config import PackingConfig
 from ..dense.checkpoint import DenseCheckpoint
-from ..dense.model import build_meta_model
+from ..dense.model import CONFIG_FILE, build_meta_model, check_bytes
 from ..errors import CheckpointError
 from ..files.safetensors import Spec
 from ..nn.install import install_modules
@@ -48,6 +48,7 @@ def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mappin
     _check_beside(source, packing, tensors)
     model = build_meta_model(source.path, source.dtype)
     install_modules(model, packing, source.dtype)
+    check_bytes(source.path / CONFIG_FILE, model, sum(tensor.entry.nbytes for tensor in source.tensors.values()))
     report = trial_report(model, tensors, source.dtype)
     check_whole(source.path, report)
     return tuple(sorted(report[UNUSED]))

@@ -107,7 +107,7 @@ def why_no_pattern(text: str) -> str | None:
 def why_too_many(texts: Sequence[str]) -> str | None:
     """None for as many expressions as one plan may have, else the reason why not."""
     if len(texts) > MAX_REGEXES:
-        return f"{len(texts)}: more than {MAX_REGEXES} regexes; name the modules instead"
+        return f"{len(texts)} regexes, and more than {MAX_REGEXES} regexes are not tried: name the modules instead"
     if sum(map(len, texts)) > MAX_REGEXES_CHARS:
         return f"regexes of {sum(map(len, texts))} characters together, more than {MAX_REGEXES_CHARS}"
     return None

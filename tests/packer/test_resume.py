@@ -291,12 +291,27 @@ def break_line(data):
     return data.replace(b"\n", b"?\n", 1)
 
 
+def forge(data):
+    return data.replace(b'"inputs": {', b'"inputs": {"x": 1, ', 1)
+
+
+def retype(data):
+    return data.replace(b'"identity": {', b'"identity": 7, "was": {', 1)
+
+
 def newer(data):
     return data.replace(b'{"journal": 1', b'{"journal": 2', 1)
 
 
 @pytest.mark.parametrize(
-    ("damage", "word"), [(garble, "is damaged"), (break_line, "not valid JSON"), (newer, "journal=2, and this version")]
+    ("damage", "word"),
+    [
+        (garble, "is damaged"),
+        (break_line, "not valid JSON"),
+        (forge, "is damaged"),
+        (retype, "is damaged"),
+        (newer, "journal=2, and this version"),
+    ],
 )
 def test_damaged_journals_are_refused(damage, word, llama, tmp_path):
     killed_pack(2, llama, tmp_path / "out", UNIFORM, quantizer="rtn")

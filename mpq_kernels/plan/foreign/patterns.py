@@ -1,4 +1,4 @@
-"""Regular expressions of foreign files, tried on the names of the target's linears; limits are those of our own plans."""
+"""Regular expressions of foreign files, tried on the names of the target's linears; limits as in our own plans."""
 
 from __future__ import annotations
 
