@@ -50,7 +50,7 @@ JSON: dict[str, tuple[str, str, Any]] = {
 }  # fmt: skip
 KNOWN = (*HOSTILE, "bits", "group_size", "sym", "desc_act", "dynamic", "lm_head", "extra_config", "data_type",
          "targets", "weights", "ignore", "strategy", "channel", "tensor", "num_bits", "Linear", "re:.*", "fp8",
-         "quant_method", "actorder", "block_name_to_quantize", "model.layers.1.mlp.down_proj", "self_attn.k_proj")  # fmt: skip
+         "quant_method", "actorder", "block_name_to_quantize", "self_attn.k_proj")  # fmt: skip
 
 
 def _json(chance: Random) -> tuple[str, str, str, bytes]:
