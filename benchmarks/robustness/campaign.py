@@ -198,8 +198,9 @@ def _fork(name: str, kind: Kind, run: Run, seed: int, cases: list[int], folder: 
         return _Child(pid, cases, Path(out), mark, (cases[0], time.monotonic()))
     code = 1
     try:
-        room = memory("VmSize") + kind.bytes
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        if "LD_PRELOAD" not in os.environ:  # a sanitizer needs address space of its own
+            room = memory("VmSize") + kind.bytes
+            resource.setrlimit(resource.RLIMIT_AS, (room, room))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(tempfile.mkdtemp(dir=folder))
 

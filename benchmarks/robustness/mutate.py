@@ -29,6 +29,7 @@ TEXTS = ("", " ", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "nul\0", "new
          "a.b.c", ".a", "a.", "a..b", "re:", "re:.*", "lm_head", "model", "float16", "int", "none", "null", "true",
          "I32", "F16", "BF16", "F8_E4M3", "U8", "model.safetensors", "config.json", "x" * 600, "y" * 20_000,
          "__metadata__", "__class__", "__init__")  # fmt: skip
+LARGE = 2**22  # bytes that are not made more of
 WORDS = ("null", "true", "false", "[]", "{}", "[[]]", "[null]", '[""]', '{"": null}')
 
 
@@ -194,6 +195,6 @@ BYTES: tuple[Callable[[Random, bytes], bytes], ...] = (_cut, _flip, _flip, _inse
 
 def mutate_bytes(chance: Random, data: bytes) -> bytes:
     """Bytes cut off, flipped, put in, taken out, repeated, or in another encoding."""
-    for _ in range(chance.choice((1, 1, 2))):
+    for _ in range(chance.choice((1, 1, 2)) if len(data) < LARGE else 0):
         data = chance.choice(BYTES)(chance, data)
     return data

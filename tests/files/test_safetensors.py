@@ -189,6 +189,7 @@ MALFORMED = {
     "empty name": ({"": GOOD}, "printable and not empty"),
     "newline": ({"a\nb": GOOD}, "printable and not empty"),
     "surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "surrogates not allowed"),
+    "empty and huge": ({"t": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}, "sizes out of range"),
     "surrogate in the metadata": (b'{"__metadata__":{"a":"\\ud800"},"t":{}}', "surrogates not allowed"),
     "metadata": ({"__metadata__": {"a": 1}, "t": GOOD}, "__metadata__ must map"),
     "repeated name": (b'{"t":%s,"t":%s}' % ((json.dumps(GOOD).encode(),) * 2), "the key 't' appears twice"),
