@@ -131,7 +131,8 @@ def mutate_tree(chance: Random, value: Any, known: tuple[str, ...] = ()) -> Any:
             if one is not other and two is not held:
                 _put(held, index, json.loads(json.dumps(two)) if isinstance(two, list) else two)
     elif how == 4:
-        held[index:index] = [held[index]] * (2 if isinstance(_get(held, index), list) else chance.choice((2, 10, 300)))
+        small = not isinstance(_get(held, index), list) and len(str(held[index])) < 1000
+        held[index:index] = [held[index]] * (chance.choice((2, 10, 300)) if small else 2)
     elif how == 5:
         chance.shuffle(held)
     elif how == 6:

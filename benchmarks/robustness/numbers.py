@@ -2,7 +2,7 @@
 
 What must come out, for every width, kind of zeros, dtype and instruction set (docs/robustness.md):
 
-    x without Inf and NaN, below SAFE      within the derived bound of the product in fp64
+    x without Inf and NaN, below SAFE      within the derived bound of the product in fp64, and what subnormals lose
     x beyond SAFE, or scales               that, or Inf or NaN, where sums leave fp32; never another finite number
     a row of x with Inf or NaN             no finite number in the row of y; other rows are not touched
 """
@@ -90,6 +90,15 @@ def make_x(chance: Random, generator: torch.Generator, k: int) -> torch.Tensor:
     return x.to(dtype)
 
 
+def underflow(x: torch.Tensor, weight: QuantizedWeight, int8: bool) -> float:
+    """What operations below fp32's normal numbers may lose, which the bounds leave out: half of 2**-149 each.
+
+    That is multiplied by what follows: a scale, or x, or with int8 activations the sum of products of codes.
+    """
+    factors = [1.0, float(x.abs().max()), *(float(block.scales.abs().max()) for _, _, block in weight.blocks)]
+    return (weight.layout.in_features + 6) * 2.0**-149 * max(factors) * (255 * 127 if int8 else 1)
+
+
 def check(x: torch.Tensor, weight: QuantizedWeight, y: torch.Tensor, int8: bool, plain: bool) -> str:
     """AssertionError unless y is as the module's text says. plain: no scale is huge."""
     module = reference_int8 if int8 else reference
@@ -99,7 +108,7 @@ def check(x: torch.Tensor, weight: QuantizedWeight, y: torch.Tensor, int8: bool,
     if not len(part):
         return "not finite"
     wanted = (module.linear_int8 if int8 else module.linear)(part, weight)
-    bound = (module.accumulation_bound if int8 else module.error_bound)(part, weight)
+    bound = (module.accumulation_bound if int8 else module.error_bound)(part, weight) + underflow(part, weight, int8)
     largest = float(torch.finfo(x.dtype).max)
     good = (got - wanted).abs() <= bound
     good |= (wanted.abs() + bound > largest) & (got.abs() >= largest * (1 - 2.0**-7))  # rounds to Inf, or nearly

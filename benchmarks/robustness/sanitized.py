@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "sanitized"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # Leaks are those of Python; what is too large to allocate is an error of torch's, as without a sanitizer.
-OPTIONS = "detect_leaks=0:allocator_may_return_null=1:handle_segv=1:quarantine_size_mb=32:max_allocation_size_mb=4096"
+OPTIONS = "exitcode=77:detect_leaks=0:allocator_may_return_null=1:handle_segv=1:quarantine_size_mb=32:max_allocation_size_mb=4096"
 
 
 def build() -> Path:
@@ -36,12 +36,17 @@ def build() -> Path:
     return BUILD / "lib"
 
 
+def _file_of(library: str) -> str:
+    words = [COMPILER, f"-print-file-name={library}"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> int:
     """The exit code of the campaign."""
     folder = build()
-    words = [COMPILER, "-print-file-name=libasan.so"]
-    library = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": OPTIONS, "OMP_NUM_THREADS": "1"}
+    # The second before its first user is loaded, or the sanitizer does not find what it wraps of it.
+    libraries = " ".join(_file_of(name) for name in ("libasan.so", "libstdc++.so.6"))
+    environment = os.environ | {"LD_PRELOAD": libraries, "ASAN_OPTIONS": OPTIONS, "OMP_NUM_THREADS": "1"}
     environment |= {"UBSAN_OPTIONS": "print_stacktrace=1", "PYTHONPATH": str(folder)}
     command = [sys.executable, "-P", "-m", "benchmarks.robustness", *sys.argv[1:]]
     return subprocess.run(command, env=environment, check=False).returncode
