@@ -21,13 +21,13 @@ from ..files.strict import contained_file, read_json_object, short
 from .companions import companions
 from .conversions import Origin
 from .linears import LinearSpec
+from .model import CONFIG_FILE, config_parts
 from .names import ModelMap
 
-CONFIG_FILE = "config.json"
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-__all__ = ["LinearSpec", "DenseCheckpoint"]
+__all__ = ["CONFIG_FILE", "LinearSpec", "DenseCheckpoint"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def check_dense(where: Path, config: dict[str, Any]) -> None:
 
 def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None:
     """Raise CheckpointError for more layers than tensors: building such a model would only cost time and memory."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in config_parts(config):
         for key in LAYER_COUNTS:
             count = part.get(key)
             if type(count) is int and count > tensors:

@@ -9,7 +9,7 @@ import torch
 
 from ..backends import select
 from ..checkpoint.packed import PackedCheckpoint
-from ..dense.model import model_class
+from ..dense.model import model_class, refused_by_transformers
 from ..errors import UnsupportedError
 from ..nn.linear import packed_modules
 from ..nn.loading import check_whole
@@ -60,15 +60,16 @@ def load(
     for kind in _device_types(options.get("device_map", device or "cpu")):
         for module in checkpoint.modules.values():
             select(module.layout, kind, backend, activations)
-    loaded: Any = model_class(checkpoint.path).from_pretrained(
-        path,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
+    with refused_by_transformers(checkpoint.path):
+        loaded: Any = model_class(checkpoint.path).from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     model, report = loaded
     check_whole(checkpoint.path, report)
     for _, layer in packed_modules(model):

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
 from ..checkpoint.packed import validate_tensors
+from ..dense.model import CONFIG_FILE, check_bytes
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
 from ..format.weights import PackedWeight
@@ -83,6 +84,8 @@ class MPQQuantizer(HfQuantizer):
         self._names = packed_names(self._stored)
         self._own = own_names(model, self._files.tensors, self._names)
         install_modules(model, fitted, kwargs.get("dtype"))
+        stored = sum(tensor.entry.nbytes for tensor in self._files.tensors.values())
+        check_bytes(self._files.files[0].parent / CONFIG_FILE, model, stored)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:

@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +109,16 @@ class Journal:
             version = lines[0].get("journal")
             if version != VERSION:
                 raise CheckpointError(f"{self.path}: journal={version!r}, and this version writes {VERSION}")
-            self.identity, self.parts, self.ending = (lines[0][key] for key in ("identity", "parts", "ending"))
+            first = {"identity": {}, "parts": 0, "ending": ""} | lines[0]
+            self.identity, self.parts, self.ending = (first[key] for key in ("identity", "parts", "ending"))
+            if not isinstance(self.identity, dict) or type(self.parts) is not int:
+                raise CheckpointError(f"{self.path}: is damaged: its first line does not say what is packed")
             if self.ending not in ("", OTHER):
                 raise CheckpointError(f"{self.path}: is damaged: its directory ends with {short(self.ending)}")
-        try:
-            self.finished = {line["part"]: Finished(**line) for line in lines[1:]}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: is damaged: a line is no finished part ({error})") from error
+        for line in lines[1:]:
+            if not _is_finished(line):
+                raise CheckpointError(f"{self.path}: is damaged: a line is no finished part ({short(line)})")
+        self.finished = {line["part"]: Finished(**line) for line in lines[1:]}
         os.ftruncate(self._descriptor, whole)
 
     @property
@@ -160,6 +163,22 @@ class Journal:
         """Remove the journal from disk and close it."""
         self.path.unlink(missing_ok=True)
         self.close()
+
+
+def _is_finished(line: dict[str, Any]) -> bool:
+    """Whether a line has the fields of Finished, of their types."""
+    if not {"part", "key", "inputs", "places", "output"} <= set(line) <= {each.name for each in fields(Finished)}:
+        return False
+    inputs, places, zero_groups = line["inputs"], line["places"], line.get("zero_groups", 0)
+    texts = [line["part"], line["key"], line["output"], *(inputs.values() if isinstance(inputs, dict) else [None])]
+    placed = isinstance(places, dict) and all(_is_place(place) for place in places.values())
+    told = isinstance(line.get("error"), float | int | None) and type(zero_groups) is int
+    return placed and told and all(isinstance(text, str) for text in texts)
+
+
+def _is_place(place: Any) -> bool:
+    """Whether it is [first element, count]."""
+    return isinstance(place, list) and len(place) == 2 and all(type(each) is int and each >= 0 for each in place)
 
 
 def _lock(descriptor: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from ..checkpoint.config import PackingConfig
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.conversions import Table
-from ..dense.model import build_meta_model
+from ..dense.model import CONFIG_FILE, build_meta_model, check_bytes
 from ..errors import CheckpointError
 from ..files.safetensors import Spec
 from ..nn.loading import UNUSED, check_whole, trial_report
@@ -50,6 +50,7 @@ def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mappin
     model = build_meta_model(source.path, source.dtype)
     table = Table(model)
     report = trial_report(model, packing, tensors, source.dtype)
+    check_bytes(source.path / CONFIG_FILE, model, sum(tensor.entry.nbytes for tensor in source.tensors.values()))
     check_whole(source.path, report)
     unused = {name for name in source.tensors if table.target(name)[0] not in table.state}
     return tuple(sorted(unused | (set(report[UNUSED]) & source.tensors.keys())))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +42,7 @@ from pydantic import (
 from ..errors import CheckpointError, PlanError
 from ..files.strict import close_names, parse_json, replace_file, short
 from ..format.codes import KEPT_BITS, TILE_K
+from .patterns import why_no_pattern, why_too_many
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -53,8 +53,6 @@ else:
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 64 * 2**20  # permutations of every layer of a 100-layer model take about 20 MB
-MAX_REGEXES = 1000  # each is tried on every module name; exact names are looked up and have no limit
-MAX_REGEX_CHARS = 1000
 MAX_PROBLEMS = 20  # how many problems one message lists
 REGEX = "re:"
 MIN_TOWER_GROUP = 16
@@ -201,15 +199,9 @@ class Plan(_Rules):
     @classmethod
     def _check_patterns(cls, value: dict[str, WeightPlan]) -> dict[str, WeightPlan]:
         patterns = [key.removeprefix(REGEX) for key in value if key.startswith(REGEX)]
-        if len(patterns) > MAX_REGEXES:
-            raise ValueError(f"{len(patterns)} regexes, more than {MAX_REGEXES}: name the modules instead")
-        for pattern in patterns:
-            if len(pattern) > MAX_REGEX_CHARS:
-                raise ValueError(f"a regex of {len(pattern)} characters, more than {MAX_REGEX_CHARS}")
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{short(pattern)} is not a regular expression: {error}") from error
+        reason = why_too_many(patterns) or next(filter(None, map(why_no_pattern, patterns)), None)
+        if reason is not None:
+            raise ValueError(reason)
         return value
 
     @classmethod

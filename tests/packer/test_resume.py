@@ -393,6 +393,14 @@ def break_line(data):
     return data.replace(b"\n", b"?\n", 1)
 
 
+def forge(data):
+    return data.replace(b'"inputs": {', b'"inputs": {"x": 1, ', 1)
+
+
+def retype(data):
+    return data.replace(b'"identity": {', b'"identity": 7, "was": {', 1)
+
+
 def newer(data):
     return data.replace(b'{"journal": 2', b'{"journal": 3', 1)
 
@@ -406,6 +414,8 @@ def elsewhere(data):
     [
         (garble, "is damaged"),
         (break_line, "not valid JSON"),
+        (forge, "is damaged"),
+        (retype, "is damaged"),
         (newer, "journal=3, and this version"),
         (elsewhere, r"is damaged: its directory ends with '\.\./'"),
     ],
