@@ -8,11 +8,14 @@
                      "members": [["q_proj", 0, 64], ["k_proj", 64, 96], ["v_proj", 96, 128]]},
                  "model.layers.1.mlp.experts.down": {"layout": 2, "bias": false,
                      "members": [["0.down_proj", 0, 64], ["1.down_proj", 64, 128]],
-                     "experts": {"module": "model.layers.1.mlp.experts", "count": 2}}},
+                     "experts": {"module": "model.layers.1.mlp.experts", "count": 2}},
+                 "model.embed_tokens": {"layout": 3, "bias": false, "members": null,
+                     "embedding": {"shared": ["lm_head"]}}},
      "kept": {"lm_head": "plan: 16 bits"}}
 
 Members are the modules that a fused one replaces: name beside it, first row, end row. `experts` stands only where they
-are the experts of a mixture: name of their module in the model, and how many there are. Source: docs/format.md.
+are the experts of a mixture: name of their module in the model, and how many there are. `embedding` stands only where
+rows are looked up by number: names of the other modules that use the same weight. Source: docs/format.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 from ..errors import CheckpointError, FormatError
 from ..files.strict import short
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
-from ..format.layout import Experts, Member, WeightLayout, check_experts
+from ..format.layout import Embedding, Experts, Member, WeightLayout, check_experts
 
 QUANT_METHOD = "mpq"
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
@@ -37,13 +40,22 @@ MAX_NODES = 10_000_000  # JSON values in one config: bounds the time of everythi
 
 @dataclass(frozen=True)
 class PackedModule:
-    """A packed linear: its layout, whether it has a bias [N], its members when it is fused, its experts if any."""
+    """A packed linear: its layout, whether it has a bias [N], its members when it is fused, its experts if any.
+
+    embedding: of a packed embedding, the other modules that use its weight.
+    """
 
     name: str
     layout: WeightLayout
     bias: bool = False
     members: tuple[Member, ...] | None = None
     experts: Experts | None = None
+    embedding: Embedding | None = None
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Full names of the other modules that use this weight: those that are tied to an embedding."""
+        return () if self.embedding is None else self.embedding.shared
 
     @property
     def parent(self) -> str:
@@ -83,6 +95,8 @@ class PackingConfig:
             modules[name] = {"layout": index, "bias": module.bias, "members": members}
             if module.experts is not None:
                 modules[name]["experts"] = {"module": module.experts.module, "count": module.experts.count}
+            if module.embedding is not None:
+                modules[name]["embedding"] = {"shared": list(module.embedding.shared)}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -187,7 +201,7 @@ def check_name(name: Any, where: str) -> str:
 
 def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedModule:
     check_name(name, where)
-    if not isinstance(item, Mapping) or set(item) - {"experts"} != {"layout", "bias", "members"}:
+    if not isinstance(item, Mapping) or set(item) - {"experts", "embedding"} != {"layout", "bias", "members"}:
         raise CheckpointError(f"{where}: expected the keys layout, bias and members, found {short(item)}")
     index = item["layout"]
     if type(index) is not int or not 0 <= index < len(layouts):
@@ -197,7 +211,18 @@ def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedM
     rows = item["members"]
     members = None if rows is None else _members(rows, layouts[index], where)
     experts = _experts(item["experts"], layouts[index].layout, members, where) if "experts" in item else None
-    return PackedModule(name, layouts[index].layout, item["bias"], members, experts)
+    embedding = None
+    if "embedding" in item:
+        if item["bias"] or members is not None or experts is not None:
+            raise CheckpointError(f"{where}: an embedding has no bias, members or experts")
+        embedding = _embedding(item["embedding"], where)
+    return PackedModule(name, layouts[index].layout, item["bias"], members, experts, embedding)
+
+
+def _embedding(item: Any, where: str) -> Embedding:
+    if not isinstance(item, Mapping) or set(item) != {"shared"} or not isinstance(item["shared"], list):
+        raise CheckpointError(f"{where}: embedding={short(item)} is not a list of modules that share the weight")
+    return Embedding(tuple(check_name(name, f"{where}: embedding") for name in item["shared"]))
 
 
 def _experts(item: Any, layout: WeightLayout, members: tuple[Member, ...] | None, where: str) -> Experts:
@@ -233,11 +258,12 @@ def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:
 
 
 def _check_disjoint(modules: Mapping[str, PackedModule], kept: Mapping[str, str], where: str) -> None:
-    """Every name has one meaning: packed, replaced by a fused module, or kept."""
+    """Every name has one meaning: packed, replaced by a fused module, tied to an embedding, or kept."""
     seen: dict[str, str] = {}
     for role, names in (
         ("packed", list(modules)),
         ("a member", [name for module in modules.values() if module.members for name in module.replaced()]),
+        ("the user of an embedding's weight", [name for module in modules.values() for name in module.shared]),
         ("kept", list(kept)),
     ):
         for name in names:

@@ -182,9 +182,10 @@ def check_tensors(modules: Mapping[str, PackedModule], files: TensorFiles) -> No
             _check_tensor(files.tensors, where, f"{name}.bias", BIAS_DTYPES, (module.layout.out_features,))
             expected.add(f"{name}.bias")
     owned = set(modules).union(*(module.replaced() for module in modules.values() if module.members))
+    shared = {name for module in modules.values() for name in module.shared}
     for name, tensor in files.tensors.items():
         owner, _, last = name.rpartition(".")
-        if name not in expected and (owner in owned or last == "qweight"):
+        if name not in expected and (owner in owned or last == "qweight" or (owner in shared and last == "weight")):
             raise CheckpointError(
                 f"{tensor}: quantization_config has no place for it; config.json and the shards are from different runs"
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import JsonFlag, PackedDir
 from .output import groups, kinds, print_json, print_table, size_dict, widths
-from .plan.resolved import print_kept
+from .plan.resolved import print_kept, with_users
 
 if TYPE_CHECKING:
     from ..checkpoint.packed import PackedCheckpoint
@@ -35,6 +35,7 @@ def describe(checkpoint: PackedCheckpoint) -> dict[str, Any]:
             "name": name,
             "members": [[m.name, m.n0, m.n1] for m in module.members] if module.members else None,
             "experts": {"module": module.experts.module, "count": module.experts.count} if module.experts else None,
+            "embedding": None if module.embedding is None else {"shared": list(module.shared)},
             "bias": module.bias,
             "layout": module.layout.to_dict(),
             "bytes": size_dict(module.layout.size()),
@@ -61,7 +62,13 @@ def _print(checkpoint: PackedCheckpoint, data: dict[str, Any]) -> None:
     for name, module in checkpoint.modules.items():
         layout = module.layout
         size = size_dict(layout.size())
-        row = [name, f"{layout.out_features} x {layout.in_features}", widths(layout), groups(layout), kinds(layout)]
+        row = [
+            with_users(name, module.embedding),
+            f"{layout.out_features} x {layout.in_features}",
+            widths(layout),
+            groups(layout),
+            kinds(layout),
+        ]
         rows.append([*row, len(layout.segments), round(size["bpw"], 4), *(size[p] for p in PURPOSES), size["total"]])
     total = data["total"]
     rows.append(["total", "", "", "", "", None, round(total["bpw"], 4), *(total[p] for p in PURPOSES), total["total"]])

@@ -95,7 +95,7 @@ def _layer_errors(
     from ..format.reference import weight_error
     from ..format.words import unpack_weight
 
-    specs = {spec.name: spec for spec in source.linears()}
+    specs = {spec.name: spec for spec in source.packable()}
     for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
         packed = checkpoint.weight(packed_name)
         layout, rows = packed.layout, 0
@@ -104,7 +104,7 @@ def _layer_errors(
             end = rows + (spec.out_features if spec else 0)
             if spec is None or spec.in_features != layout.in_features or end > layout.out_features:
                 raise CheckpointError(
-                    f"{source.path}: has no linear {name} that fits the packed {packed_name} of "
+                    f"{source.path}: has no linear or embedding {name} that fits the packed {packed_name} of "
                     f"{layout.out_features} x {layout.in_features}; "
                     f"{checkpoint.path} was packed from another model"
                 )

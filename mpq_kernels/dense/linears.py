@@ -66,6 +66,9 @@ class LinearSpec:
     were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
     its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
     transposed: its weight is stored as [K, N].
+
+    An embedding is one too (embedding=True): out_features rows of in_features, looked up by number. shared: the other
+    modules that use its weight, such as a tied head; copies: stored tensors that hold it once more.
     """
 
     name: str
@@ -78,6 +81,9 @@ class LinearSpec:
     expert: ExpertPart | None = None
     router: bool = False
     transposed: bool = False
+    embedding: bool = False
+    shared: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
         """W [N, K] from the tensor called `tensor`, contiguous: a copy only where it is stored in another order."""

@@ -10,8 +10,8 @@ mixtures, which it does merge, are mapped by experts.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor
 from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
-from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
+from .kinds import Matrix, is_embedding, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
 from .model import build_meta_model
 
@@ -33,7 +33,8 @@ class ModelMap:
     kinds: stored tensor -> type of the module that it is a parameter of. left: parameters whose experts cannot be
     packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
     tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
-    others: matrices that belong to no linear, embedding or convolution, in module order.
+    others: matrices that belong to no linear, embedding or convolution, in module order. embeddings: what can be packed
+    of them, in module order.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -42,6 +43,7 @@ class ModelMap:
     kinds: dict[str, str] = field(default_factory=dict)
     left: dict[str, LeftExperts] = field(default_factory=dict)
     others: tuple[Matrix, ...] = ()
+    embeddings: tuple[LinearSpec, ...] = ()
 
     @classmethod
     def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
@@ -79,7 +81,8 @@ class ModelMap:
         # In reverse, so that a tied pair is what it is first: the embedding.
         kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
         known = {spec.expert.module for spec in experts if spec.expert is not None}
-        found = (kinds, left, tuple(other_matrices(model, head, known)))
+        embeddings = tuple(_embeddings(model, stored, tensors))
+        found = (kinds, left, tuple(other_matrices(model, head, known)), embeddings)
         if embedding is None:
             return cls(linears + experts, None, None, *found)
         return cls(linears + experts, stored[embedding], own_name or embedding, *found)
@@ -168,6 +171,43 @@ def _check_complete(
             raise CheckpointError(
                 f"{tensors[source]}: the model that config.json describes has {list(parameters[name].shape)} for {name}"
             )
+
+
+def _embeddings(
+    model: torch.nn.Module, stored: Mapping[str, str | None], tensors: Mapping[str, StoredTensor]
+) -> Iterator[LinearSpec]:
+    """The embeddings that can be packed; one whose tensor has another name, shape or dtype than it should is none."""
+    for spec in list_embeddings(model):
+        found = (stored.get(f"{name}.weight") for name in (spec.name, *spec.shared))
+        sources = list(dict.fromkeys(name for name in found if name is not None))
+        held = [tensors[name] for name in sources]
+        shape = (spec.out_features, spec.in_features)
+        if held and all(tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES for tensor in held):
+            yield replace(spec, tensor=sources[0], copies=tuple(sources[1:]))
+
+
+def list_embeddings(model: nn.Module) -> list[LinearSpec]:
+    """Every embedding of a model that can be packed, in module order; those that share a weight count as the first."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}  # by parameter
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((name, module))
+    specs = []
+    for name, module in model.named_modules():
+        if not is_embedding(module) or id(module.weight) not in users:
+            continue
+        others = [(other, owner) for other, owner in users.pop(id(module.weight)) if owner is not module]
+        if all(is_embedding(owner) or (is_linear(owner) and not is_transposed(owner)) for _, owner in others):
+            rows, cols = module.get_parameter("weight").shape
+            shared = tuple(other for other, _ in others)
+            specs.append(LinearSpec(name, rows, cols, f"{name}.weight", embedding=True, shared=shared))
+    return specs
+
+
+def list_packable(model: nn.Module) -> list[LinearSpec]:
+    """Every embedding of a model that can be packed, then what `list_linears` lists: all that a plan may name."""
+    return [*list_embeddings(model), *list_linears(model)]
 
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:

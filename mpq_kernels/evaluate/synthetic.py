@@ -21,7 +21,7 @@ from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
 from ..dense.checkpoint import COMPUTE_DTYPES, check_dense
 from ..dense.linears import LinearSpec
 from ..dense.model import build_meta_model
-from ..dense.names import list_linears
+from ..dense.names import list_packable
 from ..errors import CheckpointError, UnsupportedError
 from ..files.strict import contained_file, read_json_object
 from ..format.random import random_weight
@@ -48,13 +48,13 @@ def config_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def config_linears(path: str | os.PathLike[str]) -> list[LinearSpec]:
-    """Every nn.Linear of the model that a config.json describes, in module order, then every expert's; without weights.
+    """All that a plan may name of the model that a config.json describes: embeddings, linears, then every expert's.
 
     Experts have the names under which transformers saves them.
     """
     directory = config_directory(path)
     check_dense(directory / CONFIG_FILE, read_json_object(directory / CONFIG_FILE))
-    return list_linears(build_meta_model(directory))
+    return list_packable(build_meta_model(directory))
 
 
 def synthetic_model(
@@ -112,12 +112,12 @@ def _packing(where: Path, config: dict[str, Any], model: nn.Module, plan: Plan |
     check_dense(where, config)
     if plan is None:
         raise UnsupportedError(f"{where}: has no weights to load; give a plan or a width (mpq bench: --plan or --bits)")
-    resolved = resolve(plan, list_linears(model))
+    resolved = resolve(plan, list_packable(model))
     modules = {}
     for weight in resolved.weights:
         bias = any(member.spec.bias_tensor is not None for member in weight.members)
         members = weight.member_rows() if weight.fused else None
-        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts)
+        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts, weight.embedding)
     return PackingConfig(modules, dict(resolved.kept))
 
 

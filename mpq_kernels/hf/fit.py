@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..errors import CheckpointError
+from ..format.layout import Embedding
 
 
 def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, dict[str, str]]:
@@ -35,6 +36,9 @@ def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, 
             continue
         if fitted.name in modules:
             raise CheckpointError(f"{name}, and with another prefix, is the same module of a {type(model).__name__}")
+        if fitted.embedding is not None:  # users that this class of the model lacks are left out: the head
+            users = (next((c for c in _spellings(user, prefix) if c in known), None) for user in fitted.shared)
+            fitted = replace(fitted, embedding=Embedding(tuple(user for user in users if user is not None)))
         modules[fitted.name], stored[_installed(fitted)] = fitted, name
     if modules == packing.modules:
         return packing, stored

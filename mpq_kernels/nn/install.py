@@ -1,4 +1,4 @@
-"""Empty packed modules in a model that is being built, where its linears and experts stand, for tensors to be put in.
+"""Empty packed modules in a model that is being built, where its linears, experts and embeddings stand.
 
 What config.json says of a packed model and what the model is are compared here, before anything is allocated.
 """
@@ -10,14 +10,15 @@ from torch import nn
 
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..dense.experts import experts_modules
-from ..dense.kinds import is_linear, linear_shape
+from ..dense.kinds import is_embedding, is_linear, linear_shape
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError
+from .embedding import MixedEmbedding
 from .experts import GroupedLinear, why_not_fitting
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .mlp import fuse_gates
-from .replace import place, place_experts, untie
+from .replace import place, place_embedding, place_experts, tied_to, untie
 
 
 def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
@@ -28,7 +29,9 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
     modules = dict(model.named_modules())
     blocks = _blocks(packing)
     for module in packing.modules.values():
-        if module.experts is None:
+        if module.embedding is not None:
+            _check_embedding_fits(module, modules)
+        elif module.experts is None:
             _check_fits(module, modules)
     for name, parts in blocks.items():
         _check_experts_fit(name, parts, modules)
@@ -37,6 +40,10 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
     for name, module in packing.modules.items():
         layer: MixedLinear
         if module.experts is not None:
+            continue
+        if module.embedding is not None:
+            embedding = MixedEmbedding.like(modules[name], module.layout, dtype=compute, device="meta")
+            placed += place_embedding(model, name, embedding, tied_to(model, name, packing.modules, module.shared))
             continue
         if module.members is None:
             layer = MixedLinear(module.layout, module.bias, dtype=compute, device="meta")
@@ -79,6 +86,29 @@ def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[
         reason = why_not_fitting(experts, leaf, part.experts.count if part.experts else 0, part.layout, part.bias)
         if reason is not None:
             raise CheckpointError(f"{part.name}: {reason}: is config.json its own?")
+
+
+def _check_embedding_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
+    """Raise CheckpointError unless the model has an embedding of this shape there, and the modules that share it."""
+    held = modules.get(module.name)
+    if held is None or not is_embedding(held):
+        found = "has no such module" if held is None else f"has a {type(held).__name__} there"
+        raise CheckpointError(
+            f"{module.name} is packed here as an embedding, and the model {found}: is config.json its own?"
+        )
+    for name in (module.name, *module.shared):
+        user = modules.get(name)
+        if user is None or not (is_embedding(user) or is_linear(user)):
+            raise CheckpointError(
+                f"{name} shares the packed weight of {module.name}, and the model has no such embedding or linear: is "
+                "config.json its own?"
+            )
+        shape = tuple(user.get_parameter("weight").shape)
+        if shape != (module.layout.out_features, module.layout.in_features):
+            raise CheckpointError(
+                f"{name} is packed as {module.layout.out_features} x {module.layout.in_features}, the model wants "
+                f"{shape[0]} x {shape[1]}: is config.json its own?"
+            )
 
 
 def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..dense.experts import experts_modules, why_not_packable
 from ..dense.kinds import is_linear
 from ..dense.linears import DOWN, GATE_UP, PARTS
-from ..dense.names import list_linears
+from ..dense.names import list_packable
 from ..errors import FormatError
 from ..format.weights import QuantizedWeight
 from ..format.words import pack_weight
@@ -20,6 +20,7 @@ from ..plan.plan import Plan
 from ..plan.resolve import ResolvedWeight, resolve
 from ..progress import Progress
 from ..quantize import quantize_weight, require_no_calibration
+from .embedding import MixedEmbedding, TiedEmbedding, TiedLinear
 from .experts import GroupedLinear, PackedExperts
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
@@ -64,7 +65,7 @@ def replace_linears(
     by an error in the plan.
     """
     require_no_calibration(quantizer)
-    linears = list_linears(model)
+    linears = list_packable(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))
     placed: list[str] = []
@@ -77,6 +78,9 @@ def replace_linears(
             parts[weight.name.rpartition(".")[2]] = layer
             if len(parts) == len(PARTS):  # the dense experts are needed until both are quantized
                 place_experts(model, weight.experts.module, parts)
+        elif isinstance(layer, MixedEmbedding) and weight.embedding is not None:
+            names = place_embedding(model, weight.name, layer, weight.embedding.shared)
+            placed += names
         else:
             names = place(model, weight.name, layer)
             placed += names
@@ -103,6 +107,8 @@ def quantize_modules(
     """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
     if weight.experts is not None:
         return _quantize_experts(model, weight, quantizer, options)
+    if weight.embedding is not None:
+        return _quantize_embedding(model, weight, quantizer, options)
     linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
@@ -134,6 +140,47 @@ def _quantize_experts(
     bias = torch.cat(biases) if biases else None
     count = weight.experts.count if weight.experts is not None else 0
     return GroupedLinear.from_stacked(packed, count, bias, **options)
+
+
+def _quantize_embedding(
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, options: PackedOptions
+) -> MixedEmbedding:
+    """Packed layer over one embedding."""
+    member, held = weight.members[0], model.get_submodule(weight.name)
+    perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+    values = held.get_parameter("weight").detach()
+    packed = pack_weight(quantize_weight(values, member.layout, perm, quantizer, name=weight.name)).to(values.device)
+    options.setdefault("dtype", values.dtype)
+    layer = MixedEmbedding.like(held, member.layout, device="meta", **options)
+    layer.assign(packed)
+    return layer
+
+
+def place_embedding(model: nn.Module, name: str, layer: MixedEmbedding, shared: Iterable[str]) -> list[str]:
+    """Put a packed embedding into the model, and its users where the modules stood that share its weight. Returns the
+    names of all.
+    """
+    for other in shared:
+        held = model.get_submodule(other)
+        model.set_submodule(other, TiedLinear(layer, held) if is_linear(held) else TiedEmbedding(layer, held))
+    model.set_submodule(name, layer)
+    return [name, *shared]
+
+
+def tied_to(model: nn.Module, name: str, packed: Container[str], known: Iterable[str]) -> list[str]:
+    """Modules that share the weight of an embedding: the known ones, and those that this model ties to it besides.
+
+    packed: modules with a packed weight of their own. What a checkpoint was packed from may have had fewer: a head that
+    another class of the model adds.
+    """
+    weight, out = f"{name}.weight", dict.fromkeys(known)
+    for path, module in model.named_modules():
+        lead = f"{path}." if path else ""
+        for to, source in (getattr(module, "all_tied_weights_keys", None) or {}).items():
+            pair = {lead + to, lead + source}
+            if weight in pair:
+                out.update(dict.fromkeys(other.removesuffix(".weight") for other in pair - {weight}))
+    return [other for other in out if other not in packed]
 
 
 def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:

@@ -22,6 +22,7 @@ from ..calibrate.hessians import Calibrator
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.decoded import DecodedTensor
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
 from ..files.safetensors import Spec
@@ -107,7 +108,8 @@ class PackJob:
             self._advance(tensor.entry.nbytes, name)
 
         def make() -> Made:
-            made = Made({name: self.source.read(stored)}, digests())
+            kept = self.source.read(stored)
+            made = Made({name: kept}, {stored: digest([kept])})
             self._advance(tensor.entry.nbytes, name)
             return made
 
@@ -144,7 +146,7 @@ class PackJob:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
             self.perm = (weight.name, tensors[f"{weight.name}.perm"])
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             keys = [key for key in member.layout.tensor_specs() if key != "perm"]
             own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
             if member.layout.permuted:
@@ -168,7 +170,10 @@ class PackJob:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         try:
-            if isinstance(self.calibrator, LearnedRounding):
+            if spec.embedding:  # rows are looked up: there are no inputs to calibrate on
+                method = QUANTIZERS[self.quantizer].for_embeddings or self.quantizer
+                quantized = quantize_weight(weight, member.layout, perm, method, spec.name)
+            elif isinstance(self.calibrator, LearnedRounding):
                 quantized = self.calibrator.weight(spec.name)
             else:
                 hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
@@ -179,7 +184,7 @@ class PackJob:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             self.calibrator.set_weight(spec.name, dequantize(quantized))
         return quantized, weight_error(weight, quantized).relative
 
@@ -204,7 +209,12 @@ class PackJob:
         for weight in self.resolved.weights:
             members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
-                weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
+                weight.name,
+                weight.layout,
+                self._bias_dtype(weight) is not None,
+                members,
+                weight.experts,
+                weight.embedding,
             )
         return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
 
@@ -237,6 +247,9 @@ class PackJob:
             copied=tuple(carried),
             left=self.source.left_files(),
             unused=tuple(unused),
+            decoded=tuple(
+                name for name, stored in self.kept.items() if isinstance(self.source.tensors[stored], DecodedTensor)
+            ),
             large=large_parameters(self.source, self.resolved, self.kept),
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
@@ -274,7 +287,7 @@ def prepare(
     """
     if not allow_dense:
         check_recognised(source)
-    resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
+    resolved, row = resolve(plan, source.packable()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)
         return resolved
@@ -288,12 +301,14 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
 
     Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
     those whose columns differ in width or kind, stay as they are: there the plan says which column is which. So do
-    experts: those of one module are stored with one order of K, and each reads inputs of its own.
+    experts: those of one module are stored with one order of K, and each reads inputs of its own; and embeddings, which
+    read none.
     """
 
     def free(weight: ResolvedWeight) -> bool:
         return (
             weight.experts is None
+            and weight.embedding is None
             and not weight.layout.permuted
             and all(len(band) == 1 for band in weight.layout.bands())
         )
@@ -308,13 +323,15 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
 def _kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
     """Name in the output -> stored name, of every tensor that stays as it is.
 
-    The tied embedding always stays: it is looked up by row even where the head is packed.
+    A tied embedding stays, also where the head is packed, unless it is packed itself: it is looked up by row.
     """
     packed = [member.spec for weight in resolved.weights for member in weight.members]
     dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
+    dropped.update(*(spec.copies for spec in packed))
+    looked_up = {spec.tensor for spec in packed if spec.embedding}
     kept = {name: name for name in source.tensors if name not in dropped}
     tied = source.model_map
-    if tied.tied_source is not None and tied.tied_target is not None:
+    if tied.tied_source is not None and tied.tied_target is not None and tied.tied_source not in looked_up:
         kept.pop(tied.tied_source, None)
         kept[tied.tied_target] = tied.tied_source
     return kept

@@ -221,22 +221,35 @@ class Plan(_Rules):
         zero: ZeroName = "int",
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
+        embeddings: int = KEPT_BITS,
     ) -> Plan:
         """One rule for every linear, experts too, and the output head in `lm_head` bits (16: kept). Routers are kept.
 
-        model: a Hugging Face directory, or its linears. Raises PlanError for a bad rule, CheckpointError for a bad
-        directory. Whether group_size divides every K is checked by `resolve`.
+        embeddings: bits of the token embeddings, those with at least half as many rows as the one with most (16: kept).
+        A head that is tied to one, and whose own bits are 16 or the same, shares its packed weight.
+        model: a Hugging Face directory, or what `packable` lists of it. Raises PlanError for a bad rule,
+        CheckpointError for a bad directory. Whether group_size divides every K is checked by `resolve`.
         """
         rule = WeightPlan(bits=bits, group_size=group_size, symmetric=symmetric, zero=zero, scale_dtype=scale_dtype)
         if isinstance(model, (str, os.PathLike)):
             from ..dense.checkpoint import DenseCheckpoint  # needs torch; plans as such do not
 
-            model = DenseCheckpoint.open(model).linears()
-        if not model:
+            model = DenseCheckpoint.open(model).packable()
+        if all(spec.embedding for spec in model):
             raise PlanError("the model has no linear layers, so there is nothing to quantize")
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
         rules = {spec.name: head for spec in model if spec.is_head}
         rules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in model if spec.router}
+        if embeddings != KEPT_BITS:
+            most = max((spec.out_features for spec in model if spec.embedding), default=0)
+            if not most:
+                raise PlanError(f"embeddings={embeddings}: the model has no embedding that can be packed")
+            looked_up = rule.model_copy(update={"bits": WeightPlan(bits=embeddings).bits})
+            for spec in model:
+                if spec.embedding and 2 * spec.out_features >= most:
+                    rules[spec.name] = looked_up
+                    if lm_head in (KEPT_BITS, embeddings):
+                        rules = {name: given for name, given in rules.items() if name not in spec.shared}
         return cls(default=rule, modules=rules)
 
     @classmethod

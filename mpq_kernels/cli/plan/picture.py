@@ -61,6 +61,10 @@ class Picture:
     def of(cls, resolved: ResolvedPlan, linears: Sequence[LinearSpec]) -> Picture:
         """The picture of a plan that was resolved for these linears."""
         layouts = {member.spec.name: member.layout for weight in resolved.weights for member in weight.members}
+        for weight in resolved.weights:
+            if weight.embedding is not None:
+                layouts |= dict.fromkeys(weight.embedding.shared, weight.layout)
+        linears = [spec for spec in linears if not spec.embedding or spec.name in layouts]
         members: dict[tuple[str, str], list[LinearSpec]] = {}
         for spec, place in zip(linears, _places([spec.name for spec in linears]), strict=True):
             members.setdefault(place, []).append(spec)

@@ -10,6 +10,7 @@ from ..output import groups, kinds, print_table, size_dict, widths
 
 if TYPE_CHECKING:
     from ...dense.checkpoint import LinearSpec
+    from ...format.layout import Embedding
     from ...plan.resolve import ResolvedPlan
 
 
@@ -24,7 +25,7 @@ def resolve_file(plan_file: Path, model: Path) -> tuple[ResolvedPlan, list[Linea
 
 
 def model_linears(model: Path) -> tuple[list[LinearSpec], int]:
-    """(linears of a dense directory or of a config.json alone, bytes of one of its weights when kept)."""
+    """(all that a plan may name of a dense directory or of a config.json alone, bytes of a weight when kept)."""
     if model.is_file():
         from ...evaluate.synthetic import config_dtype, config_linears
         from ...files.strict import read_json_object
@@ -33,7 +34,7 @@ def model_linears(model: Path) -> tuple[list[LinearSpec], int]:
     from ...dense.checkpoint import DenseCheckpoint
 
     source = DenseCheckpoint.open(model)
-    return source.linears(), source.dtype.itemsize
+    return source.packable(), source.dtype.itemsize
 
 
 def kept_bytes(resolved: ResolvedPlan, linears: Sequence[LinearSpec], itemsize: int) -> dict[str, int]:
@@ -51,6 +52,7 @@ def resolved_dict(resolved: ResolvedPlan) -> dict[str, Any]:
         {
             "name": weight.name,
             "members": [member.spec.name for member in weight.members],
+            "embedding": None if weight.embedding is None else {"shared": list(weight.embedding.shared)},
             "layout": weight.layout.to_dict(),
             "bytes": size_dict(weight.layout.size()),
         }
@@ -66,12 +68,17 @@ def print_resolved(resolved: ResolvedPlan) -> None:
         layout = weight.layout
         shape = f"{layout.out_features} x {layout.in_features}"
         size = layout.size()
-        row = [weight.name, shape, widths(layout), groups(layout), kinds(layout)]
+        row = [with_users(weight.name, weight.embedding), shape, widths(layout), groups(layout), kinds(layout)]
         rows.append([*row, round(size.bits_per_weight, 4), size.total_bytes])
     total = resolved.size()
     rows.append(["total", "", "", "", "", round(total.bits_per_weight, 4), total.total_bytes])
     print_table(None, ["<module", "<shape", "<bits", "<group", "<zeros", "bpw", "bytes"], rows)
     print_kept(resolved.kept)
+
+
+def with_users(name: str, embedding: Embedding | None) -> str:
+    """Name of a packed weight in a table; behind that of an embedding, those of the modules that share it."""
+    return name if embedding is None else " = ".join((name, *embedding.shared))
 
 
 def print_kept(kept: dict[str, str]) -> None:

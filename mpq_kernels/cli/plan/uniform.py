@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import (
+    EmbeddingsOption,
     GroupOption,
     HeadOption,
     OutputOption,
@@ -33,6 +34,7 @@ def command(
     zero: ZeroOption = "int",
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
+    embeddings: EmbeddingsOption = 16,
     output: OutputOption = None,
     quiet: QuietFlag = False,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
     from ...plan.resolve import resolve
 
     linears, _ = model_linears(model)
-    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, lm_head)
+    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, lm_head, embeddings)
     resolve(plan, linears)  # refuses a group size that does not divide some K
     if output is None:
         print(plan.to_json(), end="")
@@ -57,9 +59,11 @@ def uniform_plan(
     zero: str,
     scale_dtype: str,
     lm_head: int,
+    embeddings: int = 16,
 ) -> Plan:
     """Plan.uniform from command-line words, which Plan itself checks. Raises PlanError, CheckpointError."""
     from ...plan.plan import Plan
 
     words: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype}
-    return Plan.uniform(model, bits=bits, group_size=group_size, symmetric=symmetric, lm_head=lm_head, **words)
+    words |= {"lm_head": lm_head, "embeddings": embeddings}
+    return Plan.uniform(model, bits=bits, group_size=group_size, symmetric=symmetric, **words)
