@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
 from .companions import companions
-from .decoded import METHODS, DecodedTensor, decoded_tensors
+from .decoded import METHODS, DecodedTensor, decoded_tensors, known_method
 from .linears import LinearSpec
 from .names import ModelMap
 
@@ -132,7 +132,7 @@ def check_dense(where: Path, config: dict[str, Any]) -> None:
         for key in ("quantization_config", "compression_config"):
             found = part.get(key)
             if found is not None:
-                if part is config and isinstance(found, dict) and found.get("quant_method") in METHODS:
+                if part is config and key == "quantization_config" and known_method(found):
                     continue
                 method = found.get("quant_method", key) if isinstance(found, dict) else key
                 raise CheckpointError(

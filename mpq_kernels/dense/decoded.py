@@ -78,6 +78,12 @@ class DecodedTensor(StoredTensor):
         return out
 
 
+def known_method(quantization: Any) -> str | None:
+    """The `quant_method` of a quantization_config, from any file, if its weights are decoded here; else None."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) and method in METHODS else None
+
+
 def decoded_tensors(
     where: Path, config: Mapping[str, Any], files: TensorFiles, dtype: torch.dtype
 ) -> dict[str, StoredTensor]:
@@ -86,8 +92,8 @@ def decoded_tensors(
     Raises CheckpointError for codes without scales, and for shapes that do not go together.
     """
     quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in METHODS:
+    method = known_method(quantization)
+    if method is None or not isinstance(quantization, dict):
         return files.tensors
     made: dict[str, DecodedTensor] = {}
     used: set[str] = set()
@@ -171,7 +177,7 @@ def _find_mxfp4(tensor: StoredTensor, tensors: Mapping[str, StoredTensor], confi
     return name, (experts, 32 * groups, rows), scales, None
 
 
-METHODS: dict[Any, Callable[[StoredTensor, Mapping[str, StoredTensor], Mapping[str, Any]], Found | None]] = {
+METHODS: dict[str, Callable[[StoredTensor, Mapping[str, StoredTensor], Mapping[str, Any]], Found | None]] = {
     "fp8": _find_fp8,
     "mxfp4": _find_mxfp4,
 }

@@ -48,10 +48,15 @@ def config_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def config_linears(path: str | os.PathLike[str]) -> list[LinearSpec]:
-    """All that a plan may name of the model that a config.json describes: embeddings, linears, then every expert's.
+    """Every nn.Linear of the model that a config.json describes, in module order, then every expert's; without weights.
 
     Experts have the names under which transformers saves them.
     """
+    return [spec for spec in config_packable(path) if not spec.embedding]
+
+
+def config_packable(path: str | os.PathLike[str]) -> list[LinearSpec]:
+    """The embeddings that a plan may name, then `config_linears`."""
     directory = config_directory(path)
     check_dense(directory / CONFIG_FILE, read_json_object(directory / CONFIG_FILE))
     return list_packable(build_meta_model(directory))

@@ -89,7 +89,7 @@ def replace_linears(
             progress(done, len(resolved.weights), weight.name)
     untie(model, placed)
     fuse_gates(model)
-    known = {spec.name for spec in linears}
+    known = {spec.name for spec in linears if not spec.embedding} | report.left.keys()
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
     experts = experts_modules(model)
     for name, module in model.named_modules():

@@ -182,7 +182,7 @@ def test_faults_are_refused_before_anything_is_read(fault, tmp_path):
         DenseCheckpoint.open(path)
 
 
-@pytest.mark.parametrize("method", ["fbgemm_fp8", "gptq", "compressed-tensors", None])
+@pytest.mark.parametrize("method", ["fbgemm_fp8", "gptq", "compressed-tensors", None, ["fp8"]])
 def test_other_forms_are_refused(method, tmp_path):
     path = fp8_checkpoint(tmp_path / "m", "llama")
     rewrite(path, stored(path), {"quant_method": method})

@@ -121,10 +121,10 @@ def test_quantizers_without_inputs(quantizer, tmp_path):
 
 
 def test_synthetic_models_have_it_too(tmp_path):
-    from mpq_kernels.evaluate.synthetic import config_linears, synthetic_model
+    from mpq_kernels.evaluate.synthetic import config_packable, synthetic_model
 
     tiny_model("llama", tmp_path, tied=True)
-    plan = mpq.Plan.uniform(config_linears(tmp_path), bits=3, group_size=-1, embeddings=4)
+    plan = mpq.Plan.uniform(config_packable(tmp_path), bits=3, group_size=-1, embeddings=4)
     model = synthetic_model(tmp_path / "config.json", plan)
     assert isinstance(model.lm_head, TiedLinear) and logits(model).isfinite().all()
 

@@ -27,10 +27,10 @@ def resolve_file(plan_file: Path, model: Path) -> tuple[ResolvedPlan, list[Linea
 def model_linears(model: Path) -> tuple[list[LinearSpec], int]:
     """(all that a plan may name of a dense directory or of a config.json alone, bytes of a weight when kept)."""
     if model.is_file():
-        from ...evaluate.synthetic import config_dtype, config_linears
+        from ...evaluate.synthetic import config_dtype, config_packable
         from ...files.strict import read_json_object
 
-        return config_linears(model), config_dtype(read_json_object(model)).itemsize
+        return config_packable(model), config_dtype(read_json_object(model)).itemsize
     from ...dense.checkpoint import DenseCheckpoint
 
     source = DenseCheckpoint.open(model)
