@@ -88,7 +88,8 @@ class LearnedRounding:
         self.source, self.calibration, self.quiet = source, calibration, quiet
         self.members = {m.spec.name: m for weight in resolved.weights for m in weight.members if not m.spec.embedding}
         # A head is left alone unless it is named.
-        self.kept = tuple(spec.name for spec in source.linears() if spec.name in resolved.kept and not spec.is_head)
+        left = {*resolved.kept, *resolved.floats}
+        self.kept = tuple(spec.name for spec in source.linears() if spec.name in left and not spec.is_head)
         self.model: nn.Module | None = None
 
     def weight(self, name: str) -> QuantizedWeight:

@@ -11,11 +11,13 @@
                      "experts": {"module": "model.layers.1.mlp.experts", "count": 2}},
                  "model.embed_tokens": {"layout": 3, "bias": false, "members": null,
                      "embedding": {"shared": ["lm_head"]}}},
-     "kept": {"lm_head": "plan: 16 bits"}}
+     "kept": {"lm_head": "plan: 16 bits"},
+     "float8": {"model.layers.2.mlp.down_proj": {"out_features": 64, "in_features": 128, "bias": false}}}
 
 Members are the modules that a fused one replaces: name beside it, first row, end row. `experts` stands only where they
 are the experts of a mixture: name of their module in the model, and how many there are. `embedding` stands only where
-rows are looked up by number: names of the other modules that use the same weight. Source: docs/format.md.
+rows are looked up by number: names of the other modules that use the same weight. `float8` stands only where linears
+are stored in that type. Source: docs/format.md.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from typing import Any
 from ..errors import CheckpointError, FormatError
 from ..files.strict import short
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
+from ..format.float8 import Float8Shape
 from ..format.layout import Embedding, Experts, Member, WeightLayout, check_experts
 
 QUANT_METHOD = "mpq"
+OPTIONAL_KEYS = ("float8",)
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count
@@ -77,13 +81,32 @@ class PackedModule:
 
 
 @dataclass(frozen=True)
+class Float8Module:
+    """A linear that is stored in float8: its shape, and whether it has a bias [N]."""
+
+    name: str
+    shape: Float8Shape
+    bias: bool = False
+
+    @cached_property
+    def tensor_names(self) -> list[str]:
+        """Full names of the tensors of this module."""
+        names = [*self.shape.tensor_specs(), "bias"] if self.bias else list(self.shape.tensor_specs())
+        return [f"{self.name}.{name}" for name in names]
+
+
+@dataclass(frozen=True)
 class PackingConfig:
-    """A checked quantization_config. modules: packed name -> PackedModule, in model order. kept: module -> reason."""
+    """A checked quantization_config. modules: packed name -> PackedModule, in model order. kept: module -> reason.
+
+    floats: name -> Float8Module, in model order.
+    """
 
     modules: dict[str, PackedModule]
     kept: dict[str, str] = field(default_factory=dict)
     quantizer: str = ""
     producer: str = ""
+    floats: dict[str, Float8Module] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the same value always gives the same text."""
@@ -97,7 +120,11 @@ class PackingConfig:
                 modules[name]["experts"] = {"module": module.experts.module, "count": module.experts.count}
             if module.embedding is not None:
                 modules[name]["embedding"] = {"shared": list(module.embedding.shared)}
-        return {
+        floats = {
+            name: {"out_features": m.shape.out_features, "in_features": m.shape.in_features, "bias": m.bias}
+            for name, m in self.floats.items()
+        }
+        data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "layout_id": LAYOUT_ID,
@@ -107,6 +134,7 @@ class PackingConfig:
             "modules": modules,
             "kept": dict(self.kept),
         }
+        return data | ({"float8": floats} if floats else {})
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "quantization_config") -> PackingConfig:
@@ -127,8 +155,9 @@ class PackingConfig:
         kept = data["kept"]
         if not isinstance(kept, dict) or not all(isinstance(reason, str) for reason in kept.values()):
             raise CheckpointError(f"{where}: kept must map module names to reasons")
-        _check_disjoint(modules, kept, where)
-        return cls(modules, dict(kept), data["quantizer"], data["producer"])
+        floats = _floats(data.get("float8", {}), where)
+        _check_disjoint(modules, floats, kept, where)
+        return cls(modules, dict(kept), data["quantizer"], data["producer"], floats)
 
 
 @dataclass(frozen=True)
@@ -165,8 +194,8 @@ def _check_versions(data: Any, where: str) -> None:
             f"{where}: layout_id={short(data.get('layout_id'))}, and this build has {LAYOUT_ID!r}: the codes are in "
             "another order; pack the model again, or use the version that packed it"
         )
-    if set(data) != set(KEYS):
-        missing, extra = sorted(set(KEYS) - set(data)), sorted(map(short, set(data) - set(KEYS)))
+    if set(data) - set(OPTIONAL_KEYS) != set(KEYS):
+        missing, extra = sorted(set(KEYS) - set(data)), sorted(map(short, set(data) - {*KEYS, *OPTIONAL_KEYS}))
         raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {extra}")
 
 
@@ -237,6 +266,22 @@ def _experts(item: Any, layout: WeightLayout, members: tuple[Member, ...] | None
     return Experts(check_name(item["module"], f"{where}: experts"), item["count"])
 
 
+def _floats(items: Any, where: str) -> dict[str, Float8Module]:
+    """The linears in float8. Raises CheckpointError."""
+    if not isinstance(items, Mapping):
+        raise CheckpointError(f"{where}: float8 must map module names to shapes")
+    out = {}
+    for name, item in items.items():
+        check_name(name, f"{where}: float8")
+        if not isinstance(item, Mapping) or set(item) != {"out_features", "in_features", "bias"}:
+            raise CheckpointError(f"{where}: float8 {short(name)}: {short(item)} is no shape and bias")
+        rows, cols, bias = item["out_features"], item["in_features"], item["bias"]
+        if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1 or type(bias) is not bool:
+            raise CheckpointError(f"{where}: float8 {short(name)}: {short(item)} is no shape and bias")
+        out[name] = Float8Module(name, Float8Shape(rows, cols), bias)
+    return out
+
+
 def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:
     if not isinstance(rows, list) or not rows:
         raise CheckpointError(f"{where}: members must be null or a list of [name, n0, n1]")
@@ -257,11 +302,14 @@ def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:
     return tuple(members)
 
 
-def _check_disjoint(modules: Mapping[str, PackedModule], kept: Mapping[str, str], where: str) -> None:
-    """Every name has one meaning: packed, replaced by a fused module, tied to an embedding, or kept."""
+def _check_disjoint(
+    modules: Mapping[str, PackedModule], floats: Mapping[str, Float8Module], kept: Mapping[str, str], where: str
+) -> None:
+    """Every name has one meaning: packed, in float8, replaced by a fused module, tied to an embedding, or kept."""
     seen: dict[str, str] = {}
     for role, names in (
         ("packed", list(modules)),
+        ("in float8", list(floats)),
         ("a member", [name for module in modules.values() if module.members for name in module.replaced()]),
         ("the user of an embedding's weight", [name for module in modules.values() for name in module.shared]),
         ("kept", list(kept)),

@@ -47,6 +47,11 @@ def describe(checkpoint: PackedCheckpoint) -> dict[str, Any]:
         "producer": checkpoint.packing.producer,
         "quantizer": checkpoint.packing.quantizer,
         "modules": modules,
+        "float8": [
+            {"name": name, "out_features": m.shape.out_features, "in_features": m.shape.in_features, "bias": m.bias}
+            | {"bytes": size_dict(m.shape.size())}
+            for name, m in checkpoint.packing.floats.items()
+        ],
         "kept": checkpoint.packing.kept,
         "total": size_dict(size.packed) | {"bias": size.bias, "kept": size.kept, "files": size.files},
         "files": _files(checkpoint.path),
@@ -70,6 +75,10 @@ def _print(checkpoint: PackedCheckpoint, data: dict[str, Any]) -> None:
             kinds(layout),
         ]
         rows.append([*row, len(layout.segments), round(size["bpw"], 4), *(size[p] for p in PURPOSES), size["total"]])
+    for name, float8 in checkpoint.packing.floats.items():
+        size = size_dict(float8.shape.size())
+        row = [name, f"{float8.shape.out_features} x {float8.shape.in_features}", "fp8", "row", "none"]
+        rows.append([*row, 1, round(size["bpw"], 4), *(size[p] for p in PURPOSES), size["total"]])
     total = data["total"]
     rows.append(["total", "", "", "", "", None, round(total["bpw"], 4), *(total[p] for p in PURPOSES), total["total"]])
     columns = ["<module", "<shape", "<bits", "<group", "<zeros", "segments", "bpw", *PURPOSES, "bytes"]

@@ -92,6 +92,7 @@ def _layer_errors(
     checkpoint: PackedCheckpoint, source: DenseCheckpoint, report: Progress | None
 ) -> Iterator[dict[str, Any]]:
     from ..errors import CheckpointError
+    from ..format.float8 import float8_error
     from ..format.reference import weight_error
     from ..format.words import unpack_weight
 
@@ -117,6 +118,20 @@ def _layer_errors(
         checkpoint.release(packed_name)
         if report is not None:
             report(done, len(checkpoint.modules), packed_name)
+    for name, float8 in checkpoint.packing.floats.items():
+        spec = specs.get(name)
+        if spec is None or (spec.out_features, spec.in_features) != (
+            float8.shape.out_features,
+            float8.shape.in_features,
+        ):
+            raise CheckpointError(
+                f"{source.path}: has no linear {name} of the shape that {checkpoint.path} holds in fp8"
+            )
+        relative, largest = float8_error(
+            source.weight(spec), *(checkpoint.read(f"{name}.{k}") for k in ("qweight", "scales"))
+        )
+        source.release(spec.tensor)
+        yield {"name": name, "packed": name, "bits": "fp8", "relative_error": relative, "max_error": largest}
 
 
 def _check_kept(checkpoint: PackedCheckpoint, source: DenseCheckpoint) -> None:

@@ -151,9 +151,9 @@ def _block(
         return None
     grid = scales.shape[-2:]
     given = config.get("weight_block_size")
-    known = isinstance(given, list) and len(given) == 2 and all(type(size) is int and size > 0 for size in given)
-    if known and grid == _grid(*shape, (given[0], given[1])):
-        return given[0], given[1]
+    sizes = given if isinstance(given, list) and all(type(size) is int and size > 0 for size in given) else []
+    if len(sizes) == 2 and grid == _grid(*shape, (sizes[0], sizes[1])):
+        return sizes[0], sizes[1]
     if shape[0] % grid[0] or shape[1] % grid[1]:
         return None
     return shape[0] // grid[0], shape[1] // grid[1]

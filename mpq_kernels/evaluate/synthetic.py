@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 from ..backends import select
-from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
+from ..checkpoint.config import QUANT_METHOD, Float8Module, PackedModule, PackingConfig
 from ..dense.checkpoint import COMPUTE_DTYPES, check_dense
 from ..dense.linears import LinearSpec
 from ..dense.model import build_meta_model
 from ..dense.names import list_packable
 from ..errors import CheckpointError, UnsupportedError
 from ..files.strict import contained_file, read_json_object
+from ..format.float8 import to_float8
 from ..format.random import random_weight
+from ..nn.float8 import float8_modules
 from ..nn.install import install_modules
 from ..nn.linear import packed_modules
 from ..plan.plan import Plan
-from ..plan.resolve import resolve
+from ..plan.resolve import float8_shape, resolve
 from ..progress import Progress
 
 CONFIG_FILE = "config.json"
@@ -103,6 +105,9 @@ def synthetic_model(
         layer.assign(random_weight(layer.layout, device, generator), bias)
         if progress is not None:
             progress(done, len(layers), name)
+    for _, float8 in float8_modules(model):
+        weight = torch.randn(float8.out_features, float8.in_features, generator=generator, device=device)
+        float8.qweight, float8.scales = to_float8(weight.div_(float8.in_features**0.5))
     _fill_kept(model, device, dtype, seed)
     return model.eval()
 
@@ -123,7 +128,11 @@ def _packing(where: Path, config: dict[str, Any], model: nn.Module, plan: Plan |
         bias = any(member.spec.bias_tensor is not None for member in weight.members)
         members = weight.member_rows() if weight.fused else None
         modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts, weight.embedding)
-    return PackingConfig(modules, dict(resolved.kept))
+    floats = {
+        name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
+        for name, spec in resolved.floats.items()
+    }
+    return PackingConfig(modules, dict(resolved.kept), floats=floats)
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -139,6 +148,7 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
 def _check_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model that is larger than the free memory, instead of being killed half-way."""
     packed = sum(layer.layout.size().total_bytes for _, layer in packed_modules(model))
+    packed += sum(layer.shape.size().total_bytes for _, layer in float8_modules(model))
     kept = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

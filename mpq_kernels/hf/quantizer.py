@@ -25,7 +25,9 @@ from ..checkpoint.config import QUANT_METHOD, PackingConfig
 from ..checkpoint.packed import validate_tensors
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
+from ..format.float8 import bad_float8
 from ..format.weights import PackedWeight
+from ..nn.float8 import float8_modules
 from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
 from .fit import fit_names
@@ -66,11 +68,11 @@ class MPQQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
-        self._files = validate_tensors(packing.modules, files)
+        self._files = validate_tensors(packing.modules, files, packing.floats)
         fitted, self._stored = fit_names(packing, model)
         if fitted is not packing:
             self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
-        left = sorted(set(packing.modules) - set(self._stored.values()))
+        left = sorted({*packing.modules, *packing.floats} - set(self._stored.values()))
         if left:
             logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
         install_modules(model, fitted, kwargs.get("dtype"))
@@ -86,6 +88,13 @@ class MPQQuantizer(HfQuantizer):
             else:
                 raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
             module.rebind()
+        for name, float8 in float8_modules(model):
+            if float8.qweight.is_meta and not hasattr(float8, "_hf_hook"):
+                raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
+            stored = (self._files.read(f"{self._stored[name]}.{key}") for key in ("qweight", "scales"))
+            reason = bad_float8(*stored) if float8.qweight.is_meta else bad_float8(float8.qweight, float8.scales)
+            if reason is not None:
+                raise CheckpointError(f"{name}: {reason}; pack the model again")
         del self._files, self._stored
         return model
 

@@ -15,6 +15,7 @@ from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError
 from .embedding import MixedEmbedding
 from .experts import GroupedLinear, why_not_fitting
+from .float8 import Float8Linear
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .mlp import fuse_gates
@@ -28,6 +29,9 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
     """
     modules = dict(model.named_modules())
     blocks = _blocks(packing)
+    for float8 in packing.floats.values():
+        shape = (float8.shape.out_features, float8.shape.in_features)
+        _check_bias(float8.name, float8.bias, _has_bias(float8.name, shape, modules))
     for module in packing.modules.values():
         if module.embedding is not None:
             _check_embedding_fits(module, modules)
@@ -50,6 +54,9 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
         else:
             layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
         placed += place(model, name, layer)
+    for name, float8 in packing.floats.items():
+        model.set_submodule(name, Float8Linear(float8.shape, float8.bias, compute, "meta"))
+        placed.append(name)
     untie(model, placed)
     for name, parts in blocks.items():
         layers = {
@@ -113,22 +120,26 @@ def _check_embedding_fits(module: PackedModule, modules: dict[str, nn.Module]) -
 
 def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
     rows = [module.layout.out_features] if module.members is None else [m.n1 - m.n0 for m in module.members]
-    biases = []
-    for name, n in zip(module.replaced(), rows, strict=True):
-        linear = modules.get(name)
-        if linear is None or not is_linear(linear):
-            found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
-            raise CheckpointError(
-                f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?"
-            )
-        rows_there, columns_there = linear_shape(linear)
-        if (rows_there, columns_there) != (n, module.layout.in_features):
-            raise CheckpointError(
-                f"{name} is packed as {n} x {module.layout.in_features}, the model wants {rows_there} x "
-                f"{columns_there}: is config.json its own?"
-            )
-        biases.append(linear.bias is not None)
-    if any(biases) != module.bias:
+    shapes = zip(module.replaced(), rows, strict=True)
+    biases = [_has_bias(name, (n, module.layout.in_features), modules) for name, n in shapes]
+    _check_bias(module.name, module.bias, any(biases))
+
+
+def _has_bias(name: str, shape: tuple[int, int], modules: dict[str, nn.Module]) -> bool:
+    """Whether the model's linear has a bias. Raises CheckpointError when there is none of this shape (N, K)."""
+    linear = modules.get(name)
+    if linear is None or not is_linear(linear):
+        found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
+        raise CheckpointError(f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?")
+    there = linear_shape(linear)
+    if there != shape:
         raise CheckpointError(
-            f"{module.name}: stored {'with' if module.bias else 'without'} a bias, unlike the model's"
+            f"{name} is packed as {shape[0]} x {shape[1]}, the model wants {there[0]} x {there[1]}: is config.json its "
+            "own?"
         )
+    return linear.bias is not None
+
+
+def _check_bias(name: str, stored: bool, wanted: bool) -> None:
+    if stored != wanted:
+        raise CheckpointError(f"{name}: stored {'with' if stored else 'without'} a bias, unlike the model's")

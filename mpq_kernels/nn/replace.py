@@ -14,14 +14,16 @@ from ..dense.kinds import is_linear
 from ..dense.linears import DOWN, GATE_UP, PARTS
 from ..dense.names import list_packable
 from ..errors import FormatError
+from ..format.float8 import to_float8
 from ..format.weights import QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
 from ..plan.resolve import ResolvedWeight, resolve
 from ..progress import Progress
-from ..quantize import quantize_weight, require_no_calibration
+from ..quantize import check_weight, quantize_weight, require_no_calibration
 from .embedding import MixedEmbedding, TiedEmbedding, TiedLinear
 from .experts import GroupedLinear, PackedExperts
+from .float8 import Float8Linear
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
 from .mlp import fuse_gates
@@ -87,6 +89,14 @@ def replace_linears(
         report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
+    for name, spec in resolved.floats.items():
+        linear = _linear(model, name)
+        dense = spec.weight_of(linear.weight.detach())
+        check_weight(dense, name)
+        float8 = Float8Linear.from_tensors(*to_float8(dense), linear.bias, dense.dtype)
+        model.set_submodule(name, float8)
+        report.replaced[name] = f"{name}: {float8.extra_repr()}"
+        placed.append(name)
     untie(model, placed)
     fuse_gates(model)
     known = {spec.name for spec in linears if not spec.embedding} | report.left.keys()

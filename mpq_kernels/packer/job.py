@@ -19,20 +19,21 @@ from ..calibrate import auto_round
 from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
-from ..checkpoint.config import PackedModule, PackingConfig
+from ..checkpoint.config import Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.decoded import DecodedTensor
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
 from ..files.safetensors import Spec
+from ..format.float8 import float8_error, to_float8
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
-from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, resolve
+from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, float8_shape, resolve
 from ..progress import Progress
-from ..quantize import QUANTIZERS, quantize_weight
+from ..quantize import QUANTIZERS, check_weight, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
 from .parts import Made, Part, Shard, Unit, digest, into_shards
@@ -63,10 +64,12 @@ class PackJob:
         members = [member for weight in resolved.weights for member in weight.members]
         self.total = sum(source.tensors[name].entry.nbytes for name in self.kept.values())
         self.total += sum(self._weight_bytes(member.spec) for member in members)
+        self.total += sum(self._weight_bytes(spec) for spec in resolved.floats.values())
 
     def shards(self, max_bytes: int) -> list[Shard]:
-        """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        """Packed modules in model order, those in float8, kept tensors by name: in files of `max_bytes` of tensors."""
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
+        units += [self._float8_unit(spec) for spec in self.resolved.floats.values()]
         units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
@@ -115,6 +118,30 @@ class PackJob:
 
         places = {name: (0, math.prod(tensor.shape))}
         return Unit({name: (tensor.dtype, tensor.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+
+    def _float8_unit(self, spec: LinearSpec) -> Unit:
+        specs: dict[str, Spec] = {f"{spec.name}.{key}": s for key, s in float8_shape(spec).tensor_specs().items()}
+        if spec.bias_tensor is not None:
+            specs[f"{spec.name}.bias"] = (self.source.tensors[spec.bias_tensor].dtype, (spec.out_features,))
+
+        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
+            self.errors[spec.name] = 0.0 if error is None else error
+            self._advance(self._weight_bytes(spec), spec.name)
+
+        def make() -> Made:
+            dense, bias = self.source.weight(spec), self.source.bias(spec)
+            check_weight(dense, str(self.source.tensors[spec.tensor]))
+            codes, scales = to_float8(dense)
+            error = float8_error(dense, codes, scales)[0]
+            tensors = {f"{spec.name}.qweight": codes, f"{spec.name}.scales": scales}
+            made = Made(
+                tensors | ({} if bias is None else {f"{spec.name}.bias": bias}), self._digests(spec, dense), error
+            )
+            restore({}, error)
+            return made
+
+        places = {name: (0, math.prod(shape)) for name, (_, shape) in specs.items()}
+        return Unit(specs, (Part(f"float8 {spec.name}", places, make, restore, partial(self._digests, spec)),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
@@ -216,7 +243,11 @@ class PackJob:
                 weight.experts,
                 weight.embedding,
             )
-        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+        floats = {
+            name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
+            for name, spec in self.resolved.floats.items()
+        }
+        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}", floats)
 
     def config(self) -> dict[str, Any]:
         """config.json of the output: that of the source, and how its weights are packed."""
@@ -236,7 +267,10 @@ class PackJob:
         return PackReport(
             out_dir=str(out),
             quantizer=self.quantizer,
-            modules=tuple(self._module_report(weight) for weight in self.resolved.weights),
+            modules=(
+                *(self._module_report(weight) for weight in self.resolved.weights),
+                *(self._float8_report(spec) for spec in self.resolved.floats.values()),
+            ),
             kept=dict(self.resolved.kept),
             packed=size.packed,
             kept_bytes=size.kept,
@@ -251,7 +285,9 @@ class PackJob:
                 name for name, stored in self.kept.items() if isinstance(self.source.tensors[stored], DecodedTensor)
             ),
             large=large_parameters(self.source, self.resolved, self.kept),
-            parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
+            parts=len(self.kept)
+            + len(self.resolved.floats)
+            + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
             unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
         )
@@ -267,6 +303,10 @@ class PackJob:
             size.total_bytes,
             {name: self.errors[name] for name in names},
         )
+
+    def _float8_report(self, spec: LinearSpec) -> ModuleReport:
+        size, name = float8_shape(spec).size(), spec.name
+        return ModuleReport(name, (name,), 8.0, size.bits_per_weight, size.total_bytes, {name: self.errors[name]})
 
 
 def prepare(
@@ -325,7 +365,7 @@ def _kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, 
 
     A tied embedding stays, also where the head is packed, unless it is packed itself: it is looked up by row.
     """
-    packed = [member.spec for weight in resolved.weights for member in weight.members]
+    packed = [member.spec for weight in resolved.weights for member in weight.members] + [*resolved.floats.values()]
     dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
     dropped.update(*(spec.copies for spec in packed))
     looked_up = {spec.tensor for spec in packed if spec.embedding}

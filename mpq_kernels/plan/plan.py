@@ -122,7 +122,8 @@ class WeightPlan(_Rules):
 
     group_size: codes along K that share a scale, -1 for all of K. zero: how zero points of an asymmetric weight are
     stored. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
-    packed column j is column perm[j] of the weight, and segments cut the packed columns.
+    packed column j is column perm[j] of the weight, and segments cut the packed columns. dtype: with 8 bits, the float
+    type that the weight is stored in instead of codes, with a scale for each row; the other fields are then unused.
     """
 
     bits: Annotated[int, Field(strict=True, json_schema_extra={"enum": [*range(1, 9), KEPT_BITS]})]
@@ -132,6 +133,7 @@ class WeightPlan(_Rules):
     scale_dtype: ScaleDtype = "float16"
     segments: tuple[SegmentPlan, ...] | None = None
     perm: tuple[StrictInt, ...] | None = None
+    dtype: Literal["float8_e4m3fn"] | None = None
 
     @field_validator("bits")
     @classmethod
@@ -150,6 +152,8 @@ class WeightPlan(_Rules):
         if self.kept and (self.segments is not None or self.perm is not None):
             extra = "segments" if self.segments is not None else "perm"
             raise ValueError(f"bits={KEPT_BITS} keeps the weight as it is, so it cannot have {extra}")
+        if self.dtype is not None and (self.bits != 8 or self.segments is not None or self.perm is not None):
+            raise ValueError(f"dtype={self.dtype!r} takes 8 bits, and has neither segments nor perm")
         if self.segments is not None and not self.segments:
             raise ValueError("segments is an empty list; leave it out for one width over the whole weight")
         if self.symmetric and self.zero == "float":

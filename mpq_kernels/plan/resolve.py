@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..dense.linears import PARTS
 from ..errors import FormatError, PlanError
 from ..files.strict import close_names
 from ..format.codes import KEPT_BITS, TILE_K, TILE_N
+from ..format.float8 import Float8Shape
 from ..format.layout import Embedding, Experts, Member, Segment, SizeBreakdown, WeightLayout
 from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan
 
@@ -69,14 +70,24 @@ class ResolvedWeight:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """weights: packed weights in model order. kept: name -> reason of every linear that stays as it is."""
+    """weights: packed weights in model order. kept: name -> reason of every linear that stays as it is.
+
+    floats: linears that are stored in float8 with a scale for each row (format/float8.py), by name.
+    """
 
     weights: tuple[ResolvedWeight, ...]
     kept: dict[str, str]
+    floats: dict[str, LinearSpec] = field(default_factory=dict)
 
     def size(self) -> SizeBreakdown:
-        """Stored bits of all packed weights by purpose, exactly as they will be on disk."""
-        return sum((weight.layout.size() for weight in self.weights), SizeBreakdown())
+        """Stored bits of all packed weights by purpose, those in float8 too, exactly as they will be on disk."""
+        packed = sum((weight.layout.size() for weight in self.weights), SizeBreakdown())
+        return sum((float8_shape(spec).size() for spec in self.floats.values()), packed)
+
+
+def float8_shape(spec: LinearSpec) -> Float8Shape:
+    """The shape of a linear that is stored in float8."""
+    return Float8Shape(spec.out_features, spec.in_features)
 
 
 def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
@@ -90,9 +101,12 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
     rules, named = _rules(plan, specs)
     members: dict[str, ResolvedMember] = {}
     kept: dict[str, str] = {}
+    floats: dict[str, LinearSpec] = {}
     for name, spec in specs.items():
         rule = rules[name]
-        if rule is not None and not rule.kept:
+        if rule is not None and rule.dtype is not None:
+            floats[name] = _check_float8(spec, rule)
+        elif rule is not None and not rule.kept:
             members[name] = resolve_member(spec, rule)
         elif not spec.embedding or name in named:  # embeddings that no rule names are not spoken of
             kept[name] = NO_RULE if rule is None else PLANNED
@@ -105,7 +119,9 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
         for name in embedding.shared:
             members.pop(name, None)
             kept.pop(name, None)
-    groups = _fuse_groups(plan.fuse, specs, members, kept) | _expert_groups(specs, members, kept)
+            floats.pop(name, None)
+    unfused = kept | {name: str(rule.dtype) for name, rule in rules.items() if name in floats and rule is not None}
+    groups = _fuse_groups(plan.fuse, specs, members, unfused) | _expert_groups(specs, members, kept)
     weights: dict[str, ResolvedWeight] = {}
     for name, member in members.items():
         if name not in groups:
@@ -115,7 +131,7 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
         if fused not in weights:  # a group stands where the model has the first of its members
             parts = tuple(members[other] for other in names)
             weights[fused] = ResolvedWeight(fused, parts, stack_layouts([p.layout for p in parts]), fused=True)
-    return ResolvedPlan(tuple(weights.values()), kept)
+    return ResolvedPlan(tuple(weights.values()), kept, floats)
 
 
 def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:
@@ -154,6 +170,14 @@ def stack_layouts(layouts: Sequence[WeightLayout]) -> WeightLayout:
     return replace(layouts[0], out_features=row, segments=tuple(segments))
 
 
+def _check_float8(spec: LinearSpec, rule: WeightPlan) -> LinearSpec:
+    """The linear, if it can be stored in float8. Raises PlanError."""
+    if spec.embedding or spec.expert is not None:
+        what = "an embedding" if spec.embedding else "an expert's linear"
+        raise PlanError(f"{spec.name}: dtype={rule.dtype!r} is for linears alone, and this is {what}; give it bits")
+    return spec
+
+
 def _sharing(
     embedding: ResolvedMember, members: Mapping[str, ResolvedMember], kept: Mapping[str, str], named: Collection[str]
 ) -> tuple[str, ...]:
@@ -168,6 +192,8 @@ def _sharing(
                 f"out of the plan, then both use one packed weight, or keep {spec.name} too"
             )
         own = members.get(name) if name in named else None
+        if name in named and name not in members and name not in kept:  # in float8
+            continue
         if own is None or (own.layout, own.perm) == (embedding.layout, embedding.perm):
             out.append(name)
     return tuple(out)

@@ -218,6 +218,19 @@ def test_a_tied_head_has_a_rule_of_its_own_where_the_plan_names_it() -> None:
         with_embedding(modules={"embed": {"bits": 4}, "lm_head": {"bits": 16}})
 
 
+def test_float8_has_its_exact_size_and_its_own_list() -> None:
+    rule = {"bits": 8, "dtype": "float8_e4m3fn"}
+    resolved = applied(default=THREE, modules={DOWN0: rule})
+    assert list(resolved.floats) == [DOWN0] and DOWN0 not in {weight.name for weight in resolved.weights}
+    codes = sum((weight.layout.size() for weight in resolved.weights), SizeBreakdown())
+    assert resolved.size().total_bytes - codes.total_bytes == 256 * 640 + 4 * 256
+    tied = with_embedding(modules={"embed": {"bits": 4}, "lm_head": rule})
+    users = tied.weights[0].embedding
+    assert list(tied.floats) == ["lm_head"] and users is not None and users.shared == ("decoder.embed",)
+    with pytest.raises(PlanError, match="q_proj is kept .float8_e4m3fn. and others are not"):
+        applied(default=THREE, modules={Q0: rule}, fuse=[QKV])
+
+
 def down(segments: list[dict[str, object]]) -> dict[str, object]:
     return {"modules": {DOWN0: {"bits": 3, "segments": segments}}}
 

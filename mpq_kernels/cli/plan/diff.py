@@ -54,12 +54,19 @@ def command(
 
 def _treatments(resolved: ResolvedPlan) -> dict[str, dict[str, Any]]:
     """Packed linear or embedding -> what a plan does with it. Bytes leave out a permutation, which members share."""
+    from ...format.float8 import Float8Shape
+
     out: dict[str, dict[str, Any]] = {}
     for weight in resolved.weights:
         for member in weight.members:
             out[member.spec.name] = _treatment(member, weight.name if weight.fused else None)
         if weight.embedding is not None:  # a tied head takes no bytes of its own
             out |= dict.fromkeys(weight.embedding.shared, out[weight.name] | {"bytes": 0})
+    for name, spec in resolved.floats.items():
+        whole = [[0, spec.out_features, 0, spec.in_features]]
+        size = Float8Shape(spec.out_features, spec.in_features).size()
+        out[name] = {"bits": "fp8", "group": "row", "zeros": "none", "scales": "float32", "cuts": whole}
+        out[name] |= {"permuted": False, "perm": None, "fused": None, "bytes": size.total_bytes}
     return out
 
 

@@ -48,6 +48,8 @@ def kept_bytes(resolved: ResolvedPlan, linears: Sequence[LinearSpec], itemsize: 
 
 def resolved_dict(resolved: ResolvedPlan) -> dict[str, Any]:
     """What a plan makes of a model, in JSON: packed weights with layout and bytes, kept linears, totals."""
+    from ...format.float8 import Float8Shape
+
     modules = [
         {
             "name": weight.name,
@@ -58,11 +60,18 @@ def resolved_dict(resolved: ResolvedPlan) -> dict[str, Any]:
         }
         for weight in resolved.weights
     ]
-    return {"modules": modules, "kept": resolved.kept, "total": size_dict(resolved.size())}
+    floats = [
+        {"name": name, "out_features": s.out_features, "in_features": s.in_features}
+        | {"bytes": size_dict(Float8Shape(s.out_features, s.in_features).size())}
+        for name, s in resolved.floats.items()
+    ]
+    return {"modules": modules, "float8": floats, "kept": resolved.kept, "total": size_dict(resolved.size())}
 
 
 def print_resolved(resolved: ResolvedPlan) -> None:
     """The same as a table."""
+    from ...format.float8 import Float8Shape
+
     rows: list[list[object]] = []
     for weight in resolved.weights:
         layout = weight.layout
@@ -70,6 +79,10 @@ def print_resolved(resolved: ResolvedPlan) -> None:
         size = layout.size()
         row = [with_users(weight.name, weight.embedding), shape, widths(layout), groups(layout), kinds(layout)]
         rows.append([*row, round(size.bits_per_weight, 4), size.total_bytes])
+    for name, spec in resolved.floats.items():
+        size = Float8Shape(spec.out_features, spec.in_features).size()
+        shape = f"{spec.out_features} x {spec.in_features}"
+        rows.append([name, shape, "fp8", "row", "none", round(size.bits_per_weight, 4), size.total_bytes])
     total = resolved.size()
     rows.append(["total", "", "", "", "", round(total.bits_per_weight, 4), total.total_bytes])
     print_table(None, ["<module", "<shape", "<bits", "<group", "<zeros", "bpw", "bytes"], rows)
