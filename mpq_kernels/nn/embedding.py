@@ -10,7 +10,7 @@ A tied head multiplies by the very same weight, so it holds no tensor of its own
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -68,19 +68,25 @@ class MixedEmbedding(MixedLinear):
         layer.assign(weight)
         return layer
 
-    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None, *, user: _Tied | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        *,
+        multiply: bool = False,
+        scale: RowScale | Literal["own"] | None = "own",
+    ) -> torch.Tensor:
         """x: ids (...), int64 or int32. Returns rows (..., K) in `dtype`, times the factor.
 
-        user: a module that is tied to this one. A linear gets x @ W.T of its x (..., K), an embedding rows times a
-        factor of its own.
+        The keywords are for modules that are tied to this one: `multiply` gives x @ W.T of x (..., K), `scale` is the
+        factor of another embedding.
         """
-        if isinstance(user, TiedLinear):
+        if multiply:
             return super().forward(x, gate)
-        scale = user.scale if isinstance(user, TiedEmbedding) else self.scale
         if gate is not None or x.is_floating_point():
             raise FormatError(f"ids must be integers, not {x.dtype}: the rows of an embedding are looked up by number")
-        rows = self.rows(x)
-        return rows if scale is None else rows * multiplier(scale, rows.dtype)
+        rows, factor = self.rows(x), self.scale if scale == "own" else scale
+        return rows if factor is None else rows * multiplier(factor, rows.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows (..., K) of `dequantize(dtype)` for ids (...), bit for bit."""
@@ -147,7 +153,7 @@ class TiedLinear(_Tied):
 
         The embedding is called as a module, so that hooks of others, such as those that bring offloaded tensors, run.
         """
-        y: torch.Tensor = self.owner(x, user=self)
+        y: torch.Tensor = self.owner(x, multiply=True)
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -167,5 +173,5 @@ class TiedEmbedding(_Tied):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: (...), int64 or int32. Returns rows (..., K), times the factor of this embedding."""
-        y: torch.Tensor = self.owner(ids, user=self)
+        y: torch.Tensor = self.owner(ids, scale=self.scale)
         return y

@@ -150,6 +150,16 @@ def test_what_is_tied_shares_one_packed_weight(bias):
     assert torch.equal(model.head.dequantize(), model.shared.dequantize())
 
 
+def test_offloading_what_is_tied():
+    accelerate = pytest.importorskip("accelerate", reason="only a program that offloads needs it")
+    model, ids = Tied(True), torch.arange(9)[None]
+    mpq.replace_linears(model, mpq.Plan.from_dict({"version": 1, "modules": {"shared": {"bits": 5}}}), "rtn")
+    with torch.no_grad():
+        wanted = model(ids)
+        moved = accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert moved.head.bias.is_meta and torch.equal(moved(ids), wanted)
+
+
 def test_gradients_go_through_a_tied_head():
     model = Tied(False)
     mpq.replace_linears(model, mpq.Plan.from_dict({"version": 1, "modules": {"shared": {"bits": 8}}}), "rtn")
