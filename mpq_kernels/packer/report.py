@@ -118,5 +118,5 @@ def _why_not_linear(kind: str | None) -> str:
     if kind is None:
         return "has another name in the model, where it is not the weight of a linear"
     if kind == "Embedding" or kind.endswith(SCALED_EMBEDDING):
-        return f"is looked up by row ({kind})"
+        return f"is looked up by row ({kind}), and no rule names it"
     return f"{kind} is not a linear that is known here"
