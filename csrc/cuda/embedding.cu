@@ -9,7 +9,65 @@ namespace mpq::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kQuads = kThreads / 4;  // four lanes hold a row's 16 columns of a chunk
+constexpr uint32_t kMaxGridY = 65535;
+
+// Row n and column k of a supertile, in the coordinates of docs/format.md.
+struct Cell {
+  uint32_t t, h, g, c, m, q, e, lane;
+
+  MPQ_DEVICE Cell(uint32_t n, uint32_t k)
+      : t(n >> 4), h(n >> 3 & 1), g(n & 7), c(k >> 4), m(k >> 3 & 1), q(k >> 1 & 3), e(k & 1), lane(4 * g + q) {}
+};
+
+// One code: a field of one word of every plane.
+template <int kBits>
+MPQ_DEVICE uint32_t load_code(const LinearParams& p, const Segment& s, uint64_t tile, const Cell& at) {
+  constexpr bool kFour = kBits >= 4, kTwo = kBits == 2 || kBits == 3 || kBits == 6 || kBits == 7, kOne = kBits & 1;
+  const uint32_t* words = static_cast<const uint32_t*>(p.qweight);
+  const uint32_t shift = 16 * at.e + 8 * at.m;
+  uint32_t code = 0;
+  if constexpr (kFour) {
+    const uint64_t word = tile * 512 + (at.c * 32 + at.lane) * 4 + at.t;
+    code = dev::ld_constant(words + uint64_t{s.planes[0]} * 4 + word) >> (shift + 4 * at.h) & 15;
+    if constexpr (kBits == 8)
+      code = code << 4 | (dev::ld_constant(words + uint64_t{s.planes[1]} * 4 + word) >> (shift + 4 * at.h) & 15);
+  }
+  if constexpr (kTwo) {
+    const uint64_t word = tile * 256 + ((at.c >> 1) * 32 + at.lane) * 4 + (at.c & 1) * 2 + (at.t >> 1);
+    const uint32_t place = shift + 4 * (at.t & 1) + 2 * at.h;
+    code = code << 2 | (dev::ld_constant(words + uint64_t{s.planes[kFour]} * 4 + word) >> place & 3);
+  }
+  if constexpr (kOne) {
+    const uint64_t word = tile * 128 + at.lane * 4 + at.c;
+    const uint32_t place = shift + 4 * (at.t & 1) + 2 * (at.t >> 1) + at.h;
+    code = code << 1 | (dev::ld_constant(words + uint64_t{s.planes[kFour + kTwo]} * 4 + word) >> place & 1);
+  }
+  return code;
+}
+
+template <int kBits>
+MPQ_DEVICE float load_zero(const LinearParams& p, const Segment& s, uint64_t place) {
+  constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
+  if (zero_kind_of(s) == kZeroInt) return float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
+  return zero_kind_of(s) == kZeroFloat ? load_scalar(p.zeros, place, p.scale_dtype) : kMiddle;
+}
+
+// Row `row` of a band, column `column` of the weight, in the packed order.
+MPQ_DEVICE float load_weight(const LinearParams& p, const Segment& s, const Band& band, uint32_t row, int column) {
+  const uint32_t row_tile = row / kTileN, tile = uint32_t(column / kTileK - s.tile0);
+  const Cell at(row % kTileN, uint32_t(column) % kTileK);
+  const uint32_t group = s.groups == 1 ? 0 : uint32_t((column - s.tile0 * kTileK) / s.group_size);
+  const uint64_t block = uint64_t{group} * uint32_t(band.row_tiles) + row_tile;
+  const uint32_t position = 8 * at.g + 4 * at.h + at.t;
+  const float scale = load_scalar(p.scales, (s.scales + block) * kTileN + position, p.scale_dtype);
+  float v = 0;
+  switch_bits(bits_of(s), [&]<int kBits>() {
+    const uint32_t code = load_code<kBits>(p, s, uint64_t{row_tile} * uint32_t(s.tiles) + tile, at);
+    const float zero = load_zero<kBits>(p, s, (s.zeros + block) * kTileN + position);
+    v = dev::fma(dev::add(float(code), -zero), scale, 0.0f);
+  });
+  return v;
+}
 
 MPQ_DEVICE void store_value(const EmbeddingParams& p, int64_t place, float v) {
   if (p.out_dtype == kDtypeF32)
@@ -19,54 +77,40 @@ MPQ_DEVICE void store_value(const EmbeddingParams& p, int64_t place, float v) {
                    p.out_dtype == kDtypeF16 ? dev::float_to_f16(v) : dev::float_to_bf16(v));
 }
 
-// The band of a row; the number of bands for one that is in another launch.
-MPQ_DEVICE int band_of_row(const LinearParams& w, int64_t row) {
-  int index = 0;
-  for (; index < w.num_bands; ++index) {
-    const Band band = load_band(w, index);
-    if (row >= band.n0 && row < int64_t{band.n0} + band.rows) break;
-  }
-  return index;
-}
-
-// Block (i, j): the i-th id, the j-th strip of chunks along K; four threads take one chunk of 16 columns. They decode
-// what four lanes of a warp hold of all rows of the supertile, and store their own.
+// Block (i, j): the i-th id, the j-th strip of columns and every grid_y-th after it; a thread takes one column.
 MPQ_KERNEL(kThreads)
 embedding_kernel(const MPQ_GRID_CONSTANT EmbeddingParams p) {
   const LinearParams& w = p.linear;
   dev::wait_for_earlier_kernels();
   const int64_t id = dev::ld_constant(p.ids + dev::block_x());
   if (id < 0 || id >= p.rows) dev::trap("an id is outside of the rows of the weight");
-  const int index = band_of_row(w, id);
-  if (index == w.num_bands) return;
-  const Band band = load_band(w, index);
-  const int chunk = int(dev::block_y()) * kQuads + int(dev::thread_index()) / 4, global_tile = chunk / 4;
-  if (global_tile >= w.k_tiles) return;
+  Band band{};
+  int index = 0;
+  for (; index < w.num_bands; ++index) {
+    band = load_band(w, index);
+    if (id >= band.n0 && id < int64_t{band.n0} + band.rows) break;
+  }
+  if (index == w.num_bands) return;  // in another launch
   const int end = index + 1 < w.num_bands ? load_band(w, index + 1).first_segment : w.num_segments;
-  int i = band.first_segment;
-  Segment s = load_segment(w, i);
-  while (global_tile >= s.tile0 + s.tiles && ++i < end) s = load_segment(w, i);
-  if (i == end || global_tile < s.tile0) return;  // in another launch
-  const int row = int(id - band.n0), row_tile = row / kTileN, in_tile = row % kTileN;
-  const uint32_t lane = uint32_t(in_tile & 7) * 4 + dev::thread_index() % 4;
-  float v[4][4][2];
-  switch_bits(bits_of(s), [&]<int kBits>() {
-    decode_chunk<kBits>(w, s, band.row_tiles, row_tile, global_tile - s.tile0, chunk % 4, lane, v);
-  });
-  MPQ_UNROLL for (int j = 0; j < 32; ++j) {  // constant indices: registers
-    const int t = j >> 3, r = j >> 1 & 3, e = j & 1;
-    const int column = 16 * chunk + 8 * (r >> 1) + 2 * int(lane & 3) + e;
-    if (in_tile >> 4 != t || (in_tile >> 3 & 1) != (r & 1) || column >= w.in.columns) continue;
-    const int place = w.in.perm ? dev::ld_constant(w.in.perm + column) : column;
-    store_value(p, int64_t{dev::block_x()} * w.in.columns + place, v[t][r][e]);
+  for (int64_t column = int64_t{dev::block_y()} * kThreads + dev::thread_index(); column < w.in.columns;
+       column += int64_t{dev::grid_y()} * kThreads) {
+    const int tile = int(column / kTileK);
+    for (int i = band.first_segment; i < end; ++i) {  // a column in none of them is in another launch
+      const Segment s = load_segment(w, i);
+      if (tile < s.tile0 || tile >= s.tile0 + s.tiles) continue;
+      const int place = w.in.perm ? dev::ld_constant(w.in.perm + column) : int(column);
+      store_value(p, int64_t{dev::block_x()} * w.in.columns + place,
+                  load_weight(w, s, band, uint32_t(id - band.n0), int(column)));
+    }
   }
 }
 
 }  // namespace
 
 int launch_embedding(dev::Launch how, const EmbeddingParams& params) {
+  const int64_t strips = (int64_t{params.linear.in.columns} + kThreads - 1) / kThreads;
   how.threads = kThreads;
-  how.grid_y = uint32_t((4 * params.linear.k_tiles + kQuads - 1) / kQuads);
+  how.grid_y = strips < kMaxGridY ? uint32_t(strips) : kMaxGridY;
   return dev::launch(embedding_kernel, how, params);
 }
 

@@ -26,7 +26,7 @@ REGISTERS = {
     ("grouped_kernel", 4): 255,
     ("generic_kernel", 1): 168,
     ("dequantize_kernel", 1): 176,
-    ("embedding_kernel", 1): 176,
+    ("embedding_kernel", 1): 64,
     ("table_kernel", 1): 16,
 }
 MULTIPLY = ("linear_kernel", "grouped_kernel")
