@@ -45,6 +45,12 @@ MPQ_DEVICE uint32_t load_code(const LinearParams& p, const Segment& s, uint64_t 
   return code;
 }
 
+MPQ_DEVICE float load_scalar(const void* from, uint64_t index, int dtype) {
+  if (dtype == kDtypeF32) return dev::ld_constant(static_cast<const float*>(from) + index);
+  const uint16_t bits = dev::ld_constant(static_cast<const uint16_t*>(from) + index);
+  return dtype == kDtypeF16 ? dev::f16_to_float(bits) : dev::bf16_to_float(bits);
+}
+
 template <int kBits>
 MPQ_DEVICE float load_zero(const LinearParams& p, const Segment& s, uint64_t place) {
   constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
@@ -82,7 +88,7 @@ MPQ_KERNEL(kThreads)
 embedding_kernel(const MPQ_GRID_CONSTANT EmbeddingParams p) {
   const LinearParams& w = p.linear;
   dev::wait_for_earlier_kernels();
-  const int64_t id = dev::ld_constant(p.ids + dev::block_x());
+  const int64_t id = dev::ld_global(p.ids + dev::block_x());
   if (id < 0 || id >= p.rows) dev::trap("an id is outside of the rows of the weight");
   Band band{};
   int index = 0;
