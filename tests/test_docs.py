@@ -103,7 +103,7 @@ def test_paths_in_code_exist(page):
         elif re.fullmatch(r"[\w-]+\.(py|cu|cuh|cpp|h|inl|sh)", word):
             found = word in FILE_NAMES
         elif re.fullmatch(r"benchmarks(\.\w+)+", word):
-            found = (ROOT / f"{word.replace('.', '/')}.py").exists()
+            found = any((ROOT / f"{word.replace('.', '/')}{end}").exists() for end in (".py", "/__main__.py"))
         else:
             continue
         if not found:

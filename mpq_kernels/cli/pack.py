@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ..calibrate.calibration import Calibration
     from ..packer.report import PackReport
 
+SHOWN = 5  # linears with groups of zeros that are named
+
 
 def command(
     ctx: typer.Context,
@@ -164,6 +166,13 @@ def _print_report(report: PackReport) -> None:
         print(
             f"kept in 16 bits, though the source stores them in fewer: {count(len(report.decoded), 'tensor')}, "
             f"such as {report.decoded[0]}"
+        )
+    if report.zero_groups:
+        names = list(report.zero_groups)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(
+            f"stored as zeros, since their weights are 0 or vanish in the dtype of the scales: "
+            f"{count(sum(report.zero_groups.values()), 'group')} of {', '.join(names[:SHOWN])}{more}"
         )
     if report.unused:
         print(f"kept, though the model does not use them: {', '.join(report.unused)}")

@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
 from .companions import companions
+from .conversions import Origin
 from .decoded import METHODS, DecodedTensor, decoded_tensors, known_method
 from .linears import LinearSpec
 from .names import ModelMap
@@ -68,10 +69,13 @@ class DenseCheckpoint:
         """Whether some of its weights are stored quantized."""
         return self.tensors is not self.files.tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor: mapped from its file without a copy, or decoded. Raises CheckpointError."""
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor, or its index-th matrix alone, [1, ...]: mapped, without a copy, or decoded. CheckpointError."""
         tensor = self.tensors.get(name)
-        return tensor.read(self.files) if isinstance(tensor, DecodedTensor) else self.files.read(name)
+        if isinstance(tensor, DecodedTensor):
+            return tensor.read(self.files, index)
+        whole = self.files.read(name)
+        return whole if index is None else whole[index : index + 1]
 
     def release(self, name: str) -> None:
         """Give back the memory that the bytes of a tensor took; it can still be read, from the file."""
@@ -80,15 +84,26 @@ class DenseCheckpoint:
             self.files.release(name)
 
     def weight(self, spec: LinearSpec) -> torch.Tensor:
-        """W [N, K] of a linear: mapped, or for an expert that is stored with others, that expert. CheckpointError."""
-        tensor, cut = self.tensors.get(spec.tensor), None if spec.expert is None else spec.expert.cut
-        if isinstance(tensor, DecodedTensor) and cut is not None:
-            return replace(cut, index=0).weight(tensor.read(self.files, cut.index))
-        return spec.weight_of(self.read(spec.tensor))
+        """W [N, K] of a linear: mapped, or made of what is stored, as transformers makes it. Raises CheckpointError."""
+        cut = None if spec.expert is None else spec.expert.cut
+        if spec.origin is None and cut is not None:
+            return replace(cut, index=0).weight(self.read(spec.tensor, cut.index))
+        return spec.weight_of(self.read(spec.tensor) if spec.origin is None else self.made(spec.origin))
 
     def bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """Bias [N] of a linear, None when it has none. Raises CheckpointError."""
-        return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
+        if spec.bias_tensor is None:
+            return None
+        return spec.bias_of(self.read(spec.bias_tensor) if spec.bias_origin is None else self.made(spec.bias_origin))
+
+    def made(self, origin: Origin) -> torch.Tensor:
+        """A parameter, or one expert of it, as transformers makes it of stored tensors. Raises CheckpointError."""
+        return origin.read(self.read)
+
+    def release_weight(self, spec: LinearSpec) -> None:
+        """`release` of all that is stored of a linear's weight."""
+        for name in (spec.tensor,) if spec.origin is None else spec.origin.tensors:
+            self.release(name)
 
     def linears(self) -> list[LinearSpec]:
         """Every linear of the model in module order, with the tensor that feeds it, then every expert's.

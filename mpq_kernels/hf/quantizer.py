@@ -21,7 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import QUANT_METHOD, PackingConfig
+from ..checkpoint.config import QUANT_METHOD, Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import validate_tensors
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
@@ -30,6 +30,7 @@ from ..format.weights import PackedWeight
 from ..nn.float8 import float8_modules
 from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
+from ..nn.naming import PackedNames, own_names, packed_names, spared_transforms
 from .fit import fit_names
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,11 @@ class MPQQuantizer(HfQuantizer):
     """Puts packed modules into a model that transformers is about to load."""
 
     quantization_config: MPQConfig
-    _files: TensorFiles  # these two only while a model loads: its tensors, and name in the model -> name in the files
-    _stored: dict[str, str]
+    # These only while a model loads: its tensors; name in the files -> packed module; names of tensors.
+    _files: TensorFiles
+    _stored: dict[str, PackedModule | Float8Module]
+    _names: PackedNames
+    _own: set[str]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before a model is built."""
@@ -72,11 +76,17 @@ class MPQQuantizer(HfQuantizer):
         fitted, self._stored = fit_names(packing, model)
         if fitted is not packing:
             self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
-        left = sorted({*packing.modules, *packing.floats} - set(self._stored.values()))
+        left = sorted({*packing.modules, *packing.floats} - set(self._stored))
         if left:
             logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
+        self._names = packed_names(self._stored)
+        self._own = own_names(model, self._files.tensors, self._names)
         install_modules(model, fitted, kwargs.get("dtype"))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """transformers' renamings and conversions, which leave packed tensors alone."""
+        return spared_transforms(weight_conversions, self._names, self._own)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in packed_modules(model):
@@ -91,20 +101,28 @@ class MPQQuantizer(HfQuantizer):
         for name, float8 in float8_modules(model):
             if float8.qweight.is_meta and not hasattr(float8, "_hf_hook"):
                 raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
-            stored = (self._files.read(f"{self._stored[name]}.{key}") for key in ("qweight", "scales"))
-            reason = bad_float8(*stored) if float8.qweight.is_meta else bad_float8(float8.qweight, float8.scales)
+            stored = self._stored_name(name)
+            there = float8.qweight, float8.scales
+            if float8.qweight.is_meta:
+                there = self._files.read(f"{stored}.qweight"), self._files.read(f"{stored}.scales")
+            reason = bad_float8(*there)
             if reason is not None:
                 raise CheckpointError(f"{name}: {reason}; pack the model again")
-        del self._files, self._stored
+        del self._files, self._stored, self._names, self._own
         return model
 
     def _check_offloaded(self, name: str, module: MixedLinear) -> None:
         """The values of a module whose tensors accelerate's hooks bring at each call, where they lie: in the files."""
-        names = {key: f"{self._stored[name]}.{key}" for key in module.layout.tensor_specs()}
+        stored = self._stored_name(name)
+        names = {key: f"{stored}.{key}" for key in module.layout.tensor_specs()}
         tensors = {key: self._files.read(stored) for key, stored in names.items()}
         PackedWeight(module.layout, **tensors).check_values()
-        for stored in names.values():
-            self._files.release(stored)
+        for tensor in names.values():
+            self._files.release(tensor)
+
+    def _stored_name(self, name: str) -> str:
+        """What the files call a packed module of the model."""
+        return next(stored for stored, placed in self._stored.items() if placed.installed == name)
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed tensors back as they are."""

@@ -9,7 +9,6 @@ from ..dense.checkpoint import DenseCheckpoint
 from ..dense.model import build_meta_model
 from ..errors import CheckpointError
 from ..files.safetensors import Spec
-from ..nn.install import install_modules
 from ..nn.loading import UNUSED, check_whole, trial_report
 
 MIN_KNOWN = 0.5  # share of the matrices, embeddings and head not counted, that must be known as those of linears
@@ -47,8 +46,7 @@ def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mappin
     """
     _check_beside(source, packing, tensors)
     model = build_meta_model(source.path, source.dtype)
-    install_modules(model, packing, source.dtype)
-    report = trial_report(model, tensors, source.dtype)
+    report = trial_report(model, packing, tensors, source.dtype)
     check_whole(source.path, report)
     return tuple(sorted(report[UNUSED]))
 
