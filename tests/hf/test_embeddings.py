@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import mpq_kernels as mpq
@@ -137,6 +138,22 @@ def test_the_packed_bytes_of_older_plans_stay(tmp_path):
     held = PackedCheckpoint.open(tmp_path / "out")
     assert f"{NAME}.weight" in held.tensors and "lm_head" in held.modules and NAME not in held.modules
     assert not any("embedding" in item for item in held.config["quantization_config"]["modules"].values())
+
+
+@pytest.mark.parametrize("names", [("lm_head.weight",), (f"{NAME}.weight", "lm_head.weight")])
+def test_a_tied_weight_under_other_names_in_the_files(names, tmp_path):
+    """Stored as the head's alone, or twice: what is packed is stored once."""
+    tiny_model("llama", tmp_path / "source", tied=True)
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors.pop(f"{NAME}.weight")
+    save_file(tensors | {name: weight.clone() for name in names}, file, {"format": "pt"})
+    plan = mpq.Plan.uniform(tmp_path / "source", bits=4, group_size=-1, embeddings=4)
+    mpq.pack(tmp_path / "source", tmp_path / "packed", plan, quantizer="rtn")
+    held = PackedCheckpoint.open(tmp_path / "packed")
+    assert not {f"{NAME}.weight", "lm_head.weight"} & set(held.tensors) and held.modules[NAME].shared == ("lm_head",)
+    model = mpq.load(tmp_path / "packed")
+    assert isinstance(model.lm_head, TiedLinear) and logits(model).isfinite().all()
 
 
 def test_a_kept_head_needs_the_dense_weight(tmp_path):
