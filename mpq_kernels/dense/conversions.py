@@ -22,7 +22,7 @@ import torch
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor
 
-Reader = Callable[[str], torch.Tensor]
+Reader = Callable[..., torch.Tensor]  # (name) -> a stored tensor; (name, i) -> its i-th matrix alone, [1, ...]
 STACK = "MergeModulelist"  # the operation that makes one tensor of a list, along a new first dimension
 # Operations that treat every expert alike where all their dimensions are others than the first.
 EXPERTWISE = {"Chunk", "Concatenate", "Interleave", "Split", "Transpose"}
@@ -108,7 +108,7 @@ class Conversion:
         if expert is None:
             return {pattern: [read(name) for name in names] for pattern, names in self.sources.items()}
         return {
-            pattern: [read(names[0])[expert : expert + 1] if len(names) == 1 else read(names[expert])]
+            pattern: [read(names[0], expert) if len(names) == 1 else read(names[expert])]
             for pattern, names in self.sources.items()
         }
 
@@ -140,8 +140,7 @@ class Origin:
     def read(self, read: Reader) -> torch.Tensor:
         """The value, of the stored tensors that `read` gives."""
         if self.conversion is None:
-            value = read(self.tensor)
-            return value if self.expert is None else value[self.expert : self.expert + 1]
+            return read(self.tensor) if self.expert is None else read(self.tensor, self.expert)
         return self.conversion.value(self.target, read, self.expert)
 
     def of_expert(self, index: int, count: int) -> Origin | None:
