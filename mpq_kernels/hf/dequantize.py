@@ -93,14 +93,14 @@ def _place_embeddings(model: Any, plain: Any, found: dict[str, Looked], dtype: t
     """Put dense embeddings in place, and what shares their weight; a copy of it where nothing is shared any more."""
     weights: dict[MixedEmbedding, nn.Parameter] = {}
     for name, packed in found.items():
-        dense: nn.Module = plain.get_submodule(name)
+        dense: Any = plain.get_submodule(name)
         owner = packed if isinstance(packed, MixedEmbedding) else packed.owner
         if owner not in weights:
             weights[owner] = nn.Parameter(owner.dequantize(dtype))
         shared = weights[owner]
         dense.register_parameter("weight", nn.Parameter(shared.detach().clone()) if parted else shared)
         if isinstance(packed, TiedLinear):
-            dense.register_parameter("bias", packed.bias)
+            dense.register_parameter("bias", packed.get_parameter("bias") if dense.bias is not None else None)
         elif packed.scale is not None:
             for key, buffer in dense.named_buffers():  # the factor, where it is no plain number
                 dense.register_buffer(key, torch.tensor(packed.scale.factor, dtype=buffer.dtype), persistent=False)
@@ -116,7 +116,7 @@ def _restore_ties(model: Any, plain: Any) -> None:
             tied.__dict__.pop("_tied_weights_keys", None)
 
 
-def _filled(linear: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module:
+def _filled(linear: Any, packed: Any, dtype: torch.dtype) -> nn.Module:
     """An empty linear with the values of a packed one."""
     weight = packed.dequantize(dtype)
     values = {"weight": weight.T.contiguous() if is_transposed(linear) else weight.contiguous()}
@@ -124,7 +124,8 @@ def _filled(linear: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module:
         values["bias"] = packed.bias.detach().to(weight.device, dtype).clone()
     for name, value in values.items():
         linear.register_parameter(name, nn.Parameter(value))
-    return linear
+    made: nn.Module = linear
+    return made
 
 
 def _fill_experts(packed: PackedExperts, dtype: torch.dtype) -> None:
