@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 Changes = Mapping[str, Any]
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
 VOCAB = 160
 ROWS, TOKENS = 2, 12
 
@@ -19,6 +19,11 @@ def token_ids(config: Any) -> Inputs:
     del config
     generator = torch.Generator().manual_seed(1)
     return {"input_ids": torch.randint(10, 100, (ROWS, TOKENS), generator=generator)}
+
+
+def without_cache(config: Any) -> Inputs:
+    """The same, for a model that cannot make a cache of its config."""
+    return token_ids(config) | {"use_cache": False}
 
 
 def logits(output: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .experts import GroupedLinear, why_not_fitting
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .mlp import fuse_gates
-from .replace import place, place_experts, untie
+from .replace import keep_scales, place, place_experts, untie
 
 
 def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
@@ -44,6 +44,7 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
             layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
         placed += place(model, name, layer)
     untie(model, placed)
+    keep_scales(model)
     for name, parts in blocks.items():
         layers = {
             leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")
