@@ -106,7 +106,10 @@ def _identity(
     source: DenseCheckpoint, plan: Plan, quantizer: str, calibration: Calibration | None, max_shard_bytes: int
 ) -> dict[str, Any]:
     """All that the bytes of the output depend on, but for the values of the tensors: what a resumed run must share."""
-    files = {file.name: file.stat() for file in source.files.files}
+    try:
+        files = {file.name: file.stat() for file in source.files.files}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); was it removed?") from error
     return {
         "mpq_kernels": VERSION,
         "torch": torch.__version__,
