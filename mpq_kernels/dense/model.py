@@ -22,13 +22,23 @@ MAX_LABELS = 100_000  # the largest classifier of images known has 21,843
 MAX_MODULES = 100_000  # experts of all models but a few are parameters of one module; a module takes about 5 kB
 FREE_BYTES = 256 * 2**20  # that a model may take beside its files, for buffers such as rotary tables
 
+# transformers' tables of classes by config, in the order in which a class is looked for.
+KINDS = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",  # behind these: it also has the decoders of their models
+    "MODEL_FOR_MASKED_LM_MAPPING",
+)
+
 
 def model_class(path: Path) -> Any:
     """The class of the model in a directory: the one that config.json names (`architectures`).
 
-    AutoModelForCausalLM where transformers has no such class for this type of model, and for a base model whose head
-    would be its input embedding: that is a whole language model, saved without its head. Raises what transformers
-    raises for a config that it refuses; see `refused_by_transformers`.
+    Where transformers has no such class for this type of model, the first that it has in the tables of KINDS; and the
+    causal model for a base model whose head would be its input embedding: that is a whole language model, saved without
+    its head. Raises what transformers raises for a config that it refuses; see `refused_by_transformers`.
     """
     import transformers  # seconds to import, and only needed here
 
@@ -39,7 +49,12 @@ def model_class(path: Path) -> Any:
         if known and named.config_class is type(config):
             causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             return named if causal is None or not _lacks_only_a_tied_head(named, causal, config) else causal
-    return transformers.AutoModelForCausalLM
+    # A base model has nothing of a head that config.json names.
+    for table in KINDS if config.architectures else (*KINDS, "MODEL_MAPPING"):
+        found = getattr(transformers, table, {}).get(type(config), None)
+        if found is not None and not isinstance(found, list | tuple):
+            return found
+    return transformers.AutoModelForCausalLM  # which says that it knows no such model
 
 
 def _lacks_only_a_tied_head(named: Any, causal: Any, config: Any) -> bool:

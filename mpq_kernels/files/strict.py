@@ -94,26 +94,37 @@ def contained_file(directory: Path, name: str, root: Path | None = None) -> Path
     """Path of the regular file `name` of `directory`. Raises CheckpointError for every way out of it.
 
     root: the checkpoint's own directory, where `directory` is a folder in it. A symbolic link may lead out of it only
-    in Hugging Face's cache, where <repository>/snapshots/<revision>/<name> points into <repository>/blobs.
+    in Hugging Face's cache, where <repository>/snapshots/<revision>/<name> points into <repository>/blobs, and from a
+    directory of links to the file of the same name beside that which its config.json is a link to.
     """
     where = f"{directory}: file name {short(name)}"
     if not name or name in (".", "..") or not name.isprintable() or "/" in name or "\\" in name:
         raise CheckpointError(f"{where} is not a plain name; files must lie in the checkpoint's own directory")
-    path = directory / name
-    root = (root or directory).resolve()
+    path, given = directory / name, root or directory
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode
+        home = linked_home(given)
+        same = home is not None and target == (home / path.relative_to(given)).resolve()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{where}: there is no such file ({error}); download the checkpoint again") from error
+    root = given.resolve()
     roots = [root]
     if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
         roots.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(allowed) for allowed in roots):
+    if home is not None and home.name == "blobs" and (home.parent / "snapshots").is_dir():
+        roots.append(home)
+    if not same and not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{where} is a link to {target}, outside the directory; copy the file into it")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{where} is not a regular file")
     return path
+
+
+def linked_home(root: Path) -> Path | None:
+    """Where the files of a checkpoint lie that is a directory of links: beside its config.json. None for others."""
+    config = root / "config.json"
+    return config.resolve().parent if config.is_symlink() else None
 
 
 def write_new_file(path: Path, data: bytes) -> None:

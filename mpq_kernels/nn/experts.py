@@ -5,9 +5,11 @@
 
     tokens --sort by expert--> gate_up --> the family's gate --> down --> weights, back in the order of the tokens
 
+Experts without a gate have their up projection in `gate_up`, and their activation in place of the gate.
+
 `PackedExperts` stands where transformers has its module of 3-D parameters and is called in the same way. What the
 family does between the two projections stays its own code: the module that was replaced is kept, without its
-parameters, for its `_apply_gate`.
+parameters, for its gate.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from ..backends.base import Product
-from ..dense.experts import expert_shapes, why_not_packable
+from ..dense.experts import expert_shapes, gate, why_not_packable
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
@@ -158,7 +160,7 @@ class PackedExperts(nn.Module):
             del family._parameters[name]
         # In a tuple, so that it is not registered: it has no state, and transformers would initialize its parameters.
         self._family = (family,)
-        self._interleaved = not family.is_concatenated
+        self._interleaved = family.has_gate and not family.is_concatenated
 
     @property
     def family(self) -> nn.Module:
@@ -180,8 +182,7 @@ class PackedExperts(nn.Module):
         hidden = self.gate_up(hidden_states[order // k], offsets)
         if self._interleaved:
             hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
-        hidden = self.family._apply_gate(hidden)  # type: ignore[operator]  # a method of the family
-        y = self.down(hidden, offsets)
+        y = self.down(gate(self.family, hidden), offsets)
         placed = torch.empty_like(y)
         placed[order] = y
         weighted = placed.view(tokens, k, self.down.rows).float() * top_k_weights.unsqueeze(-1).float()

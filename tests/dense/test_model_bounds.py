@@ -1,4 +1,4 @@
-"""A config.json can ask for anything: what it asks of labels, modules and memory is bounded, and errors are in words."""
+"""A config.json can ask for anything: labels, modules and memory are bounded, and every error is in words."""
 
 import json
 import shutil
