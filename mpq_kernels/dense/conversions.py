@@ -26,6 +26,7 @@ Reader = Callable[..., torch.Tensor]  # (name) -> a stored tensor; (name, i) -> 
 STACK = "MergeModulelist"  # the operation that makes one tensor of a list, along a new first dimension
 # Operations that treat every expert alike where all their dimensions are others than the first.
 EXPERTWISE = {"Chunk", "Concatenate", "Interleave", "Split", "Transpose"}
+PASSING = {"Inkling2LoopDequantizeExperts"}  # gives back a weight that comes without scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,8 @@ class Conversion:
         whole = {name: [self.stored[each].shape for each in names] for name, names in self.sources.items()}
         if kind == STACK:
             return place == 0 and op.dim == 0 and all(len(shapes) == count for shapes in whole.values())
+        if kind in PASSING:
+            return len(self.sources) == 1
         dims = [getattr(op, name) for name in ("dim", "dim0", "dim1") if hasattr(op, name)]
         apart = self.operations[0][0] == STACK or all(
             len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][0] == count for shapes in whole.values()

@@ -19,7 +19,7 @@ from .float8 import Float8Linear
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .mlp import fuse_gates
-from .replace import place, place_embedding, place_experts, tied_to, untie
+from .replace import keep_scales, place, place_embedding, place_experts, tied_to, untie
 
 
 def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
@@ -58,6 +58,7 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
         model.set_submodule(name, Float8Linear(float8.shape, float8.bias, compute, "meta"))
         placed.append(name)
     untie(model, placed)
+    keep_scales(model)
     for name, parts in blocks.items():
         layers = {
             leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")

@@ -28,14 +28,15 @@ from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
 from .mlp import fuse_gates
 
-# Linears of transformers' modules, most of them state space mixers, that are not called: the module multiplies by their
-# `weight` or hands it to a kernel, some in training only. Type of the module -> their names.
+# Linears that are not called: their owner multiplies by their `weight`, or hands it to a kernel, some in training only.
+# Type of the owner -> their names.
 READ_WEIGHTS = {
     "BambaMixer": ("out_proj",),
     "FalconH1Mixer": ("out_proj",),
     "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
     "GraniteMoeHybridMambaLayer": ("out_proj",),
     "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
     "Mamba2Mixer": ("out_proj",),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
     "MobileBertLMPredictionHead": ("decoder", "dense"),
@@ -100,6 +101,7 @@ def replace_linears(
         report.replaced[name] = f"{name}: {float8.extra_repr()}"
         placed.append(name)
     untie(model, placed)
+    keep_scales(model)
     fuse_gates(model)
     known = {spec.name for spec in linears if not spec.embedding} | report.left.keys()
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
@@ -231,6 +233,16 @@ def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     for index, member in enumerate(names):
         model.set_submodule(member, FusedMember(layer, index))
     return names
+
+
+def keep_scales(model: nn.Module) -> None:
+    """Stop a model from dividing weights in place when it is evaluated, and hidden states with them (RWKV).
+
+    The quotient of both is the same without; it keeps fp16 from overflowing in models of many blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            module.config.rescale_every = 0
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
