@@ -18,12 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.facts import facts
-from benchmarks.families import causal
+from benchmarks.families import causal, encoders, multimodal
 from benchmarks.families.cases import Kind
 from benchmarks.families.pages import page
 from benchmarks.families.sweep import sweep, warm_up
 
-KINDS: dict[str, Kind] = {"causal": causal.KIND}
+KINDS: dict[str, Kind] = {"causal": causal.KIND} | multimodal.KINDS | encoders.KINDS
 
 
 def main() -> int:

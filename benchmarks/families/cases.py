@@ -21,6 +21,11 @@ def token_ids(config: Any) -> Inputs:
     return {"input_ids": torch.randint(10, 100, (ROWS, TOKENS), generator=generator)}
 
 
+def copies(inputs: Inputs) -> Inputs:
+    """The same with tensors that a model may write to."""
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
 def without_cache(config: Any) -> Inputs:
     """The same, for a model that cannot make a cache of its config."""
     return token_ids(config) | {"use_cache": False}

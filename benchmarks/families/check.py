@@ -25,7 +25,7 @@ from mpq_kernels.dense.model import model_class
 from mpq_kernels.dense.names import list_linears
 from mpq_kernels.nn.experts import PackedExperts
 
-from .cases import TOKENS, VOCAB, Case, Inputs
+from .cases import TOKENS, VOCAB, Case, Inputs, copies
 from .shrink import tiny_config
 
 RIGHT, REFUSED, LATE, WRONG, CRASHED, NOT_JUDGED = "right", "refused", "refused late", "wrong", "crashed", "not judged"
@@ -137,7 +137,7 @@ class _Run:
             model = auto.from_config(config).eval().float()
             self.row.name = type(model).__name__
             for parameter in model.parameters():
-                if parameter.dim() == 1:  # fresh norms are one and biases zero, which would hide mistakes
+                if parameter.dim() == 1 or not parameter.any():  # fresh norms are one, biases and some projections zero
                     parameter.add_(torch.randn_like(parameter) * NOISE)
                 elif not parameter.std() > LEAST_SPREAD:  # zero, or not initialized at all
                     parameter.normal_(std=NOISE)
@@ -162,8 +162,7 @@ class _Run:
 
     def _logits(self, model: Any, inputs: Inputs) -> torch.Tensor:
         torch.manual_seed(0)
-        given = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        return self.case.output(model(**given))
+        return self.case.output(model(**copies(inputs)))
 
     def _pack(self, out: Path, quantizer: str, **options: Any) -> mpq.PackReport:
         self.row.stage, begun = "pack", []

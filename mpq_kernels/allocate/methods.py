@@ -25,6 +25,7 @@ from ..quantize.gptq import inverse_factor, quantize_with_hessian
 from .inputs import attention_received, collect_inputs, layer_cosines
 from .measured import greedy_losses, measured_losses
 from .predicted import Table, fisher_losses, hessian_losses, moment, output_error
+from .scores import layer_entropies, output_relevance
 from .study import Study
 from .units import NUMBER, Cell, Choice, allocated
 
@@ -34,7 +35,10 @@ BASE_BITS = 3  # at which GPTQ's column losses are measured
 
 @dataclass(frozen=True)
 class Method:
-    """run: (study) -> losses. needs_text: whether it runs the model on calibration tokens. cost: in words."""
+    """run: (study) -> losses. needs_text: whether it runs the model on calibration tokens. cost: in words.
+
+    embeddings: whether units may be embeddings, which have no inputs to look at.
+    """
 
     name: str
     run: Callable[[Study], Table]
@@ -42,6 +46,7 @@ class Method:
     cost: str
     summary: str
     source: str
+    embeddings: bool = False
 
 
 def weighed(study: Study, importance: Mapping[str, float], what: str) -> Table:
@@ -140,6 +145,17 @@ def _lim(study: Study) -> Table:
     return weighed(study, _of_layers(study, values), "lim")
 
 
+def _entropy(study: Study) -> Table:
+    return weighed(study, _of_layers(study, layer_entropies(study.model, study.tokens)), "entropy")
+
+
+def _relevance(study: Study) -> Table:
+    specs = allocated(study.linears)
+    if any(spec.expert is not None for spec in specs):
+        raise UnsupportedError("relevance needs gradients of single linears, which experts do not have; choose hessian")
+    return weighed(study, output_relevance(study.model, study.tokens, [spec.name for spec in specs]), "relevance")
+
+
 def _of_layers(study: Study, values: list[float]) -> dict[str, float]:
     """The value of its layer for every linear; the mean of all for one outside of the layers."""
     order: dict[str, int] = {}
@@ -198,7 +214,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Method(
             "frobenius", _weight_error, False, "every candidate quantized once", "squared error of the weights",
-            "https://arxiv.org/abs/1911.03852",
+            "https://arxiv.org/abs/1911.03852", embeddings=True,
         ),
         Method(
             "trace", _trace, True, "one pass", "squared error of the weights times the mean square of their inputs",
@@ -229,12 +245,20 @@ METHODS: dict[str, Method] = {
             "https://arxiv.org/abs/2406.17415",
         ),
         Method(
+            "entropy", _entropy, True, "one pass, k-means of each layer's outputs",
+            "entropy of a layer's outputs in 100 clusters", "https://arxiv.org/abs/2509.23729",
+        ),
+        Method(
+            "relevance", _relevance, True, "one pass and one backward",
+            "relevance (LRP) of a linear's outputs for the predicted token", "https://arxiv.org/abs/2401.11243",
+        ),
+        Method(
             "zd", _zd, False, "weights only", "1 / part of the weights more than one deviation above the mean",
-            "https://arxiv.org/abs/2406.17415",
+            "https://arxiv.org/abs/2406.17415", embeddings=True,
         ),
         Method(
             "weight-outliers", _weight_outliers, False, "weights only", "largest max|w| / mean|w| of a column",
-            "https://arxiv.org/abs/2406.08155",
+            "https://arxiv.org/abs/2406.08155", embeddings=True,
         ),
         Method(
             "input-outliers", _input_outliers, True, "one pass", "max|x| / mean|x| of a linear's input",

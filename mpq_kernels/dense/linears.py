@@ -68,8 +68,12 @@ class LinearSpec:
     name: of the module; of an expert's projection, the one that its tensor has in the files, or would have there if it
     were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
     its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
-    transposed: its weight is stored as [K, N]. origin, bias_origin: where transformers makes weight and bias of other
-    tensors, how; `tensor` and `bias_tensor` are then the first of those.
+    transposed: its weight is stored as [K, N]. tower: it reads images or sound, or what is made of them (towers.py).
+    origin, bias_origin: where transformers makes weight and bias of other tensors, how; `tensor` and `bias_tensor` are
+    then the first of those.
+
+    An embedding is one too (embedding=True): out_features rows of in_features, looked up by number. shared: the other
+    modules that use its weight, such as a tied head.
     """
 
     name: str
@@ -82,8 +86,11 @@ class LinearSpec:
     expert: ExpertPart | None = None
     router: bool = False
     transposed: bool = False
+    tower: bool = False
     origin: Origin | None = None
     bias_origin: Origin | None = None
+    embedding: bool = False
+    shared: tuple[str, ...] = ()
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
         """W [N, K] from the tensor called `tensor`, or the one made of it, contiguous: a copy only where it is not."""

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from ..backends.base import Product
-from ..dense.experts import expert_shapes, gate, why_not_packable
+from ..dense.experts import expert_shapes, gate, parameters_of, why_not_packable
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
 from ..format.weights import PackedWeight
-from .linear import LayerOptions, MixedLinear, PackedOptions, only_shapes
+from .linear import LayerOptions, MixedLinear, PackedOptions, mark_initialized, only_shapes
 
 
 class GroupedLinear(MixedLinear):
@@ -162,6 +162,13 @@ class PackedExperts(nn.Module):
         self._family = (family,)
         self._interleaved = family.has_gate and not family.is_concatenated
         self._some_pass = bool(getattr(family, "zero_expert_num", 0))
+
+    def __getattr__(self, name: str) -> Any:
+        # _init_weights of the module around the experts may write to their parameters.
+        family = self.__dict__.get("_family", (None,))[0]
+        if family is not None and name in parameters_of(family).values():
+            return mark_initialized(torch.empty(0, device="meta"))
+        return super().__getattr__(name)
 
     @property
     def family(self) -> nn.Module:

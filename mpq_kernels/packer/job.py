@@ -6,6 +6,7 @@ and of a file that is mapped only the tensor that is being read.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,22 +20,26 @@ from ..calibrate import auto_round
 from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
-from ..checkpoint.config import PackedModule, PackingConfig
+from ..calibrate.trial import check_walk
+from ..checkpoint.config import Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.conversions import Origin
+from ..dense.decoded import DecodedTensor
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
 from ..files.safetensors import Spec, nbytes
+from ..format.float8 import FLOAT8, float8_error, to_float8
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
-from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, resolve
+from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, float8_shape, resolve
 from ..progress import Progress
-from ..quantize import QUANTIZERS, quantize_weight
+from ..quantize import QUANTIZERS, check_weight, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
+from .journal import Finished
 from .kept import kept_tensors
 from .parts import Made, Part, Shard, Unit, digest, into_shards
 from .refuse import check_recognised
@@ -58,21 +63,40 @@ class PackJob:
         self.progress = progress
         self.calibrator = calibrator
         self.errors: dict[str, float] = {}
+        self.zero_groups: dict[str, int] = {}  # packed linear -> groups stored as zeros, where there are any
         self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
+        self.before = hashlib.sha256()  # what the codes of the next part depend on besides its own
         self.kept = kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
         self.total = sum(nbytes((kept.dtype, kept.shape)) for kept in self.kept.values())
         self.total += sum(self._weight_bytes(member.spec) for member in members)
+        self.total += sum(self._weight_bytes(spec) for spec in resolved.floats.values())
 
     def shards(self, max_bytes: int) -> list[Shard]:
-        """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        """Packed modules in model order, those in float8, kept tensors by name: in files of `max_bytes` of tensors."""
+        together = isinstance(self.calibrator, LearnedRounding)
+        self.before = hashlib.sha256(repr(self.resolved.weights).encode() if together else b"")
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
+        units += [self._float8_unit(spec) for spec in self.resolved.floats.values()]
         units += [self._kept_unit(name, kept) for name, kept in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
         except CheckpointError as error:
             raise CheckpointError(f"{self.source.path}: {error}") from error
+
+    def _key(self, member: ResolvedMember, places: Mapping[str, tuple[int, int]], bias: torch.dtype | None) -> str:
+        """Key of a linear's part: what the plan asks of it, and of all others on which its codes depend.
+
+        With a text those are all that are quantized before it, since it is calibrated on what they make; auto-round
+        tunes all of them together.
+        """
+        text = f"{[(name, count) for name, (_, count) in places.items()]} {bias} {member}".encode()
+        if member.spec.embedding:  # quantized without the text, and not on the way of the calibration
+            return hashlib.sha256(text).hexdigest()
+        if isinstance(self.calibrator, Calibrator):
+            self.before.update(text)
+        return hashlib.sha256(self.before.digest() + text).hexdigest()
 
     def _packed_unit(self, weight: ResolvedWeight) -> Unit:
         specs: dict[str, Spec] = {
@@ -96,7 +120,8 @@ class PackJob:
             made = partial(self._pack_member, weight, member)
             restored = partial(self._restore_member, weight, member)
             digests = partial(self._digests, member.spec)
-            parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
+            key = self._key(member, places, bias)
+            parts.append(Part(f"packed {member.spec.name}", key, places, made, restored, digests))
         return Unit(specs, tuple(parts))
 
     def _kept_unit(self, name: str, kept: Origin) -> Unit:
@@ -105,21 +130,45 @@ class PackJob:
         def digests() -> dict[str, str]:
             return {kept.tensor: digest([self.source.made(kept)])}
 
-        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
+        def restore(tensors: Mapping[str, torch.Tensor], done: Finished) -> None:
             self._advance(size, name)
 
         def make() -> Made:
-            made = Made({name: self.source.made(kept)}, digests())
+            value = self.source.made(kept)
+            made = Made({name: value}, {kept.tensor: digest([value])})
             self._advance(size, name)
             return made
 
-        places = {name: (0, math.prod(kept.shape))}
-        return Unit({name: (kept.dtype, kept.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+        places, spec = {name: (0, math.prod(kept.shape))}, (kept.dtype, kept.shape)
+        return Unit({name: spec}, (Part(f"kept {name}", f"{kept.tensor} {spec}", places, make, restore, digests),))
+
+    def _float8_unit(self, spec: LinearSpec) -> Unit:
+        specs: dict[str, Spec] = {f"{spec.name}.{key}": s for key, s in float8_shape(spec).tensor_specs().items()}
+        if spec.bias_tensor is not None:
+            specs[f"{spec.name}.bias"] = (self.source.tensors[spec.bias_tensor].dtype, (spec.out_features,))
+
+        def restore(tensors: Mapping[str, torch.Tensor], done: Finished) -> None:
+            self._note(spec, 0.0 if done.error is None else done.error, 0)
+
+        def make() -> Made:
+            dense, bias = self.source.weight(spec), self.source.bias(spec)
+            check_weight(dense, str(self.source.tensors[spec.tensor]))
+            codes, scales = to_float8(dense)
+            error = float8_error(dense, codes, scales)[0]
+            tensors = {f"{spec.name}.qweight": codes, f"{spec.name}.scales": scales}
+            tensors |= {} if bias is None else {f"{spec.name}.bias": bias}
+            self._note(spec, error, 0)
+            return Made(tensors, self._digests(spec, dense), error)
+
+        places = {name: (0, math.prod(shape)) for name, (_, shape) in specs.items()}
+        digests, key = partial(self._digests, spec), f"{FLOAT8} {specs}"
+        return Unit(specs, (Part(f"float8 {spec.name}", key, places, make, restore, digests),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
         dense = self.source.weight(spec)
         quantized, error = self._quantize(member, dense)
+        zero_groups = sum(int((block.scales == 0).sum()) for _, _, block in quantized.blocks)
         inputs = self._digests(spec, dense)
         del dense
         self.source.release_weight(spec)
@@ -136,17 +185,16 @@ class PackJob:
         dtype, bias = self._bias_dtype(weight), self.source.bias(spec)
         if dtype is not None:  # a member without a bias adds nothing
             tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
-        self.errors[spec.name] = error
-        self._advance(self._weight_bytes(spec), spec.name)
-        return Made(tensors, inputs, error)
+        self._note(spec, error, zero_groups)
+        return Made(tensors, inputs, error, zero_groups)
 
     def _restore_member(
-        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], error: float | None
+        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], done: Finished
     ) -> None:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
             self.perm = (weight.name, tensors[f"{weight.name}.perm"])
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             keys = [key for key in member.layout.tensor_specs() if key != "perm"]
             own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
             if member.layout.permuted:
@@ -154,7 +202,12 @@ class PackJob:
                 own["perm"] = self.perm[1]
             self.calibrator.enter(spec.name)
             self.calibrator.set_weight(spec.name, dequantize(PackedWeight(member.layout, **own)))
-        self.errors[spec.name] = 0.0 if error is None else error
+        self._note(spec, 0.0 if done.error is None else done.error, done.zero_groups)
+
+    def _note(self, spec: LinearSpec, error: float, zero_groups: int) -> None:
+        self.errors[spec.name] = error
+        if zero_groups:
+            self.zero_groups[spec.name] = zero_groups
         self._advance(self._weight_bytes(spec), spec.name)
 
     def _digests(self, spec: LinearSpec, dense: torch.Tensor | None = None) -> dict[str, str]:
@@ -170,7 +223,10 @@ class PackJob:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         try:
-            if isinstance(self.calibrator, LearnedRounding):
+            if spec.embedding:  # rows are looked up: there are no inputs to calibrate on
+                method = QUANTIZERS[self.quantizer].for_embeddings or self.quantizer
+                quantized = quantize_weight(weight, member.layout, perm, method, spec.name)
+            elif isinstance(self.calibrator, LearnedRounding):
                 quantized = self.calibrator.weight(spec.name)
             else:
                 hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
@@ -181,7 +237,7 @@ class PackJob:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             self.calibrator.set_weight(spec.name, dequantize(quantized))
         return quantized, weight_error(weight, quantized).relative
 
@@ -206,9 +262,18 @@ class PackJob:
         for weight in self.resolved.weights:
             members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
-                weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
+                weight.name,
+                weight.layout,
+                self._bias_dtype(weight) is not None,
+                members,
+                weight.experts,
+                weight.embedding,
             )
-        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+        floats = {
+            name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
+            for name, spec in self.resolved.floats.items()
+        }
+        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}", floats)
 
     def config(self) -> dict[str, Any]:
         """config.json of the output: that of the source, and how its weights are packed."""
@@ -228,7 +293,10 @@ class PackJob:
         return PackReport(
             out_dir=str(out),
             quantizer=self.quantizer,
-            modules=tuple(self._module_report(weight) for weight in self.resolved.weights),
+            modules=(
+                *(self._module_report(weight) for weight in self.resolved.weights),
+                *(self._float8_report(spec) for spec in self.resolved.floats.values()),
+            ),
             kept=dict(self.resolved.kept),
             packed=size.packed,
             kept_bytes=size.kept,
@@ -239,10 +307,18 @@ class PackJob:
             copied=tuple(carried),
             left=self.source.left_files(),
             unused=tuple(unused),
+            decoded=tuple(
+                name
+                for name, origin in self.kept.items()
+                if any(isinstance(self.source.tensors[stored], DecodedTensor) for stored in origin.tensors)
+            ),
             large=large_parameters(self.source, self.resolved, self.kept),
-            parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
+            parts=len(self.kept)
+            + len(self.resolved.floats)
+            + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
             unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
+            zero_groups=self.zero_groups,
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
@@ -257,6 +333,10 @@ class PackJob:
             {name: self.errors[name] for name in names},
         )
 
+    def _float8_report(self, spec: LinearSpec) -> ModuleReport:
+        size, name = float8_shape(spec).size(), spec.name
+        return ModuleReport(name, (name,), 8.0, size.bits_per_weight, size.total_bytes, {name: self.errors[name]})
+
 
 def prepare(
     source: DenseCheckpoint,
@@ -265,24 +345,29 @@ def prepare(
     calibrated: bool,
     act_order: bool = False,
     allow_dense: bool = False,
+    sample: Mapping[str, torch.Tensor] | None = None,
 ) -> ResolvedPlan:
-    """The plan on the source's linears, in the order in which they are packed; no weight is read.
+    """The plan on the source's linears, in the order in which they are packed.
+
+    No weight is read, but by the trial of a calibration where the model cannot be tried without them (trial.py).
 
     quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
-    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears.
+    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears. sample:
+    what it looks at in place of a text.
 
-    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer cannot do, CheckpointError for a
-    model of which too little would be packed.
+    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer or its calibration cannot do,
+    CheckpointError for a model of which too little would be packed.
     """
     if not allow_dense:
         check_recognised(source)
-    resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
+    resolved, row = resolve(plan, source.packable()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)
+    if not calibrated or not resolved.weights:
         return resolved
-    if not calibrated:
-        return resolved
-    return in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    ordered = in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    check_walk(source, ordered, sample)
+    return resolved if row.whole_model else ordered
 
 
 def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
@@ -290,12 +375,14 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
 
     Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
     those whose columns differ in width or kind, stay as they are: there the plan says which column is which. So do
-    experts: those of one module are stored with one order of K, and each reads inputs of its own.
+    experts: those of one module are stored with one order of K, and each reads inputs of its own; and embeddings, which
+    read none.
     """
 
     def free(weight: ResolvedWeight) -> bool:
         return (
             weight.experts is None
+            and weight.embedding is None
             and not weight.layout.permuted
             and all(len(band) == 1 for band in weight.layout.bands())
         )

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +42,7 @@ from pydantic import (
 from ..errors import CheckpointError, PlanError
 from ..files.strict import close_names, parse_json, replace_file, short
 from ..format.codes import KEPT_BITS, TILE_K
+from .patterns import why_no_pattern, why_too_many
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -53,10 +53,9 @@ else:
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 64 * 2**20  # permutations of every layer of a 100-layer model take about 20 MB
-MAX_REGEXES = 1000  # each is tried on every module name; exact names are looked up and have no limit
-MAX_REGEX_CHARS = 1000
 MAX_PROBLEMS = 20  # how many problems one message lists
 REGEX = "re:"
+MIN_TOWER_GROUP = 16
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # every linear of every expert, as checkpoints name them
 
 CodeBits = Annotated[int, Field(strict=True, ge=1, le=8)]
@@ -122,7 +121,8 @@ class WeightPlan(_Rules):
 
     group_size: codes along K that share a scale, -1 for all of K. zero: how zero points of an asymmetric weight are
     stored. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
-    packed column j is column perm[j] of the weight, and segments cut the packed columns.
+    packed column j is column perm[j] of the weight, and segments cut the packed columns. dtype: with 8 bits, the float
+    type that the weight is stored in instead of codes, with a scale for each row; the other fields are then unused.
     """
 
     bits: Annotated[int, Field(strict=True, json_schema_extra={"enum": [*range(1, 9), KEPT_BITS]})]
@@ -132,6 +132,7 @@ class WeightPlan(_Rules):
     scale_dtype: ScaleDtype = "float16"
     segments: tuple[SegmentPlan, ...] | None = None
     perm: tuple[StrictInt, ...] | None = None
+    dtype: Literal["float8_e4m3fn"] | None = None
 
     @field_validator("bits")
     @classmethod
@@ -150,6 +151,8 @@ class WeightPlan(_Rules):
         if self.kept and (self.segments is not None or self.perm is not None):
             extra = "segments" if self.segments is not None else "perm"
             raise ValueError(f"bits={KEPT_BITS} keeps the weight as it is, so it cannot have {extra}")
+        if self.dtype is not None and (self.bits != 8 or self.segments is not None or self.perm is not None):
+            raise ValueError(f"dtype={self.dtype!r} takes 8 bits, and has neither segments nor perm")
         if self.segments is not None and not self.segments:
             raise ValueError("segments is an empty list; leave it out for one width over the whole weight")
         if self.symmetric and self.zero == "float":
@@ -200,15 +203,9 @@ class Plan(_Rules):
     @classmethod
     def _check_patterns(cls, value: dict[str, WeightPlan]) -> dict[str, WeightPlan]:
         patterns = [key.removeprefix(REGEX) for key in value if key.startswith(REGEX)]
-        if len(patterns) > MAX_REGEXES:
-            raise ValueError(f"{len(patterns)} regexes, more than {MAX_REGEXES}: name the modules instead")
-        for pattern in patterns:
-            if len(pattern) > MAX_REGEX_CHARS:
-                raise ValueError(f"a regex of {len(pattern)} characters, more than {MAX_REGEX_CHARS}")
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{short(pattern)} is not a regular expression: {error}") from error
+        reason = why_too_many(patterns) or next(filter(None, map(why_no_pattern, patterns)), None)
+        if reason is not None:
+            raise ValueError(reason)
         return value
 
     @classmethod
@@ -221,22 +218,39 @@ class Plan(_Rules):
         zero: ZeroName = "int",
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
+        towers: int = KEPT_BITS,
+        embeddings: int = KEPT_BITS,
     ) -> Plan:
         """One rule for every linear, experts too, and the output head in `lm_head` bits (16: kept). Routers are kept.
 
-        model: a Hugging Face directory, or its linears. Raises PlanError for a bad rule, CheckpointError for a bad
-        directory. Whether group_size divides every K is checked by `resolve`.
+        towers: bits of vision and audio towers and of projectors, 16 to keep them; where group_size does not divide the
+        K of one, its groups are smaller.
+        embeddings: bits of the token embeddings, those with at least half as many rows as the one with most (16: kept).
+        A head that is tied to one, and whose own bits are 16 or the same, shares its packed weight.
+        model: a Hugging Face directory, or what `packable` lists of it. Raises PlanError for a bad rule,
+        CheckpointError for a bad directory. Whether group_size divides every other K is checked by `resolve`.
         """
         rule = WeightPlan(bits=bits, group_size=group_size, symmetric=symmetric, zero=zero, scale_dtype=scale_dtype)
         if isinstance(model, (str, os.PathLike)):
             from ..dense.checkpoint import DenseCheckpoint  # needs torch; plans as such do not
 
-            model = DenseCheckpoint.open(model).linears()
-        if not model:
+            model = DenseCheckpoint.open(model).packable()
+        if all(spec.embedding for spec in model):
             raise PlanError("the model has no linear layers, so there is nothing to quantize")
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
         rules = {spec.name: head for spec in model if spec.is_head}
         rules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in model if spec.router}
+        rules |= tower_rules(model, rule.model_copy(update={"bits": towers}))
+        if embeddings != KEPT_BITS:
+            most = max((spec.out_features for spec in model if spec.embedding), default=0)
+            if not most:
+                raise PlanError(f"embeddings={embeddings}: the model has no embedding that can be packed")
+            looked_up = rule.model_copy(update={"bits": WeightPlan(bits=embeddings).bits})
+            for spec in model:
+                if spec.embedding and 2 * spec.out_features >= most:
+                    rules[spec.name] = looked_up
+                    if lm_head in (KEPT_BITS, embeddings):
+                        rules = {name: given for name, given in rules.items() if name not in spec.shared}
         return cls(default=rule, modules=rules)
 
     @classmethod
@@ -267,6 +281,10 @@ class Plan(_Rules):
         except CheckpointError as error:
             raise PlanError(str(error)) from error
 
+    def with_rules(self, rules: Mapping[str, WeightPlan]) -> Plan:
+        """The same plan with these rules for exact names."""
+        return self.model_copy(update={"modules": self.modules | dict(rules)})
+
     def to_json(self) -> str:
         """Text of the file: exact names sorted, then regexes in their order, which decides; one rule on a line."""
         data = self.model_dump(mode="json")
@@ -285,6 +303,20 @@ class Plan(_Rules):
         Raises OSError; whatever was at `path` is then untouched.
         """
         replace_file(Path(path), self.to_json().encode())
+
+
+def tower_rules(linears: Sequence[LinearSpec], rule: WeightPlan) -> dict[str, WeightPlan]:
+    """The same rule for every linear of towers and projectors, whose K is seldom a multiple of a usual group_size.
+
+    Where it is not, the group is the largest divisor below, at least MIN_TOWER_GROUP, else all of K. PlanError.
+    """
+    rule = WeightPlan(**rule.model_dump())
+
+    def fitted(columns: int) -> WeightPlan:
+        fit = (size for size in range(rule.group_size, MIN_TOWER_GROUP - 1, -1) if columns % size == 0)
+        return rule if rule.kept else rule.model_copy(update={"group_size": next(fit, -1)})
+
+    return {spec.name: fitted(spec.in_features) for spec in linears if spec.tower}
 
 
 def _checked_group(value: int) -> int:

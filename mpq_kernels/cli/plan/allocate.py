@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from ..options import (
     QuietFlag,
     TextFreeQuantizerOption,
     TokensOption,
+    TowersOption,
     WidthsOption,
 )
 from ..output import note, print_json, progress
@@ -55,7 +57,9 @@ def command(
     least: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the least width of these linears.")] = None,
     most: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the largest width of these linears.")] = None,
     latency: Annotated[Path | None, typer.Option(metavar="FILE", help="Table of `mpq plan latency`, for us.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Allocate token embeddings too.")] = False,
     refine: Annotated[int, typer.Option(min=0, help="Rounds of measuring around the plan; needs a text.")] = 0,
+    towers: TowersOption = 16,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -63,6 +67,7 @@ def command(
     from ...allocate import Budget, LatencyTable, allocate
     from ...allocate.measured import refine as refined
     from ...allocate.methods import METHODS
+    from ...plan.plan import WeightPlan, tower_rules
 
     wanted, table = Budget.parse(budget), None if latency is None else LatencyTable.from_file(latency)
     if calibration is None and refine:
@@ -74,9 +79,14 @@ def command(
         raise typer.BadParameter(
             f"--method {chosen} looks at activations: give a text (--calibration FILE), or one of {fit}"
         )
+    if embeddings and not row.embeddings:
+        fit = ", ".join(name for name, other in METHODS.items() if other.embeddings)
+        raise typer.BadParameter(f"--embeddings: --method {chosen} looks at inputs, which they do not have; use {fit}")
     if method is None and calibration is None:
         note(f"no text to run the model on (--calibration FILE), so the method is {chosen}: {row.summary}", quiet)
-    setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span)
+    setting = Setting(
+        model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span, embeddings
+    )
     with progress(chosen, hidden=as_json or quiet) as report:
         study, _ = setting.study(_limits(least, most), report)
 
@@ -86,6 +96,8 @@ def command(
 
         losses = row.run(study)
         got, kls = refined(study, losses, solve, refine) if refine else (solve(losses), [])
+        rule = WeightPlan(bits=towers, group_size=setting.groups[0])
+        got = replace(got, plan=got.plan.with_rules(tower_rules(study.linears, rule)))
     if output is not None:
         got.plan.to_file(output)
         each = f"{got.bpw:.4f} stored bits for each of {got.weights:,} weights"
