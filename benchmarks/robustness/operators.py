@@ -147,7 +147,7 @@ def mutate_call(chance: Random, args: dict[str, Any]) -> None:
     value = args[key]
     if isinstance(value, torch.Tensor):
         args[key] = chance.choice(TENSORS)(chance, value)
-    elif key == "segments":
+    elif key == "segments" and value:
         args[key] = _table(chance, value)
     elif isinstance(value, int):
         args[key] = chance.choice((chance.choice(INTS), value + 1, value - 1, value * 2, value + 2**32))

@@ -16,7 +16,7 @@ from benchmarks.robustness.kinds import KINDS
 from mpq_kernels.errors import FormatError
 
 SEED = 52  # with which sixteen cases end in all ways
-SAMPLES = {"models": 20}  # the others: 200
+SAMPLES = {"models": 20, "faults": 6, "texts": 30, "operators": 100, "numbers": 150, "values": 60}  # the others: 200
 
 
 @pytest.mark.parametrize("name", KINDS)
