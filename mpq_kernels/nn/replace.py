@@ -242,7 +242,7 @@ def keep_scales(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled"):
-            module.config.rescale_every = 0  # type: ignore[union-attr]
+            module.config.rescale_every = 0  # type: ignore[union-attr]  # of a transformers model
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
