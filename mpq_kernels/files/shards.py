@@ -35,6 +35,11 @@ class StoredTensor:
     entry: TensorEntry
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from."""
+        return (self.file,)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype as torch knows it."""
         return DTYPES[self.entry.dtype]

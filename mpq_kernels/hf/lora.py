@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..nn.embedding import MixedEmbedding
 from ..nn.experts import GroupedLinear
 from ..nn.fused import FusedLinear, FusedMember
 from ..nn.linear import MixedLinear
@@ -67,6 +68,8 @@ def _why_not(layer: nn.Module) -> str | None:
     """None when an adapter can stand beside a layer, else the reason why it cannot."""
     if isinstance(layer, GroupedLinear):
         return "its rows belong to different experts"
+    if isinstance(layer, MixedEmbedding):
+        return "its rows are looked up by number"
     if isinstance(layer, FusedLinear):
         return f"name the projections that it holds instead: {', '.join(m.name for m in layer.members)}"
     return None
