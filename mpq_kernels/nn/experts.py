@@ -12,6 +12,7 @@ parameters, for its `_apply_gate`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
@@ -159,11 +160,25 @@ class PackedExperts(nn.Module):
         # In a tuple, so that it is not registered: it has no state, and transformers would initialize its parameters.
         self._family = (family,)
         self._interleaved = not family.is_concatenated
+        # What adapters add to the products while they are active: GATE_UP or DOWN -> f(x, offsets), both as the layers
+        # take them. Returns (T, N) in the order of rows of the family's own parameter.
+        self.deltas: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
 
     @property
     def family(self) -> nn.Module:
         """The module that this one replaced, without its parameters."""
         return self._family[0]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the family's own parameters are [E, K, N] and not [E, N, K]."""
+        return bool(self.family.is_transposed)
+
+    def stand_in(self, leaf: str) -> torch.Tensor:
+        """The family's own parameter of GATE_UP or DOWN by shape, dtype and device, as `MixedLinear.weight`."""
+        layer = self.gate_up if leaf == GATE_UP else self.down
+        stacked = layer.weight.unflatten(0, (self.num_experts, layer.rows))
+        return stacked.transpose(1, 2) if self.is_transposed else stacked
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -177,11 +192,16 @@ class PackedExperts(nn.Module):
         expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
         bounds = torch.arange(self.num_experts + 1, device=expert.device, dtype=expert.dtype)
         offsets = torch.searchsorted(expert, bounds, out_int32=True)
-        hidden = self.gate_up(hidden_states[order // k], offsets)
+        x = hidden_states[order // k]
+        hidden = self.gate_up(x, offsets)
         if self._interleaved:
             hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
+        if GATE_UP in self.deltas:
+            hidden = hidden + self.deltas[GATE_UP](x, offsets)
         hidden = self.family._apply_gate(hidden)  # type: ignore[operator]  # a method of the family
         y = self.down(hidden, offsets)
+        if DOWN in self.deltas:
+            y = y + self.deltas[DOWN](hidden, offsets)
         placed = torch.empty_like(y)
         placed[order] = y
         weighted = placed.view(tokens, k, self.down.rows).float() * top_k_weights.unsqueeze(-1).float()
