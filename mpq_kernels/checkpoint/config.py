@@ -13,6 +13,9 @@
 
 Members are the modules that a fused one replaces: name beside it, first row, end row. `experts` stands only where they
 are the experts of a mixture: name of their module in the model, and how many there are. Source: docs/format.md.
+
+transformers skips a quantization_config whose method it does not know, and goes on with random weights. So config.json
+also says, where transformers looks for the name of a weights file, that this package must be imported (WEIGHTS_KEY).
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from ..format.codes import FORMAT_VERSION, LAYOUT_ID
 from ..format.layout import Experts, Member, WeightLayout, check_experts
 
 QUANT_METHOD = "mpq"
+WEIGHTS_KEY = "transformers_weights"
+# transformers ends its error with it: no file can have this name, and none is looked for.
+IMPORT_FIRST = "packed by mpq_kernels: `import mpq_kernels` before the model is loaded"
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count
