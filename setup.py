@@ -38,7 +38,8 @@ CUDA_ARCHS = "80;89;90;100+PTX"
 # once, whatever the number of architectures that machine code is made for.
 CUDA_VIRTUAL = (80, 90)
 CUDA_OLDEST = (12, 4)
-# Symbols of torch are found when the library is loaded; the CUDA runtime is part of it, so that any driver will do.
+# Symbols of torch are found when the library is loaded. The CUDA runtime is part of it, so that torch may have another
+# one, or be built without; it needs a driver of its major version (mpq_kernels/backends/cuda.py says so where it is not).
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -136,7 +137,22 @@ def find_nvcc() -> Path | None:
     if version < CUDA_OLDEST:
         print(f"mpq_kernels: nvcc {version[0]}.{version[1]} is older than 12.4: CUDA kernels are not built")
         return None
+    warn_of_newer_runtime(version)
     return Path(found)
+
+
+def warn_of_newer_runtime(nvcc_version: tuple[int, int]) -> None:
+    """The runtime that is linked in needs a driver of nvcc's major version; torch's may be content with an older one."""
+    try:
+        import torch
+    except ImportError:
+        return  # torch_flags() says what to do
+    wanted = torch.version.cuda
+    if wanted is not None and nvcc_version[0] > int(wanted.partition(".")[0]):
+        print(
+            f"mpq_kernels: nvcc is of CUDA {nvcc_version[0]}.{nvcc_version[1]}, torch of CUDA {wanted}: the kernels need "
+            f"a driver for CUDA {nvcc_version[0]}. For older drivers set CUDA_HOME to a toolkit of CUDA {wanted}"
+        )
 
 
 def cuda_root(nvcc: Path) -> Path:

@@ -103,7 +103,8 @@ def test_paths_in_code_exist(page):
         elif re.fullmatch(r"[\w-]+\.(py|cu|cuh|cpp|h|inl|sh)", word):
             found = word in FILE_NAMES
         elif re.fullmatch(r"benchmarks(\.\w+)+", word):
-            found = (ROOT / f"{word.replace('.', '/')}.py").exists()
+            path = ROOT / word.replace(".", "/")
+            found = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
         else:
             continue
         if not found:

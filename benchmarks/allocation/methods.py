@@ -1,6 +1,7 @@
 """Every allocation method on one model at one budget: seconds that its losses take, perplexity and KL of its plan.
 
-    python -m benchmarks.allocation_methods MODEL --text FILE --calibration FILE --out results.json [--budget 3]
+    python -m benchmarks.allocation.methods MODEL --text FILE --calibration FILE --out results.json [--budget 3]
+        [--methods lim,zd]
 
 Each method starts from nothing, so that what two of them share (inputs, Hessians, candidates) is paid by both.
 Results are kept in the JSON file as they come; what it holds is not measured again.
@@ -17,7 +18,7 @@ import torch
 from benchmarks.allocation.plans import Results, model_parser, opened
 from benchmarks.facts import facts
 from mpq_kernels.allocate import Budget, allocate, make_units
-from mpq_kernels.allocate.methods import METHODS
+from mpq_kernels.allocate.methods import METHODS, check_method
 from mpq_kernels.allocate.study import Study
 from mpq_kernels.allocate.units import GRANULARITIES
 from mpq_kernels.errors import MPQError
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--granularity", default="linear", choices=list(GRANULARITIES))
     parser.add_argument("--bits", default="2,3,4,5,6")
     parser.add_argument("--tokens", type=int, default=10240)
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; all without it")
     args = parser.parse_args()
     model, linears, choices, rows, text = opened(args)
     units = make_units(linears, args.granularity, choices)
@@ -39,9 +41,11 @@ def main() -> None:
     names = ("budget", "granularity", "bits", "group_sizes", "quantizer", "calibration_tokens", "tokens")
     results = Results(args.out, settings | {name: getattr(args, name) for name in names})
     results.data["about"] = facts(torch.device("cpu"))
-    for name, method in METHODS.items():
+    for name in args.methods.split(","):
+        check_method(name)
         if results.get(name) is None:
-            results.put(name, measure(Study(model, linears, units, rows, args.quantizer), method.run, args, original))
+            run = METHODS[name].run
+            results.put(name, measure(Study(model, linears, units, rows, args.quantizer), run, args, original))
         print(name, results.get(name), flush=True)
 
 

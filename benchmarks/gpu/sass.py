@@ -26,12 +26,15 @@ class SassError(Exception):
 
 @dataclass(frozen=True)
 class Instruction:
-    """`opcode` with its modifiers; `target`: labels that it may go to."""
+    """`opcode` with its modifiers; `targets`: labels that it may go to. `control`: what the scheduler is told (bits 105
+    and up of the encoding: benchmarks/gpu/model/program.py), where the text has encodings."""
 
     predicate: str
     opcode: str
     operands: str
     targets: tuple[str, ...] = ()
+    address: int = 0
+    control: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Graph:
     def paths(self, inner: Loop, outer: Loop) -> Iterator[tuple[int, ...]]:
         """Ways inside `outer`, without a circle, from the end of `inner` to its beginning."""
         inside = outer.blocks - inner.blocks
-        stack = [(n,) for b in inner.blocks for n in self.after[b] if n in inside]
+        stack: list[tuple[int, ...]] = [(n,) for b in inner.blocks for n in self.after[b] if n in inside]
         while stack:
             path = stack.pop()
             for n in self.after[path[-1]]:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.sass import Instruction, Kernel
@@ -44,22 +45,26 @@ def kernel_name(symbol: str) -> str | None:
     return f"{stem}<{', '.join(arguments)}>" if arguments else stem
 
 
-LINE = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\d+|!?U?PT)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;")
+LINE = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@(!?U?P\d+|!?U?PT)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;")
+UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/\s*$")  # the second half of an encoding, on a line of its own
 TARGETS = re.compile(r"\.L_x_\d+")
 
 
 def parse(text: str) -> dict[str, list[Instruction | str]]:
-    """Output of nvdisasm -c: symbol -> its instructions and labels."""
+    """Output of nvdisasm -c, with or without -hex: symbol -> its instructions and labels (those of functions too)."""
     functions: dict[str, list[Instruction | str]] = {}
     lines: list[Instruction | str] = []
     for line in text.splitlines():
         if line.startswith(".text."):
             lines = functions.setdefault(line[6:].rstrip(":"), [])
-        elif line.startswith(".L_x_"):
+        elif line.startswith((".L_x_", "$")):
             lines.append(line.rstrip(":"))
         elif match := LINE.match(line):
             targets = () if ".L_x_" not in line else tuple(TARGETS.findall(line))
-            lines.append(Instruction(match[1] or "", match[2], match[3], targets))
+            lines.append(Instruction(match[2] or "", match[3], match[4], targets, int(match[1], 16)))
+        elif match := UPPER.match(line):
+            assert isinstance(lines[-1], Instruction)
+            lines[-1] = replace(lines[-1], control=int(match[1], 16) >> 41)
     return functions
 
 
@@ -78,23 +83,30 @@ def parse_resources(text: str) -> dict[str, dict[int, dict[str, int]]]:
     return usage
 
 
-def max_threads(cubin: bytes) -> dict[str, int]:
-    """Symbol -> threads that __launch_bounds__ allows: EIATTR_MAX_THREADS in sections .nv.info.<symbol> of the ELF."""
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """Sections of the ELF by name."""
     offset, entry, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
     headers = [struct.unpack_from("<II2Q2Q", cubin, offset + i * entry) for i in range(count)]
     found = {}
-    for name, _, _, _, begin, size in headers:
+    for name, kind, _, _, begin, size in headers:
         at = headers[names][4] + name
-        title = cubin[at : cubin.index(b"\0", at)].decode()
+        found[cubin[at : cubin.index(b"\0", at)].decode()] = cubin[begin : begin + size] if kind != 8 else b""
+    return found
+
+
+def max_threads(cubin: bytes) -> dict[str, int]:
+    """Symbol -> threads that __launch_bounds__ allows: EIATTR_MAX_THREADS in sections .nv.info.<symbol> of the ELF."""
+    found = {}
+    for title, content in sections(cubin).items():
         if not title.startswith(".nv.info."):
             continue
-        place = begin
-        while place < begin + size:
-            form, attribute, value = struct.unpack_from("<BBH", cubin, place)
+        place = 0
+        while place < len(content):
+            form, attribute, value = struct.unpack_from("<BBH", content, place)
             place += 4
             if form == 4:  # `value` bytes follow
                 if attribute == 5:
-                    found[title[9:]] = struct.unpack_from("<I", cubin, place)[0]
+                    found[title[9:]] = struct.unpack_from("<I", content, place)[0]
                 place += value
     return found
 

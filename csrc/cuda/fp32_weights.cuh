@@ -24,10 +24,21 @@ MPQ_DEVICE int find_band(const LinearParams& p, uint32_t group) {
   return band;
 }
 
-MPQ_DEVICE float load_scalar(const void* from, uint64_t index, int dtype) {
-  if (dtype == kDtypeF32) return dev::ld_constant(static_cast<const float*>(from) + index);
-  const uint16_t bits = dev::ld_constant(static_cast<const uint16_t*>(from) + index);
-  return dtype == kDtypeF16 ? dev::f16_to_float(bits) : dev::bf16_to_float(bits);
+// Eight neighbours of a tensor of `dtype`, which begin at a multiple of eight.
+MPQ_DEVICE void load_eight(float (&v)[8], const void* from, uint64_t index, int dtype) {
+  if (dtype == kDtypeF32) {
+    const uint4* words = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
+    const uint4 a = dev::ld_constant(words), b = dev::ld_constant(words + 1);
+    const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    MPQ_UNROLL for (int i = 0; i < 8; ++i) v[i] = dev::bits_to_float(bits[i]);
+    return;
+  }
+  const uint4 a = dev::ld_constant(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index));
+  const uint32_t pairs[4] = {a.x, a.y, a.z, a.w};
+  MPQ_UNROLL for (int i = 0; i < 8; ++i) {
+    const uint16_t bits = uint16_t(pairs[i >> 1] >> (16 * (i & 1)));
+    v[i] = dtype == kDtypeF16 ? dev::f16_to_float(bits) : dev::bf16_to_float(bits);
+  }
 }
 
 // What a lane multiplies its 8 rows of one group by, [4 h + t].
@@ -39,18 +50,24 @@ struct RowScales {
     constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
     const uint64_t block = uint64_t(uint32_t(group)) * uint32_t(row_tiles) + uint32_t(row_tile);
     const uint32_t rows = (lane >> 2) * 8;
-    MPQ_UNROLL for (int i = 0; i < 8; ++i) {
-      scale[i] = load_scalar(p.scales, (s.scales + block) * kTileN + rows + i, p.scale_dtype);
-      const uint64_t place = (s.zeros + block) * kTileN + rows + i;
-      if (zero_kind_of(s) == kZeroInt)
-        zero[i] = float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
-      else if (zero_kind_of(s) == kZeroFloat)
-        zero[i] = load_scalar(p.zeros, place, p.scale_dtype);
-      else
-        zero[i] = kMiddle;
+    load_eight(scale, p.scales, (s.scales + block) * kTileN + rows, p.scale_dtype);
+    const uint64_t place = (s.zeros + block) * kTileN + rows;
+    if (zero_kind_of(s) == kZeroInt) {
+      const uint2 bytes =
+          dev::ld_constant(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.zeros) + place));
+      MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = float((i < 4 ? bytes.x : bytes.y) >> (8 * (i & 3)) & 255);
+    } else if (zero_kind_of(s) == kZeroFloat) {
+      load_eight(zero, p.zeros, place, p.scale_dtype);
+    } else {
+      MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = kMiddle;
     }
   }
 };
+
+MPQ_DEVICE void load_four(uint32_t (&to)[4], const uint32_t* from) {
+  const uint4 v = dev::ld_constant(reinterpret_cast<const uint4*>(from));
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
 
 // A lane's words of chunk `chunk` of a supertile.
 template <int kBits>
@@ -60,13 +77,13 @@ MPQ_DEVICE Words load_chunk(const LinearParams& p, const Segment& s, uint64_t ti
   Words w{};
   if constexpr (kFour) {
     const uint64_t at = tile * 512 + uint32_t(chunk) * 128 + lane * 4;
-    MPQ_UNROLL for (int t = 0; t < 4; ++t) w.high[t] = dev::ld_constant(words + uint64_t{s.planes[0]} * 4 + at + t);
-    if constexpr (kBits == 8)
-      MPQ_UNROLL for (int t = 0; t < 4; ++t) w.low[t] = dev::ld_constant(words + uint64_t{s.planes[1]} * 4 + at + t);
+    load_four(w.high, words + uint64_t{s.planes[0]} * 4 + at);
+    if constexpr (kBits == 8) load_four(w.low, words + uint64_t{s.planes[1]} * 4 + at);
   }
   if constexpr (kTwo) {
     const uint64_t at = tile * 256 + uint32_t(chunk >> 1) * 128 + lane * 4 + uint32_t(chunk & 1) * 2;
-    MPQ_UNROLL for (int u = 0; u < 2; ++u) w.two[u] = dev::ld_constant(words + uint64_t{s.planes[kFour]} * 4 + at + u);
+    const uint2 two = dev::ld_constant(reinterpret_cast<const uint2*>(words + uint64_t{s.planes[kFour]} * 4 + at));
+    w.two[0] = two.x, w.two[1] = two.y;
   }
   if constexpr (kOne)
     w.one = dev::ld_constant(words + uint64_t{s.planes[kFour + kTwo]} * 4 + tile * 128 + lane * 4 + uint32_t(chunk));

@@ -15,8 +15,8 @@ template <bool kBf16>
 MPQ_DEVICE float load_x(const Input& in, int64_t token, int column) {
   if (column >= in.columns) return 0.0f;
   const int64_t place = token * in.row_stride + (in.perm ? dev::ld_constant(in.perm + column) : column);
-  uint16_t v = dev::ld_constant(static_cast<const uint16_t*>(in.x) + place);
-  if (in.gate) v = silu_mul<kBf16>(dev::ld_constant(static_cast<const uint16_t*>(in.gate) + place), v);
+  uint16_t v = dev::ld_global(static_cast<const uint16_t*>(in.x) + place);
+  if (in.gate) v = silu_mul<kBf16>(dev::ld_global(static_cast<const uint16_t*>(in.gate) + place), v);
   return to_float<kBf16>(v);
 }
 

@@ -30,7 +30,7 @@ struct GroupedWork {
       else
         high = middle;
     }
-    const int begin = dev::ld_constant(p.offsets + low), end = dev::ld_constant(p.offsets + low + 1);
+    const int begin = dev::ld_global(p.offsets + low), end = dev::ld_global(p.offsets + low + 1);
     const uint32_t blocks = uint32_t(end - begin + block_tokens - 1) / uint32_t(block_tokens);
     const uint32_t place = item - before(low), group = place / blocks;
     const int first = begin + int(place - group * blocks) * block_tokens;
@@ -44,21 +44,30 @@ struct GroupedWork {
   MPQ_DEVICE Extent extent(uint32_t item) const { return {find(item).group, 0, p.linear.k_tiles}; }
 };
 
-// Running counts of the experts' items: lane 0 of warp 0 adds what all threads counted.
+// items_before, from what all threads counted. Warp 0 adds 32 experts at a time: in step i lanes know the sum over
+// their 2^i neighbours, and take that of the lower half if they are in the upper one.
 MPQ_DEVICE void count_items(const GroupedParams& p, uint32_t table, int block_tokens) {
   for (int e = int(dev::thread_index()); e < p.num_experts; e += int(dev::thread_count())) {
-    const int rows = dev::ld_constant(p.offsets + e + 1) - dev::ld_constant(p.offsets + e);
+    const int rows = dev::ld_global(p.offsets + e + 1) - dev::ld_global(p.offsets + e);
     const int groups = dev::ld_constant(p.expert_groups + e + 1) - dev::ld_constant(p.expert_groups + e);
-    dev::st_shared(table + 4 * uint32_t(e + 1), uint32_t((rows + block_tokens - 1) / block_tokens) * uint32_t(groups));
+    dev::st_shared(table + 4 * uint32_t(e), uint32_t((rows + block_tokens - 1) / block_tokens) * uint32_t(groups));
   }
   dev::block_sync();
-  if (dev::thread_index() == 0) {
-    uint32_t sum = 0;
-    dev::st_shared(table, sum);
-    for (int e = 1; e <= p.num_experts; ++e) {
-      sum += dev::ld_shared<uint32_t>(table + 4 * uint32_t(e));
-      dev::st_shared(table + 4 * uint32_t(e), sum);
+  const uint32_t lane = dev::thread_index() % 32, experts = uint32_t(p.num_experts);
+  if (dev::thread_index() < 32) {
+    uint32_t all_before = 0;
+    MPQ_NO_UNROLL for (uint32_t first = 0; first < experts; first += 32) {
+      const uint32_t e = first + lane, at = table + 4 * e;
+      uint32_t sum = e < experts ? dev::ld_shared<uint32_t>(at) : 0, before = 0;
+      MPQ_UNROLL for (uint32_t step = 1; step < 32; step *= 2) {
+        const uint32_t others = dev::shfl_xor(sum, int(step));
+        if (lane & step) before += others;
+        sum += others;
+      }
+      if (e < experts) dev::st_shared(at, all_before + before);
+      all_before += sum;
     }
+    if (lane == 0) dev::st_shared(table + 4 * experts, all_before);
   }
   dev::block_sync();
 }

@@ -52,13 +52,12 @@ MPQ_DEVICE uint4 silu_mul(uint4 gate, uint4 up) {
 // Columns [column, column + 8) of one row, as pairs of bit patterns; zero where there are none.
 MPQ_DEVICE uint4 load_columns(const Input& in, const void* matrix, int64_t row, int column) {
   const uint16_t* from = static_cast<const uint16_t*>(matrix) + row * in.row_stride;
-  if (in.vector_loads && column + 8 <= in.columns)
-    return dev::ld_constant(reinterpret_cast<const uint4*>(from + column));
+  if (in.vector_loads && column + 8 <= in.columns) return dev::ld_global(reinterpret_cast<const uint4*>(from + column));
   uint32_t v[4] = {};
   MPQ_UNROLL for (int i = 0; i < 8; ++i) {
     if (column + i >= in.columns) continue;
     const int place = in.perm ? dev::ld_constant(in.perm + column + i) : column + i;
-    v[i >> 1] |= uint32_t(dev::ld_constant(from + place)) << (16 * (i & 1));
+    v[i >> 1] |= uint32_t(dev::ld_global(from + place)) << (16 * (i & 1));
   }
   return uint4{v[0], v[1], v[2], v[3]};
 }
@@ -105,8 +104,10 @@ MPQ_DEVICE void clear_sums(uint32_t sums, int rows, int tokens) {
 struct Strip {
   int token, number;
 
-  MPQ_DEVICE void advance(int by, int strips) {
-    for (number += by; number >= strips; number -= strips) ++token;
+  // On by `tokens` * strips + `rest`.
+  MPQ_DEVICE void advance(int tokens, int rest, int strips) {
+    token += tokens, number += rest;
+    if (number >= strips) number -= strips, ++token;
   }
 };
 
@@ -116,9 +117,10 @@ MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base
                             int first_tile, int tiles) {
   const int warps = int(dev::thread_count()) / 32, lane = int(dev::thread_index()) % 32;
   const int strips = (tiles + 3) / 4;
-  Strip load{0, 0}, store{0, 0};
-  load.advance(int(dev::thread_index()) / 32, strips);
-  store = load;
+  const int warp = int(dev::thread_index()) / 32, step = warps / strips, rest = warps - step * strips;
+  Strip load{warp / strips, 0};
+  load.number = warp - load.token * strips;
+  Strip store = load;
   while (store.token < tokens) {
     uint4 x[kBatch];
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
@@ -128,13 +130,13 @@ MPQ_DEVICE void load_strips(const Input& in, const SharedMap& map, uint32_t base
         x[i] = load_columns(in, in.x, first_token + load.token, column);
         if constexpr (kGate) x[i] = silu_mul<kBf16>(load_columns(in, in.gate, first_token + load.token, column), x[i]);
       }
-      load.advance(warps, strips);
+      load.advance(step, rest, strips);
     }
     MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (store.token >= tokens) break;
       const int column = store.number * 256 + lane * 8;
       store_columns<kBf16, kTokenTiles>(map, base, x[i], store.token, column, column < tiles * kTileK, in.chunk_sums);
-      store.advance(warps, strips);
+      store.advance(step, rest, strips);
     }
   }
 }

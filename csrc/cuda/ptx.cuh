@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #define MPQ_DEVICE __device__ __forceinline__
 #define MPQ_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
@@ -177,7 +180,8 @@ template <class T>
 MPQ_DEVICE T ld_global(const T* address) {
   return *address;
 }
-// For data that no thread of this launch writes.
+// For data that no kernel writes which may run beside this one. Not for what an earlier kernel of the stream wrote,
+// where launches may overlap: this path may hold bytes from before that kernel.
 template <class T>
 MPQ_DEVICE T ld_constant(const T* address) {
   return __ldg(address);
@@ -270,20 +274,34 @@ struct Launch {
   bool overlap = false;  // may start before the kernel that is ahead of it in the stream has finished
 };
 
+// Lets the blocks of a kernel have as much dynamic shared memory as the current device gives to one: once for each
+// kernel and device, because a launch of 4 us has no time for it.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static auto* const allowed = new std::set<std::pair<const void*, int>>;
+  int device = 0, most = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed->count({kernel, device})) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (!error) allowed->insert({kernel, device});
+  return error;
+}
+
 // Onto the current device, where that would otherwise happen at the first launch.
 template <class Params>
 inline int load(void (*kernel)(Params)) {
-  cudaFuncAttributes attributes;
-  return static_cast<int>(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return static_cast<int>(allow_shared_memory(reinterpret_cast<const void*>(kernel)));
 }
 
 template <class Params>
 inline int launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   if (how.shared_bytes > 48 * 1024) {
-    cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return static_cast<int>(error);
+    if (cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel))) return static_cast<int>(error);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid_x, how.grid_y, 1);

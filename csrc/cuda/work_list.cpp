@@ -10,7 +10,13 @@ namespace mpq::cuda {
 
 namespace {
 
-Shape choose_shape(const mpq_linear_args& args, const mpq_device& device) {
+// Blocks that a launch has for one block of tokens.
+uint32_t blocks_of(const mpq_linear_args& args, const Shape& shape, uint32_t multiprocessors) {
+  const uint32_t token_blocks = uint32_t(std::max<int64_t>(ceil_div(args.tokens, 8 * shape.token_tiles), 1));
+  return std::clamp(multiprocessors / token_blocks, 1u, uint32_t{kMaxBlocks});
+}
+
+Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors) {
   struct Row {
     int64_t max_tokens;
     Shape shape;
@@ -26,7 +32,8 @@ Shape choose_shape(const mpq_linear_args& args, const mpq_device& device) {
   for (int i = 0; i < args.weight.num_segments; ++i)
     most_tiles = std::max(most_tiles, ceil_div(args.weight.segments[i].n1 - args.weight.segments[i].n0, kTileN));
   while (shape.log2_group_rows > 0 && (1 << (shape.log2_group_rows - 1)) >= most_tiles) --shape.log2_group_rows;
-  (void)device;
+  shape.log2_group_rows =
+      log2_rows_for_one_part(args.weight, shape.log2_group_rows, 2, blocks_of(args, shape, multiprocessors));
   return shape;
 }
 
@@ -84,16 +91,17 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
   }
   params.num_bands = num_bands;
   params.num_segments = w.num_segments;
-  Shape shape = choose_shape(args, device);
+  Shape shape = choose_shape(args, uint32_t(device.multiprocessors));
   if (launch.generic) shape.log2_group_rows = 0;
   params.log2_group_rows = shape.log2_group_rows;
   int max_unit = kMaxUnit;
-  // Where shared memory is short: shorter units first, fewer warps then.
+  // Where shared memory is short: shorter units first, fewer warps then, as many for each row tile of a group.
+  const uint32_t row_tiles_of_group = 1u << shape.log2_group_rows;
   while (!launch.generic && !map_shared(args, device, shape, max_unit, params)) {
     if (max_unit > 1)
       max_unit /= 2;
-    else if (shape.warps > (1u << shape.log2_group_rows))
-      shape.warps /= 2, max_unit = kMaxUnit;
+    else if (shape.warps > row_tiles_of_group)
+      shape.warps = std::max(shape.warps / 2 / row_tiles_of_group, 1u) * row_tiles_of_group, max_unit = kMaxUnit;
     else
       return MPQ_ERROR_DEVICE;
   }
@@ -105,9 +113,8 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
     launch.grid_x = row_tiles;
     launch.grid_y = uint32_t(args.tokens);
   } else {
-    const uint32_t blocks = uint32_t(device.multiprocessors) / std::max(launch.grid_y, 1u);
-    launch.grid_x =
-        cut_work(w, shape.log2_group_rows, max_unit, std::clamp(blocks, 1u, uint32_t{kMaxBlocks}), params, split);
+    const uint32_t blocks = blocks_of(args, shape, uint32_t(device.multiprocessors));
+    launch.grid_x = cut_work(w, shape.log2_group_rows, max_unit, blocks, params, split);
   }
   size_t bytes = 0;
   params.bands = nullptr;

@@ -2,9 +2,10 @@
  *
  *     y[M, N] = x[M, K] @ W[N, K]^T + bias,     W = (codes - zeros) * scales
  *
- * Raw pointers, shapes and a stream; the caller owns every byte. The functions allocate nothing, keep no state, throw
+ * Raw pointers, shapes and a stream; the caller owns every byte. The functions allocate nothing on the device, throw
  * nothing and wait for nothing: they check their arguments on the host and enqueue kernels on `stream`, so they can be
- * captured into CUDA graphs. Every function returns MPQ_OK or an error of the enumeration below; mpq_error_text() says
+ * captured into CUDA graphs. What they remember is which kernels a device has been set up for; cudaDeviceReset() makes
+ * that wrong. Every function returns MPQ_OK or an error of the enumeration below; mpq_error_text() says
  * it in words. The layout of qweight, scales and zeros is that of docs/format.md: tensors are used as they lie in the
  * file.
  */

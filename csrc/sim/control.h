@@ -15,7 +15,7 @@
 enum MpqSimFlags : uint32_t {
   kMpqSimWritable = 1,
   kMpqSimUndefined = 2,  // bytes may be read only after a launch has written them
-  kMpqSimInput = 4,      // written by an earlier kernel: no access before wait_for_earlier_kernels()
+  kMpqSimInput = 4,      // written by an earlier kernel: no access before wait_for_earlier_kernels(), no ld_constant
   kMpqSimUntracked = 8,  // with kMpqSimWritable: stores are not remembered, so that any size costs nothing
 };
 

@@ -163,6 +163,10 @@ void check_load(Load kind, const void* address, uint32_t bytes, uint32_t alignme
   if (range.flags & kMpqSimInput && !t.waited_for_earlier) {
     fail(t, "%s at byte %zu of '%s' before wait_for_earlier_kernels", what, offset, range.name.c_str());
   }
+  if (range.flags & kMpqSimInput && kind == Load::kConstant) {
+    fail(t, "%s at byte %zu of '%s': an earlier kernel may have written it while this one ran", what, offset,
+         range.name.c_str());
+  }
   if (!range.written.empty()) check_order(t, kind, what, range, offset, bytes);
   check_defined(t, what, range, offset, bytes);
   if (kind == Load::kFromOthers && ++t.loads_from_others > kMaxLoadsFromOthers) {

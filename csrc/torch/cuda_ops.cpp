@@ -12,11 +12,13 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "generated/layout.h"
 #include "include/mpq.h"
+#include "torch/counters.h"
 #include "torch/device.h"
 #include "torch/operands.h"
 #include "torch/schemas.h"
@@ -52,26 +54,8 @@ const mpq_device& device_info(int32_t index) {
   return found->second;
 }
 
-// Counters for calls that may not run at the same time: one set for each stream and, because a graph may be replayed on
-// any stream, one for each capture, cleared at the beginning of the graph.
-Tensor counters_for(const Tensor& like, int32_t index, device::Stream stream) {
-  struct Entry {
-    std::optional<Tensor> eager, captured;
-    unsigned long long capture = 0;
-  };
-  static std::mutex mutex;
-  // Never destroyed: at exit the allocator may be gone first.
-  static auto* entries = new std::map<std::pair<int32_t, device::Stream>, Entry>;
-  const unsigned long long capture = device::capture_id(stream);
-  const std::lock_guard<std::mutex> lock(mutex);
-  Entry& entry = (*entries)[{index, stream}];
-  std::optional<Tensor>& counters = capture ? entry.captured : entry.eager;
-  if (!counters || (capture && entry.capture != capture)) {
-    counters = torch::stable::new_zeros(like, std::vector<int64_t>{MPQ_COUNTER_BYTES}, ScalarType::Byte);
-    if (capture) entry.capture = capture;
-  }
-  return *counters;
-}
+// Never destroyed: a graph may return its counters while the process ends.
+auto* const counter_sets = new mpq::CounterSets<device::Machine, MPQ_COUNTER_BYTES>;
 
 // A packed weight whose tensors have been checked, as the C interface takes it.
 struct PackedView {
@@ -165,11 +149,11 @@ Tensor run_linear(Call& call, const std::optional<Tensor>& bias) {
   const device::DeviceGuard guard(call.place.index);
   const mpq_device& info = device_info(call.place.index);
   const device::Stream stream = device::current_stream(call.place.index);
-  if (!call.args.x_gate && call.args.tokens > most_packed_tokens(info)) return dense_linear(call, bias, stream);
+  if (call.args.tokens > most_packed_tokens(info)) return dense_linear(call, bias, stream);
   size_t bytes = 0;
   check_status(mpq_workspace_size(&call.args, &info, &bytes));
-  const Tensor counters = counters_for(call.x, call.place.index, stream), scratch = call.scratch(bytes);
-  call.args.counters = counters.data_ptr();
+  const Tensor scratch = call.scratch(bytes);
+  call.args.counters = counter_sets->of(call.place.index, stream);
   check_status(mpq_linear(&call.args, &info, stream));
   return call.y;
 }
@@ -181,6 +165,14 @@ Tensor linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zer
   return run_linear(call, bias);
 }
 
+Tensor silu_mul(const Tensor& gate, const Tensor& up) {
+  std::array<StableIValue, 1> silu{torch::stable::detail::from(gate)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu", "", silu.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 2> product{silu[0], torch::stable::detail::from(up)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", product.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(product[0]);
+}
+
 // linear(silu(gate) * up) without the launches of the activation; both (..., K), contiguous or made so.
 Tensor silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, std::optional<Tensor> zeros,
                        std::optional<Tensor> perm, std::optional<Tensor> bias, std::vector<int64_t> segments,
@@ -190,6 +182,11 @@ Tensor silu_mul_linear(Tensor gate, Tensor up, Tensor qweight, Tensor scales, st
                   "gate and up must have one shape, dtype and device");
   up = torch::stable::contiguous(up);
   gate = torch::stable::contiguous(gate);
+  const mpq::Place place = place_of(up, "up");
+  if (up.dim() && up.size(-1) > 0 && up.numel() / up.size(-1) > most_packed_tokens(device_info(place.index))) {
+    // The dense product takes one x; the same two operations, each rounded to its dtype.
+    return linear(silu_mul(gate, up), qweight, scales, zeros, perm, bias, segments, out_features, in_features);
+  }
   Call call(up, {qweight, scales, zeros, perm, segments, out_features, in_features}, bias, out_features);
   call.args.x_gate = gate.data_ptr();
   return run_linear(call, bias);
@@ -236,6 +233,12 @@ int64_t cuda_warmup(int64_t index) {
 
 std::string cuda_layout_id() { return mpq_layout_id(); }
 
+// CUDA versions of the runtime in this library and of the driver, 1000 major + 10 minor; asks no device.
+std::tuple<int64_t, int64_t> cuda_versions() {
+  const device::Versions found = device::versions();
+  return {found.runtime, found.driver};
+}
+
 }  // namespace
 
 #if defined(MPQ_SIM)
@@ -250,6 +253,7 @@ STABLE_TORCH_LIBRARY(mpq_simulated, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(MPQ_NAMESPACE, m) {
   m.def("cuda_warmup(int device) -> int");
   m.def("cuda_layout_id() -> str");
+  m.def("cuda_versions() -> (int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, MPQ_KEY, m) {
@@ -262,4 +266,5 @@ STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, MPQ_KEY, m) {
 STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_warmup", TORCH_BOX(&cuda_warmup));
   m.impl("cuda_layout_id", TORCH_BOX(&cuda_layout_id));
+  m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
 }

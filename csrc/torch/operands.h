@@ -67,9 +67,13 @@ inline void check_vector(const Tensor& tensor, const char* name, ScalarType type
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name, " must be one-dimensional and contiguous");
 }
 
+constexpr int64_t kMaxExtent = INT32_MAX;
+
 // Everything but the segments; see for_each_segment. The values of perm are not read.
 inline void check_packed(const PackedTensors& w, const Place& place) {
-  STD_TORCH_CHECK(w.N > 0 && w.K > 0, "out_features and in_features must be positive, not ", w.N, " and ", w.K);
+  // With these limits no count below leaves 63 bits.
+  STD_TORCH_CHECK(0 < w.N && w.N <= kMaxExtent && 0 < w.K && w.K <= kMaxExtent,
+                  "out_features and in_features must be 1..", kMaxExtent, ", not ", w.N, " and ", w.K);
   STD_TORCH_CHECK(!w.table.empty() && w.table.size() % kSegmentInts == 0, "segments must hold ", int{kSegmentInts},
                   " integers each, not ", w.table.size(), " in all");
   check_vector(w.qweight, "qweight", ScalarType::Int, place);
@@ -82,12 +86,10 @@ inline void check_packed(const PackedTensors& w, const Place& place) {
 }
 
 inline void check_segment(const PlacedSegment& s, const PlacedSegment* previous, int64_t N, int64_t K) {
-  STD_TORCH_CHECK(s.bits >= 1 && s.bits <= 8, "bits=", s.bits, " is not 1..8");
   STD_TORCH_CHECK(0 <= s.n0 && s.n0 < s.n1 && s.n1 <= N && 0 <= s.k0 && s.k0 < s.k1 && s.k1 <= K && s.k0 % kTileK == 0,
                   "segment rows ", s.n0, "..", s.n1, ", columns ", s.k0, "..", s.k1, " do not fit ", N, " x ", K);
   STD_TORCH_CHECK(s.group_size > 0 && (s.k1 - s.k0) % s.group_size == 0, "group_size=", s.group_size,
                   " does not divide the ", s.k1 - s.k0, " columns of a segment");
-  STD_TORCH_CHECK(s.zero_kind >= kZeroNone && s.zero_kind <= kZeroFloat, "unknown kind of zeros");
   const bool same_band = previous && previous->n0 == s.n0 && previous->n1 == s.n1 && previous->k1 == s.k0;
   const bool next_band = s.k0 == 0 && (previous ? previous->n1 == s.n0 && previous->k1 == K : s.n0 == 0);
   STD_TORCH_CHECK(same_band || next_band, "segments must tile the weight in row bands, sorted by n0, then k0");
@@ -109,7 +111,10 @@ void for_each_segment(const PackedTensors& w, const Visit& visit) {
     PlacedSegment s{};
     s.n0 = ints[kSegmentN0], s.n1 = ints[kSegmentN1], s.k0 = ints[kSegmentK0], s.k1 = ints[kSegmentK1];
     s.group_size = ints[kSegmentGroupSize];
-    s.bits = static_cast<int>(ints[kSegmentBits]), s.zero_kind = static_cast<int>(ints[kSegmentZero]);
+    const int64_t bits = ints[kSegmentBits], zero_kind = ints[kSegmentZero];
+    STD_TORCH_CHECK(1 <= bits && bits <= 8, "bits=", bits, " is not 1..8");
+    STD_TORCH_CHECK(kZeroNone <= zero_kind && zero_kind <= kZeroFloat, "unknown kind of zeros");
+    s.bits = static_cast<int>(bits), s.zero_kind = static_cast<int>(zero_kind);
     check_segment(s, i ? &last : nullptr, w.N, w.K);
     const int64_t row_tiles = (s.n1 - s.n0 + kTileN - 1) / kTileN, col_tiles = (s.k1 - s.k0 + kTileK - 1) / kTileK;
     for (int p = 0; p < kPlaneCount[s.bits]; ++p) {

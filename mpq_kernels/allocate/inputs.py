@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibrate.walk import find_blocks
+from ..calibrate.walk import find_blocks, places_of, stage_of
 from ..dense.experts import expert_update
 from ..dense.linears import LinearSpec
 from ..errors import PlanError
@@ -125,9 +125,9 @@ class _Collector:
         return see
 
     def _layer(self, name: str) -> int:
-        prefix, _ = find_blocks(self.model)
-        inner = name.removeprefix(f"{prefix}.")
-        return -1 if inner == name else int(inner.partition(".")[0])
+        places = places_of(one_stack(self.model))
+        stage = stage_of(places, name)
+        return -1 if stage == len(places) else stage
 
     def _extremes(self, name: str, x: torch.Tensor) -> None:
         if x.numel():
@@ -163,10 +163,22 @@ def _hook(module: Any, see: Callable[..., None]) -> Iterator[None]:
         handle.remove()
 
 
+def one_stack(model: Any) -> dict[str, nn.Module]:
+    """Name -> layer of a model whose layers are one stack. Raises PlanError for another."""
+    blocks = find_blocks(model)
+    stacks = dict.fromkeys(name.rpartition(".")[0] for name in blocks)
+    if len(stacks) > 1:
+        raise PlanError(
+            f"this method compares the layers of one stack, and {type(model).__name__} has {', '.join(stacks)}; "
+            "choose another"
+        )
+    return blocks
+
+
 @torch.no_grad()
 def layer_cosines(model: Any, tokens: torch.Tensor) -> list[float]:
     """Mean over tokens of the cosine between what enters and what leaves each layer."""
-    _, blocks = find_blocks(model)
+    blocks = one_stack(model)
     totals = [0.0] * len(blocks)
 
     def see(index: int) -> Callable[..., None]:
@@ -178,7 +190,7 @@ def layer_cosines(model: Any, tokens: torch.Tensor) -> list[float]:
 
         return hook
 
-    handles = [block.register_forward_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks.values())]
     try:
         for batch in batches(tokens):
             model(input_ids=batch.to(model.device), use_cache=False)

@@ -25,6 +25,7 @@ from ..quantize.gptq import inverse_factor, quantize_with_hessian
 from .inputs import attention_received, collect_inputs, layer_cosines
 from .measured import greedy_losses, measured_losses
 from .predicted import Table, fisher_losses, hessian_losses, moment, output_error
+from .scores import layer_entropies, output_relevance
 from .study import Study
 from .units import NUMBER, Cell, Choice, allocated
 
@@ -140,6 +141,17 @@ def _lim(study: Study) -> Table:
     return weighed(study, _of_layers(study, values), "lim")
 
 
+def _entropy(study: Study) -> Table:
+    return weighed(study, _of_layers(study, layer_entropies(study.model, study.tokens)), "entropy")
+
+
+def _relevance(study: Study) -> Table:
+    specs = allocated(study.linears)
+    if any(spec.expert is not None for spec in specs):
+        raise UnsupportedError("relevance needs gradients of single linears, which experts do not have; choose hessian")
+    return weighed(study, output_relevance(study.model, study.tokens, [spec.name for spec in specs]), "relevance")
+
+
 def _of_layers(study: Study, values: list[float]) -> dict[str, float]:
     """The value of its layer for every linear; the mean of all for one outside of the layers."""
     order: dict[str, int] = {}
@@ -227,6 +239,14 @@ METHODS: dict[str, Method] = {
         Method(
             "lim", _lim, True, "one pass", "1 - cosine between input and output of a layer",
             "https://arxiv.org/abs/2406.17415",
+        ),
+        Method(
+            "entropy", _entropy, True, "one pass, k-means of each layer's outputs",
+            "entropy of a layer's outputs in 100 clusters", "https://arxiv.org/abs/2509.23729",
+        ),
+        Method(
+            "relevance", _relevance, True, "one pass and one backward",
+            "relevance (LRP) of a linear's outputs for the predicted token", "https://arxiv.org/abs/2401.11243",
         ),
         Method(
             "zd", _zd, False, "weights only", "1 / part of the weights more than one deviation above the mean",

@@ -181,9 +181,10 @@ def make_units(
     limits: Limits | None = None,
     itemsize: int = 2,
 ) -> tuple[Unit, ...]:
-    """Units over all linears but the output head and routers. span: columns or rows of a unit, a multiple of 64.
+    """Units over all linears but the output head, routers and towers.
 
-    Raises PlanError: an unknown granularity, a bad span, a unit that is left without any choice.
+    span: columns or rows of a unit, a multiple of 64. Raises PlanError: an unknown granularity, a bad span, a unit that
+    is left without any choice.
     """
     if granularity not in GRANULARITIES:
         raise PlanError(f"granularity={granularity!r} is not one of {', '.join(GRANULARITIES)}")
@@ -208,10 +209,10 @@ def make_units(
 
 
 def allocated(linears: Sequence[LinearSpec]) -> list[LinearSpec]:
-    """The linears that are allocated: neither the output head nor routers. Raises PlanError when none is left."""
-    specs = [spec for spec in linears if not spec.is_head and not spec.router]
+    """The linears that are allocated: no output head, routers, towers and projectors. PlanError when none is left."""
+    specs = [spec for spec in linears if not (spec.is_head or spec.router or spec.tower)]
     if not specs:
-        raise PlanError("the model has no linear besides its head and routers, so there is nothing to allocate")
+        raise PlanError("the model has no linear besides its head, routers and towers, so there is nothing to allocate")
     return specs
 
 

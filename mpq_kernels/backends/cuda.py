@@ -32,7 +32,7 @@ def why_unavailable() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    reason = _load()
+    reason = _load() or _why_not_driver(*torch.ops.mpq.cuda_versions())
     for index in range(torch.cuda.device_count()):
         reason = reason or _why_not_device(index)
     return reason
@@ -61,6 +61,21 @@ def _load() -> str | None:
             f"{LIBRARY.name} was built for layout {built}, this package has {LAYOUT_ID}: build again (`pip install .`)"
         )
     return None
+
+
+def _why_not_driver(runtime: int, driver: int) -> str | None:
+    """Why a driver does not serve the CUDA runtime in the library. Versions: 1000 major + 10 minor.
+
+    A driver serves every minor version of its own major version, and all older ones.
+    https://docs.nvidia.com/deploy/cuda-compatibility/
+    """
+    if driver // 1000 >= runtime // 1000:
+        return None
+    built, served = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return (
+        f"{LIBRARY.name} was built with CUDA {built}, and the driver serves CUDA {served}: update the driver, or build "
+        f"again with nvcc {driver // 1000}.x (`CUDA_HOME=... pip install .`)"
+    )
 
 
 def _why_not_device(index: int) -> str | None:

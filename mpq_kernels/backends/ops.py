@@ -6,6 +6,7 @@ with, stand here once for every device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,22 @@ def _load_library() -> None:
 _load_library()
 
 
+def _same_device(operator: Any, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name. Raises RuntimeError for tensors of several devices.
+
+    Without this a weight on the meta device, one that was never loaded, would give memory that nobody wrote.
+    """
+    named = by_name(operator, args, given)
+    devices = {value.device for value in named.values() if isinstance(value, torch.Tensor)}
+    torch._check(len(devices) == 1, lambda: f"tensors are on several devices: {sorted(map(str, devices))}")
+    return named
+
+
 @torch.library.register_fake("mpq::linear_int8")
 @torch.library.register_fake("mpq::linear")
 def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
     """y (..., N) of x (..., K), without values."""
-    named = by_name(torch.ops.mpq.linear.default, args, given)
+    named = _same_device(torch.ops.mpq.linear.default, args, given)
     x, in_features = named["x"], named["in_features"]
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension")
     torch._check(x.shape[-1] == in_features, lambda: f"x must be (..., in_features={in_features})")
@@ -54,7 +66,7 @@ def linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 @torch.library.register_fake("mpq::silu_mul_linear")
 def silu_mul_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
     """y (..., N) of gate and up, both (..., K), without values."""
-    named = by_name(torch.ops.mpq.silu_mul_linear.default, args, given)
+    named = _same_device(torch.ops.mpq.silu_mul_linear.default, args, given)
     gate, up, in_features = named["gate"], named["up"], named["in_features"]
     torch._check(up.dim() >= 1 and up.shape[-1] == in_features, lambda: f"up must be (..., in_features={in_features})")
     torch._check(gate.shape == up.shape, lambda: "gate and up must have one shape")
@@ -65,7 +77,7 @@ def silu_mul_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 @torch.library.register_fake("mpq::grouped_linear")
 def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
     """y (T, N / experts) of x (T, K), without values."""
-    named = by_name(torch.ops.mpq.grouped_linear.default, args, given)
+    named = _same_device(torch.ops.mpq.grouped_linear.default, args, given)
     x, offsets, in_features = named["x"], named["offsets"], named["in_features"]
     torch._check(x.dim() == 2 and x.shape[1] == in_features, lambda: f"x must be (T, in_features={in_features})")
     torch._check(offsets.dim() == 1 and offsets.shape[0] >= 2, lambda: "offsets must be (experts + 1,)")
@@ -75,5 +87,5 @@ def grouped_linear_fake(*args: Any, **given: Any) -> torch.Tensor:
 @torch.library.register_fake("mpq::dequantize")
 def dequantize_fake(*args: Any, **given: Any) -> torch.Tensor:
     """W (N, K) of the dtype asked for, without values."""
-    named = by_name(torch.ops.mpq.dequantize.default, args, given)
+    named = _same_device(torch.ops.mpq.dequantize.default, args, given)
     return named["qweight"].new_empty(named["out_features"], named["in_features"], dtype=named["dtype"])

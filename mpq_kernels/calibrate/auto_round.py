@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from ..dense.checkpoint import DenseCheckpoint
-from ..errors import QuantizeError
+from ..errors import MPQError, QuantizeError
+from ..files.strict import short
 from ..format.codes import FORMATS, KEPT_BITS
 from ..format.layout import Segment, WeightLayout
 from ..format.reference import dequantize
@@ -106,7 +107,7 @@ class LearnedRounding:
         rows = self.calibration.rows(self.source.path, model.config.get_text_config())
         # Asked for its padding token and no more: the rows have none, whatever the model's own tokenizer would say.
         tokenizer = SimpleNamespace(pad_token_id=None, pad_token=None, model_max_length=rows.shape[1])
-        with _quietly(self.quiet):
+        with _quietly(self.quiet), _in_words():
             tuned, _ = AutoRound(
                 model,
                 tokenizer,
@@ -168,8 +169,10 @@ def take(layer: Any, layout: WeightLayout, name: str) -> QuantizedWeight:
             f"{name}: auto-round made {scales.numel()} scales where the plan has {rows} x {groups}; {_tested()}"
         )
     scales, zeros = scales.view(rows, groups), zeros.reshape(-1).expand(rows * groups).view(rows, groups)
-    parts = weight.view(rows, groups, -1)
-    codes = (parts / scales.float().unsqueeze(2) + zeros.unsqueeze(2)).round_().view(weight.shape)
+    parts, none = weight.view(rows, groups, -1), scales.unsqueeze(2) == 0
+    parts = parts.masked_fill(none, 0.0)  # whatever it left of a group whose scale is 0 in its dtype
+    codes = (parts / scales.float().unsqueeze(2) + zeros.unsqueeze(2)).round_().masked_fill_(none, 0.0)
+    weight, codes = parts.view(weight.shape), codes.view(weight.shape)
     taken = _checked(codes, scales, zeros, segment)
     if taken is None or not torch.equal(dequantize(taken), weight):
         raise QuantizeError(f"{name}: auto-round's weight is not (code - zero) * scale bit by bit; {_tested()}")
@@ -217,6 +220,20 @@ def _tested() -> str:
     import auto_round
 
     return f"auto-round {auto_round.__version__} is installed, 0.16.1 is known to work"
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever the library raises becomes QuantizeError."""
+    try:
+        yield
+    except (MPQError, MemoryError):
+        raise
+    except Exception as error:  # any type comes out of it and of transformers
+        raise QuantizeError(
+            f"auto-round stopped ({type(error).__name__}: {short(str(error), 200)}); {_tested()}. Otherwise choose "
+            f"{suitable(lambda row: not row.whole_model)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ..dense.linears import GATE_UP
 from ..dense.model import build_meta_model
 from ..errors import QuantizeError
 from ..plan.resolve import ResolvedPlan, ResolvedWeight
-from .walk import BlockWalk, Stop, find_blocks, stage_of
+from .walk import BlockWalk, Stop, find_blocks, places_of, stage_of
 
 
 class Moment:
@@ -128,15 +128,14 @@ def route(walk: BlockWalk, module: str, weigh: Callable[[int], torch.Tensor | No
 def in_walk_order(resolved: ResolvedPlan, source: DenseCheckpoint) -> ResolvedPlan:
     """The same plan with its weights in the order of calibration: block by block, the experts of a block at its end.
 
-    In model order, experts stand behind all linears. Raises QuantizeError: not one stack of blocks; CheckpointError.
+    In model order, experts stand behind all linears. Raises QuantizeError: a model without blocks; CheckpointError.
     """
-    if not any(weight.experts for weight in resolved.weights):
-        return resolved
-    prefix, blocks = find_blocks(build_meta_model(source.path))
+    places = places_of(find_blocks(build_meta_model(source.path)))
 
     def place(weight: ResolvedWeight) -> tuple[int, bool]:
         experts = weight.experts
         name = weight.members[0].spec.name if experts is None else experts.module
-        return stage_of(prefix, len(blocks), name), experts is not None
+        return stage_of(places, name), experts is not None
 
-    return replace(resolved, weights=tuple(sorted(resolved.weights, key=place)))
+    ordered = tuple(sorted(resolved.weights, key=place))
+    return resolved if ordered == resolved.weights else replace(resolved, weights=ordered)

@@ -8,17 +8,18 @@ Inputs come from layers that are already quantized, in earlier blocks and inside
 layer will read when the packed model runs: its codes then also make up for part of the error before it.
 
 Memory does not grow with the number of blocks: all outside of the blocks in fp32, one block in fp32 (read from the
-files when the walk comes to it, released behind it: load.py), its inputs for all calibration tokens in fp32, and
-one Hessian in fp64 with its factor; where experts are packed, what one module of them reads (experts.py). The same
-input gives the same bytes on one machine with one number of threads: matrix products of another number of threads add
-up in another order.
+files when the walk comes to it, released behind it: load.py), its inputs for all calibration tokens and what else the
+model's own forward keeps of them (walk.py), and one Hessian in fp64 with its factor; where experts are packed, what one
+module of them reads (experts.py). The same input gives the same bytes on one machine with one number of threads: matrix
+products of another number of threads add up in another order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, Protocol
 
 import torch
 
@@ -33,19 +34,28 @@ from .load import StoredModel
 from .walk import BlockWalk, Stop
 
 
+class Loaded(Protocol):
+    """A model, and how its parameters come to be there: StoredModel, or the skeleton of a trial."""
+
+    model: Any
+
+    def load(self, stage: int) -> None:
+        """Give a block its parameters; for the number of blocks, all that is outside of them."""
+
+
 class Calibrator:
     """Hessians of a model's linears, which must be asked for in the model's order, block by block."""
 
-    def __init__(self, source: DenseCheckpoint, calibration: Calibration) -> None:
-        """Loads what lies outside of the blocks, and the first of them.
+    def __init__(self, source: DenseCheckpoint, calibration: Calibration, dense: Loaded | None = None) -> None:
+        """Loads what lies outside of the blocks, and the first of them. dense: the model; None: the stored one.
 
-        Raises QuantizeError: tokens that do not fit the model, a model that is not a stack of blocks; CheckpointError.
+        Raises QuantizeError: tokens that do not fit the model, a model that cannot be walked; CheckpointError.
         """
         self.calibration = calibration
         device = torch.device(calibration.device)
-        dense = StoredModel(source, device)
-        rows = calibration.rows(source.path, dense.model.config.get_text_config())
-        self.walk = BlockWalk(dense.model, rows, device, dense.load)
+        dense = StoredModel(source, device) if dense is None else dense
+        inputs = calibration.inputs(source.path, dense.model.config)
+        self.walk = BlockWalk(dense.model, inputs, device, dense.load)
         self.leaders: dict[str, str] = {}  # linear of this stage -> the first that reads the same tensor
         self.calls: Counter[str] = Counter()
         self.held: tuple[str, torch.Tensor] | None = None
@@ -65,19 +75,25 @@ class Calibrator:
 
         Raises QuantizeError: no token reaches it, NaN or Inf in its input, a block that has been passed.
         """
+        leader = self.check(name)
+        if leader is None:
+            return self._expert_hessian(self.experts[name])
+        if self.held is None or self.held[0] != leader:
+            self.held = None  # released before the next one is made
+            self.held = (leader, damped(self._collect(leader), self.calibration.damping))
+        return self.held[1]
+
+    def check(self, name: str) -> str | None:
+        """Go on to a linear; the first one that reads the same, None for an expert's. QuantizeError: no token does."""
         self.enter(name)
         if name in self.experts:
-            return self._expert_hessian(self.experts[name])
+            return None
         if name not in self.leaders:
             raise QuantizeError(
                 f"{name}: no token of the first {self.walk.batches[0].numel()} calibration tokens reaches this linear; "
                 "keep it in 16 bits (bits=16)"
             )
-        leader = self.leaders[name]
-        if self.held is None or self.held[0] != leader:
-            self.held = None  # released before the next one is made
-            self.held = (leader, damped(self._collect(leader), self.calibration.damping))
-        return self.held[1]
+        return self.leaders[name]
 
     @torch.no_grad()
     def enter(self, name: str) -> None:
@@ -122,7 +138,7 @@ class Calibrator:
     def _probe(self) -> None:
         """Find out which linears of this stage read the same tensor, and how often each is called."""
         self.held = self.routed = None
-        seen: list[tuple[str, torch.Tensor]] = []
+        seen = self.walk.outside(0)
         with ExitStack() as hooks:
             for name in self.walk.linears():
                 hooks.enter_context(self._hook(name, lambda x, name=name: seen.append((name, x))))  # type: ignore[misc]
@@ -147,9 +163,13 @@ class Calibrator:
             if not left:
                 raise Stop
 
-        with self._hook(leader, add):
+        outside = self.walk.current == len(self.walk.blocks)
+        with nullcontext() if outside else self._hook(leader, add):
             for index in range(len(self.walk.batches)):
                 weights, left = self._weights(index), self.calls[leader]
+                for _, x in (pair for pair in self.walk.outside(index) if pair[0] == leader):
+                    with suppress(Stop):
+                        add(x)
                 self.walk.forward(index)
         return moment.mean()
 

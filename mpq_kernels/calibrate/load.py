@@ -19,21 +19,19 @@ from torch import nn
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.model import build_meta_model, no_progress_bar
 from ..errors import CheckpointError
-from .walk import find_blocks, stage_of
+from .walk import find_blocks, places_of, stage_of
 
 
 class StoredModel:
-    """A transformers model, its blocks, and which stored tensors belong to which of them.
-
-    prefix: name of the list of blocks.
-    """
+    """A transformers model, its blocks by name, and which stored tensors belong to which of them."""
 
     def __init__(self, source: DenseCheckpoint, device: torch.device) -> None:
-        """Reads no tensor. Raises CheckpointError: no model can be built; QuantizeError: not one stack of blocks."""
+        """Reads no tensor. Raises CheckpointError: no model can be built; QuantizeError: it has no blocks."""
         self.source, self.device = source, device
         self.model: Any = build_meta_model(source.path, source.dtype)
         compute_buffers(self.model, device)
-        self.prefix, self.blocks = find_blocks(self.model)
+        self.blocks = find_blocks(self.model)
+        self.names, self.places = list(self.blocks), places_of(self.blocks)
         self._stored = self._by_stage()
         self._loaded: int | None = None
         self._room: torch.Tensor | None = None  # of the loaded block
@@ -49,7 +47,7 @@ class StoredModel:
 
         if stage < len(self.blocks):
             if self._loaded is not None:
-                self.blocks[self._loaded].to("meta")
+                self.blocks[self.names[self._loaded]].to("meta")
             self._loaded = stage
         model, dtype = self.model, self.source.dtype
         names = self._stored.get(stage, [])
@@ -77,16 +75,16 @@ class StoredModel:
         them that the allocator cannot use for the next block.
         """
         inside = stage < len(self.blocks)
-        passed = set() if inside else set(self.blocks.modules())
+        passed = set() if inside else {part for block in self.blocks.values() for part in block.modules()}
         if inside and self._room is None:
-            self._room = torch.empty(max(map(_padded, self.blocks)), device=self.device)
+            self._room = torch.empty(max(map(_padded, self.blocks.values())), device=self.device)
         filled = 0
-        for name, module in (self.blocks[stage] if inside else self.model).named_modules():
+        for name, module in (self.blocks[self.names[stage]] if inside else self.model).named_modules():
             if module in passed:
                 continue
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    place = f"{self.prefix}.{stage}.{name}" if inside else name
+                    place = f"{self.names[stage]}.{name}" if inside else name
                     raise CheckpointError(f"{self.source.path}: no file holds {place}.{key}, which the model needs")
                 if self._room is not None and inside:
                     room = self._room[filled : filled + parameter.numel()].view(parameter.shape)
@@ -113,7 +111,7 @@ class StoredModel:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             if target not in state and name in state:
                 target = name
-            out.setdefault(stage_of(self.prefix, len(self.blocks), target), []).append(name)
+            out.setdefault(stage_of(self.places, target), []).append(name)
         return out
 
 

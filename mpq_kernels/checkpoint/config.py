@@ -63,6 +63,12 @@ class PackedModule:
         lead = f"{self.parent}." if self.parent else ""
         return [lead + member.name for member in self.members]
 
+    @property
+    def installed(self) -> str:
+        """Name of the packed module in the model: experts lie in the module that they replace."""
+        leaf = self.name.rpartition(".")[2]
+        return self.name if self.experts is None else f"{self.experts.module}.{leaf}"
+
     @cached_property
     def tensor_names(self) -> list[str]:
         """Full names of the tensors of this module: those of the layout, then the bias."""

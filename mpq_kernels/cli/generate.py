@@ -1,20 +1,28 @@
-"""`mpq generate`: continue a prompt, printing the text as it comes."""
+"""`mpq generate`: continue a prompt, or answer it about images and sound, printing the text as it comes."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .models import open_model
+from .media import media_inputs, open_processor
+from .models import load_model, open_model
 from .options import ActivationsOption, AnyDir, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag
 from .output import note, print_json
 
 
 def command(
     directory: AnyDir,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue, or to answer about images and sound.")] = "",
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture that the model looks at; may be repeated.")
+    ] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A sound that the model hears; may be repeated.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; 1 samples from the model as it is.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -25,17 +33,29 @@ def command(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Print the prompt and its continuation by a packed or dense model. Speed goes to stderr."""
+    """Print the prompt and its continuation by a packed or dense model, or what it says of images and sound."""
     from ..errors import MPQError
 
-    if not prompt:
-        raise MPQError("the prompt is empty; give at least one word")
-    model, tokenizer = open_model(directory, device, dtype, backend, activations)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    images, sounds = image or [], audio or []
+    if images or sounds:
+        processor = open_processor(directory)
+        tokenizer, inputs = processor.tokenizer, media_inputs(processor, prompt, images, sounds)
+        model = load_model(directory, device, dtype, backend, activations)
+        inputs = inputs.to(device, dtype=model.dtype)  # of floating tensors only
+    else:
+        if not prompt:
+            raise MPQError("the prompt is empty; give at least one word")
+        model, tokenizer = open_model(directory, device, dtype, backend, activations)
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if not model.can_generate():
+        raise MPQError(f"{directory}: a {type(model).__name__} generates no text")
+    reads = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # tokens before the first new one
     start = time.perf_counter()
-    output = _generate(model, tokenizer, inputs, max_new_tokens, temperature, seed, stream=not as_json)
+    output = _generate(
+        model, tokenizer, inputs, max_new_tokens, temperature, seed, None if as_json else bool(images or sounds)
+    )
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, reads:]
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         facts = {"prompt": prompt, "text": text, "new_tokens": len(new), "token_ids": new.tolist()}
@@ -44,9 +64,12 @@ def command(
 
 
 def _generate(
-    model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, temperature: float, seed: int, stream: bool
+    model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, temperature: float, seed: int, answer: bool | None
 ) -> Any:
-    """Token ids [1, prompt + new]; with `stream`, the text is printed on stdout as it is decoded."""
+    """Token ids [1, prompt + new]. They are printed on stdout as they come: with `answer`, without the prompt.
+
+    answer: None prints nothing.
+    """
     import torch
     from transformers import TextStreamer
 
@@ -59,5 +82,5 @@ def _generate(
         "top_k": 0 if temperature else None,
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    streamer = None if answer is None else TextStreamer(tokenizer, skip_prompt=answer, skip_special_tokens=True)
     return model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)

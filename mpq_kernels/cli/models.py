@@ -75,12 +75,11 @@ def check_device(device: str) -> None:
 
 
 def _load_dense(directory: Path, device: str, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from ..dense.checkpoint import DenseCheckpoint
+    from ..dense.model import model_class
 
     source = DenseCheckpoint.open(directory)  # refuses pickles, truncated files and foreign quantizations in words
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = model_class(directory).from_pretrained(
         directory, dtype=dtype or source.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     return model.to(device)

@@ -108,6 +108,9 @@ SymmetricFlag = Annotated[bool, typer.Option("--symmetric", help="No zero points
 ZeroOption = Annotated[str, typer.Option(parser=OneOf(_zero_kinds), help="Kind of the zero points.")]
 ScaleOption = Annotated[str, typer.Option(parser=OneOf(_scale_dtypes), help="Dtype of the scales.")]
 HeadOption = Annotated[int, typer.Option(help="Width of the output head, 1 to 8; 16 keeps it as it is.")]
+TowersOption = Annotated[
+    int, typer.Option(help="Width of vision and audio towers and projectors, 1 to 8; 16 keeps them as they are.")
+]
 
 # Quantizing, and the text it looks at
 QuantizerOption = Annotated[

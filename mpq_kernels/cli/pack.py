@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from .options import (
     QuietFlag,
     ScaleOption,
     SymmetricFlag,
+    TowersOption,
     ZeroOption,
     given,
 )
@@ -29,6 +30,9 @@ from .plan.uniform import uniform_plan
 if TYPE_CHECKING:
     from ..calibrate.calibration import Calibration
     from ..packer.report import PackReport
+
+PROMPT = "Describe this image."
+SHOWN = 5  # linears with groups of zeros that are named
 
 
 def command(
@@ -42,10 +46,15 @@ def command(
     zero: ZeroOption = "int",
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
+    towers: TowersOption = 16,
     quantizer: QuantizerOption = "hqq",
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text, for quantizers that look at one.")
     ] = None,
+    calibration_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures that the model is asked about, in place of a text.")
+    ] = None,
+    calibration_prompt: Annotated[str, typer.Option(help="What it is asked about each of them.")] = PROMPT,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of it that are used; 65,536 without it.")
     ] = None,
@@ -67,20 +76,27 @@ def command(
     _check_usage(ctx, bits, plan)
     if resume and restart:
         raise typer.BadParameter("--resume goes on with what a killed run has finished, --restart removes it: give one")
-    _check_calibration(quantizer, calibration, calibration_tokens, act_order, only_sizes)
+    if calibration is not None and calibration_images is not None:
+        raise typer.BadParameter("give either --calibration or --calibration-images")
+    read = calibration or calibration_images
+    _check_calibration(quantizer, read, calibration_tokens, act_order, only_sizes)
     if plan is not None:
         from ..plan.plan import Plan
 
         chosen = Plan.from_file(plan)
     else:
-        chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head)
+        chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head, towers)
     if only_sizes:
         options = {"act_order": act_order, "overwrite": overwrite, "allow_dense": allow_dense, "as_json": as_json}
-        dry_run(model, out, chosen, quantizer, calibration is not None, **options)
+        dry_run(model, out, chosen, quantizer, read is not None, **options)
         return
     from ..packer.pack import pack
 
-    text = None if calibration is None else _read_calibration(calibration, calibration_tokens, act_order)
+    text: Calibration | None = None
+    if calibration is not None:
+        text = _read_calibration(calibration, calibration_tokens, act_order)
+    elif calibration_images is not None:
+        text = _look_at(model, calibration_images, calibration_prompt, calibration_tokens, act_order)
     go_on = True if resume else False if restart else None
     with progress("packing", hidden=as_json or quiet) as step, _notes_of_interrupts():
         report = pack(
@@ -113,7 +129,7 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
         raise typer.BadParameter("give either --bits or --plan, exactly one of them")
     if plan is None:
         return
-    for name in ("group_size", "symmetric", "zero", "scale_dtype", "lm_head"):
+    for name in ("group_size", "symmetric", "zero", "scale_dtype", "lm_head", "towers"):
         if given(ctx, name):
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --bits; a plan says it for each module")
 
@@ -143,6 +159,17 @@ def _read_calibration(path: Path, tokens: int | None, act_order: bool) -> Calibr
     return Calibration.from_file(path, act_order=act_order, **limit)
 
 
+def _look_at(model: Path, folder: Path, prompt: str, tokens: int | None, act_order: bool) -> Calibration:
+    """Every picture of a folder with the prompt, in the order of their names. Raises MPQError."""
+    from ..calibrate.calibration import Calibration
+    from .media import media_inputs, open_processor, pictures
+
+    processor = open_processor(model)
+    samples = [dict(media_inputs(processor, prompt, [path], [])) for path in pictures(folder)]
+    limit: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
+    return Calibration(samples=samples, act_order=act_order, **limit)
+
+
 def _print_report(report: PackReport) -> None:
     rows: list[list[object]] = []
     for module in report.modules:
@@ -157,6 +184,13 @@ def _print_report(report: PackReport) -> None:
         print(
             f"no calibration token reached {count(len(report.unreached), 'expert')}, calibrated on all that their "
             f"module reads: {', '.join(report.unreached)}"
+        )
+    if report.zero_groups:
+        names = list(report.zero_groups)
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(
+            f"stored as zeros, since their weights are 0 or vanish in the dtype of the scales: "
+            f"{count(sum(report.zero_groups.values()), 'group')} of {', '.join(names[:SHOWN])}{more}"
         )
     if report.unused:
         print(f"kept, though the model does not use them: {', '.join(report.unused)}")

@@ -110,7 +110,7 @@ def _layer_errors(
                 )
             part = packed.rows(rows, end)
             error = weight_error(source.weight(spec), unpack_weight(part))
-            source.release(spec.tensor)
+            source.release_weight(spec)
             about = {"name": name, "packed": packed_name, "bits": widths(part.layout)}
             yield about | {"relative_error": error.relative, "max_error": error.largest}
             rows = end
@@ -125,15 +125,16 @@ def _check_kept(checkpoint: PackedCheckpoint, source: DenseCheckpoint) -> None:
 
     from ..errors import CheckpointError
 
-    tied = source.model_map
+    origins = source.model_map.origins
     for name in checkpoint.kept_tensors():
-        stored = tied.tied_source if name == tied.tied_target else name
-        if stored is None or stored not in source.tensors:
+        if name not in source.tensors and name not in origins:
             raise CheckpointError(f"{checkpoint.tensors[name]}: {source.path} has no such tensor; it is another model")
-        kept, dense = checkpoint.read(name), source.read(stored)
+        stored = (name,) if name in source.tensors else origins[name].tensors
+        kept, dense = checkpoint.read(name), source.read(name) if name in source.tensors else source.made(origins[name])
         same = kept.dtype == dense.dtype and kept.shape == dense.shape
         # As bytes: NaN would differ from itself.
         if not same or not torch.equal(kept.reshape(-1).view(torch.uint8), dense.reshape(-1).view(torch.uint8)):
-            raise CheckpointError(f"{checkpoint.tensors[name]}: kept, but not equal to {source.tensors[stored]}")
+            raise CheckpointError(f"{checkpoint.tensors[name]}: kept, but not equal to {source.tensors[stored[0]]}")
         checkpoint.files.release(name)
-        source.release(stored)
+        for tensor in stored:
+            source.release(tensor)

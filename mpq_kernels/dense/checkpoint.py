@@ -19,14 +19,15 @@ from ..errors import CheckpointError
 from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
 from .companions import companions
+from .conversions import Origin
 from .linears import LinearSpec
+from .model import CONFIG_FILE, config_parts
 from .names import ModelMap
 
-CONFIG_FILE = "config.json"
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-__all__ = ["LinearSpec", "DenseCheckpoint"]
+__all__ = ["CONFIG_FILE", "LinearSpec", "DenseCheckpoint"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +71,23 @@ class DenseCheckpoint:
         self.files.release(name)
 
     def weight(self, spec: LinearSpec) -> torch.Tensor:
-        """W [N, K] of a linear: mapped, or for an expert that is stored with others, that expert. CheckpointError."""
-        return spec.weight_of(self.read(spec.tensor))
+        """W [N, K] of a linear: mapped, or made of what is stored, as transformers makes it. Raises CheckpointError."""
+        return spec.weight_of(self.read(spec.tensor) if spec.origin is None else self.made(spec.origin))
 
     def bias(self, spec: LinearSpec) -> torch.Tensor | None:
         """Bias [N] of a linear, None when it has none. Raises CheckpointError."""
-        return None if spec.bias_tensor is None else spec.bias_of(self.read(spec.bias_tensor))
+        if spec.bias_tensor is None:
+            return None
+        return spec.bias_of(self.read(spec.bias_tensor) if spec.bias_origin is None else self.made(spec.bias_origin))
+
+    def made(self, origin: Origin) -> torch.Tensor:
+        """A parameter, or one expert of it, as transformers makes it of stored tensors. Raises CheckpointError."""
+        return origin.read(self.read)
+
+    def release_weight(self, spec: LinearSpec) -> None:
+        """`release` of all that is stored of a linear's weight."""
+        for name in (spec.tensor,) if spec.origin is None else spec.origin.tensors:
+            self.release(name)
 
     def linears(self) -> list[LinearSpec]:
         """Every linear of the model in module order, with the tensor that feeds it, then every expert's.
@@ -124,7 +136,7 @@ def check_dense(where: Path, config: dict[str, Any]) -> None:
 
 def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None:
     """Raise CheckpointError for more layers than tensors: building such a model would only cost time and memory."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in config_parts(config):
         for key in LAYER_COUNTS:
             count = part.get(key)
             if type(count) is int and count > tensors:

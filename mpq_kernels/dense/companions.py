@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.strict import contained_file
+from ..files.strict import contained_file, linked_home
 
 MAX_FILE_BYTES = 256_000_000  # the largest tokenizers on the Hub are about 35 MB
 MAX_FOLDER_BYTES = 1_000_000_000  # carried out of all folders together
@@ -57,7 +57,7 @@ def companions(root: Path, used: set[str]) -> dict[str, str | None]:
     for name in names:
         if name in out:
             continue
-        reason, held = _why_folder_left(root, name), {}
+        reason, held = _why_folder_left(root, root, name), {}
         if reason is None:
             held = dict(islice(_files(root, Path(name)), MAX_FOLDER_FILES + 1))
             carried = sum((root / path).stat().st_size for path, why in held.items() if why is None)
@@ -108,7 +108,7 @@ def _files(root: Path, folder: Path) -> Iterator[tuple[str, str | None]]:
         if name not in folders:
             yield str(folder / name), why_left(root, directory, name)
     for name in folders:
-        reason = _why_folder_left(directory, name)
+        reason = _why_folder_left(root, directory, name)
         if reason is None and len(folder.parts) >= MAX_DEPTH:
             reason = f"more than {MAX_DEPTH} folders deep"
         if reason is None:
@@ -117,9 +117,10 @@ def _files(root: Path, folder: Path) -> Iterator[tuple[str, str | None]]:
             yield f"{folder / name}/", reason
 
 
-def _why_folder_left(directory: Path, name: str) -> str | None:
-    reason = _by_name(name)
-    if reason is None and (directory / name).is_symlink():
+def _why_folder_left(root: Path, directory: Path, name: str) -> str | None:
+    reason, path, home = _by_name(name), directory / name, linked_home(root)
+    same = home is not None and path.resolve() == (home / path.relative_to(root)).resolve()
+    if reason is None and path.is_symlink() and not same:
         reason = "a link to a folder"  # it may lead anywhere, also back here
     if reason is None and (not name.isprintable() or "\\" in name):
         reason = "not a plain name"

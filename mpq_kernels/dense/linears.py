@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Packed weights of a module of experts, and the linears of an expert that are stacked in each, in this order. The
-# names are not those of transformers' parameters, which its converters would reshape.
+    from .conversions import Origin
+
+# Packed weights of a module of experts, and the linears of an expert that are stacked in each, in this order. Experts
+# without a gate have an up projection alone in the first. The names are not those of transformers' parameters, which
+# its converters would reshape.
 GATE_UP, DOWN = "gate_up", "down"
 PARTS = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
 
@@ -65,7 +68,9 @@ class LinearSpec:
     name: of the module; of an expert's projection, the one that its tensor has in the files, or would have there if it
     were stored alone. tensor feeds its weight, bias_tensor its bias; names as stored. is_head: the output head. tied:
     its weight is also the input embedding, so packing it leaves the embedding dense. router: it scores experts.
-    transposed: its weight is stored as [K, N].
+    transposed: its weight is stored as [K, N]. tower: it reads images or sound, or what is made of them (towers.py).
+    origin, bias_origin: where transformers makes weight and bias of other tensors, how; `tensor` and `bias_tensor` are
+    then the first of those.
     """
 
     name: str
@@ -78,15 +83,18 @@ class LinearSpec:
     expert: ExpertPart | None = None
     router: bool = False
     transposed: bool = False
+    tower: bool = False
+    origin: Origin | None = None
+    bias_origin: Origin | None = None
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
-        """W [N, K] from the tensor called `tensor`, contiguous: a copy only where it is stored in another order."""
+        """W [N, K] from the tensor called `tensor`, or the one made of it, contiguous: a copy only where it is not."""
         cut = self.expert.cut if self.expert else None
         if cut is not None:
             return cut.weight(stored)
         return stored.T.contiguous() if self.transposed else stored
 
     def bias_of(self, stored: torch.Tensor) -> torch.Tensor:
-        """[N] from the tensor called `bias_tensor`."""
+        """[N] from the tensor called `bias_tensor`, or the one made of it."""
         cut = self.expert.cut if self.expert else None
         return stored if cut is None else cut.bias(stored)

@@ -1,6 +1,7 @@
 """The model that a config.json describes, as transformers builds it: which class, and without memory or weights.
 
-Code that comes with a checkpoint is never run.
+Code that comes with a checkpoint is never run. A config can ask for anything, so what is built from it is bounded: the
+labels and modules of a model on the meta device, and before weights are loaded the bytes that it will take.
 """
 
 from __future__ import annotations
@@ -11,17 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import CheckpointError
-from ..files.strict import short
+from ..errors import CheckpointError, MPQError
+from ..files.strict import read_json_object, short
+
+CONFIG_FILE = "config.json"
+MAX_LABELS = 100_000  # the largest classifier of images known has 21,843
+MAX_MODULES = 100_000  # experts of all models but a few are parameters of one module; a module takes about 5 kB
+FREE_BYTES = 256 * 2**20  # that a model may take beside its files, for buffers such as rotary tables
+
+# transformers' tables of classes by config, in the order in which a class is looked for.
+KINDS = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",  # behind these: it also has the decoders of their models
+    "MODEL_FOR_MASKED_LM_MAPPING",
+)
 
 
 def model_class(path: Path) -> Any:
     """The class of the model in a directory: the one that config.json names (`architectures`).
 
-    AutoModelForCausalLM where transformers has no such class for this type of model, and for a base model whose head
-    would be its input embedding: that is a whole language model, saved without its head. Raises what transformers
-    raises for a config that it refuses.
+    Where transformers has no such class for this type of model, the first that it has in the tables of KINDS; and the
+    causal model for a base model whose head would be its input embedding: that is a whole language model, saved without
+    its head. Raises what transformers raises for a config that it refuses; see `refused_by_transformers`.
     """
     import transformers  # seconds to import, and only needed here
 
@@ -32,7 +49,12 @@ def model_class(path: Path) -> Any:
         if known and named.config_class is type(config):
             causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             return named if causal is None or not _lacks_only_a_tied_head(named, causal, config) else causal
-    return transformers.AutoModelForCausalLM
+    # A base model has nothing of a head that config.json names.
+    for table in KINDS if config.architectures else (*KINDS, "MODEL_MAPPING"):
+        found = getattr(transformers, table, {}).get(type(config), None)
+        if found is not None and not isinstance(found, list | tuple):
+            return found
+    return transformers.AutoModelForCausalLM  # which says that it knows no such model
 
 
 def _lacks_only_a_tied_head(named: Any, causal: Any, config: Any) -> bool:
@@ -62,18 +84,76 @@ def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.M
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with refused_by_transformers(path):
         named = model_class(path)
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         make = named.from_config if named is AutoModelForCausalLM else named._from_config
         with torch.device("meta"):
             model: torch.nn.Module = make(config, **({} if dtype is None else {"dtype": dtype}))
-    except Exception as error:  # a malformed config surfaces as any type from inside transformers
+    return model
+
+
+@contextmanager
+def refused_by_transformers(path: Path) -> Iterator[None]:
+    """For a block that builds or loads the model of a directory: CheckpointError for whatever transformers raises.
+
+    A malformed config surfaces as any type. Raises CheckpointError too for a model of absurdly many labels or modules,
+    before they take memory.
+    """
+    _check_labels(path / CONFIG_FILE)
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise CheckpointError(f"{path / CONFIG_FILE}: describes a model of more than {MAX_MODULES} modules")
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    except MPQError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{path / 'config.json'}: transformers cannot build this model ({type(error).__name__}: "
+            f"{path / CONFIG_FILE}: transformers cannot build this model ({type(error).__name__}: "
             f"{short(str(error), 300)}); code that comes with a checkpoint is not run"
         ) from error
-    return model
+    finally:
+        hook.remove()
+
+
+def _check_labels(where: Path) -> None:
+    """transformers makes a name for each label before it looks at anything else."""
+    for part in config_parts(read_json_object(where)):
+        labels = part.get("num_labels")
+        if type(labels) is int and labels > MAX_LABELS:
+            raise CheckpointError(f"{where}: num_labels={labels}, more than {MAX_LABELS}")
+
+
+def config_parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and all configs in it, such as that of its text model."""
+    pending = [config]
+    while pending:
+        part = pending.pop()
+        yield part
+        pending += [value for value in part.values() if isinstance(value, dict)]
+
+
+def check_bytes(where: Path, model: torch.nn.Module, stored: int) -> None:
+    """Raise CheckpointError when a model on the meta device would take far more memory than its files' `stored` bytes.
+
+    Parameters that the files lack or hold in another shape are made before transformers reports them, and buffers are
+    computed. A parameter takes at most four times its stored bytes: fp8 loaded as fp32.
+    """
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    for what, size, limit in (("parameters", parameters, 4 * stored), ("buffers", buffers, stored)):
+        if size > limit + FREE_BYTES:
+            raise CheckpointError(
+                f"{where}: the model that it describes has {size} bytes of {what}, and its files hold {stored} bytes: "
+                "is it of another model?"
+            )
 
 
 @contextmanager

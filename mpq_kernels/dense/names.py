@@ -1,11 +1,11 @@
 """Which stored tensor feeds which linear of a model: transformers' model on the meta device against file headers.
 
     parameter of the model   "model.layers.0.mlp.up_proj.weight"
-    stored as                the same, or without "model." (saved from the base model), or with it added
+    stored as                the same, or without "model." (saved from the base model), or with it added; or under
+                             another name, or as a part of another tensor: as transformers' own tables say
     tied head                lm_head.weight and embed_tokens.weight are one parameter, stored under either name or both
 
-That is all that is mapped: a linear whose tensor transformers would rename, split or merge is refused. Experts of
-mixtures, which it does merge, are mapped by experts.py.
+conversions.py follows those tables, experts.py has the experts of mixtures.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor
+from .conversions import Conversion, Origin, find_origins
 from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
 from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
 from .model import build_meta_model
+from .towers import output_head, towers
 
 
 @dataclass(frozen=True)
 class ModelMap:
     """The linears, and how a tied pair is stored.
 
-    kinds: stored tensor -> type of the module that it is a parameter of. left: parameters whose experts cannot be
+    origins: parameter or buffer -> where it comes from; of tied ones, each. left: parameters whose experts cannot be
     packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
     tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
+    kinds: stored tensor -> type of the module that it is a parameter of.
     others: matrices that belong to no linear, embedding or convolution, in module order.
     """
 
     linears: tuple[LinearSpec, ...]
+    origins: dict[str, Origin]
     tied_source: str | None
     tied_target: str | None
     kinds: dict[str, str] = field(default_factory=dict)
@@ -47,42 +51,59 @@ class ModelMap:
     def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
         """Match the model that `config` describes with `tensors`. Raises CheckpointError naming file and tensor."""
         model = build_meta_model(path)
-        prefix = getattr(model, "base_model_prefix", "")
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        stored = {name: _stored_name(name, prefix, tensors) for name in parameters}
+        found = find_origins(model, tensors)
         head, tied = _head(model)
         embedding = _tied_embedding(parameters, head) if tied else None
-        own_name = stored[embedding] if embedding is not None else None
-        if embedding is not None:
-            stored[embedding] = own_name or stored[f"{head}.weight"]
-            stored[f"{head}.weight"] = stored[f"{head}.weight"] or own_name
+        own = found.by_parameter.get(embedding) if embedding is not None else None
+        origins = _with_tied(parameters, found.by_parameter)
         for name, module in model.named_modules():
             if is_linear(module):
-                _check_linear(path, name, module, stored, tensors)
-        _check_complete(path, parameters, stored, tensors)
-        scoring, heads = routers(model), other_heads(model)
+                _check_linear(path, name, module, origins, found.failed, tensors)
+        _check_complete(path, parameters, origins, tensors)
+        scoring, heads, other = routers(model), other_heads(model), towers(model)
         linears = tuple(
             LinearSpec(
                 name,
                 *linear_shape(module),
-                str(stored[f"{name}.weight"]),
-                stored[f"{name}.bias"] if module.bias is not None else None,
+                origins[f"{name}.weight"].tensor,
+                None if module.bias is None else origins[f"{name}.bias"].tensor,
                 is_head=name == head or name in heads,
                 tied=name == head and embedding is not None,
                 router=name in scoring,
                 transposed=is_transposed(module),
+                tower=name in other,
+                origin=_made(origins[f"{name}.weight"]),
+                bias_origin=None if module.bias is None else _made(origins[f"{name}.bias"]),
             )
             for name, module in model.named_modules()
             if is_linear(module)
         )
-        experts, left = map_experts(path, model, tensors)
+        experts, left = map_experts(path, model, tensors, found)
         # In reverse, so that a tied pair is what it is first: the embedding.
-        kinds = {source: _owner(model, name) for name, source in reversed(stored.items()) if source is not None}
+        fed = [(tensor, name) for name in reversed(parameters) if name in origins for tensor in origins[name].tensors]
+        kinds = {tensor: _owner(model, name) for tensor, name in fed}
         known = {spec.expert.module for spec in experts if spec.expert is not None}
-        found = (kinds, left, tuple(other_matrices(model, head, known)))
+        facts = (kinds, left, tuple(other_matrices(model, head, known)))
         if embedding is None:
-            return cls(linears + experts, None, None, *found)
-        return cls(linears + experts, stored[embedding], own_name or embedding, *found)
+            return cls(linears + experts, origins, None, None, *facts)
+        target = embedding if own is None else own.tensor
+        return cls(linears + experts, origins, origins[embedding].tensor, target, *facts)
+
+
+def _with_tied(parameters: Mapping[str, torch.nn.Parameter], origins: dict[str, Origin]) -> dict[str, Origin]:
+    """Origins, with those of tied parameters: one that no file holds comes from where the other one does."""
+    shared: dict[int, Origin] = {}
+    for name, parameter in parameters.items():
+        if name in origins:
+            shared.setdefault(id(parameter), origins[name])
+    tied = {name: shared[id(parameter)] for name, parameter in parameters.items() if id(parameter) in shared}
+    return origins | {name: origin for name, origin in tied.items() if name not in origins}
+
+
+def _made(origin: Origin) -> Origin | None:
+    """An origin, None where the parameter is a stored tensor as it is."""
+    return None if origin.conversion is None else origin
 
 
 def _owner(model: torch.nn.Module, parameter: str) -> str:
@@ -90,17 +111,9 @@ def _owner(model: torch.nn.Module, parameter: str) -> str:
     return type(model.get_submodule(parameter.rpartition(".")[0])).__name__
 
 
-def _stored_name(name: str, prefix: str, tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Name of a parameter in the files: its own, or with the base model's prefix removed or added."""
-    candidates = [name]
-    if prefix:
-        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-    return next((candidate for candidate in candidates if candidate in tensors), None)
-
-
 def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
     """(module name of the output head, whether its weight is the input embedding)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(model)
     if head is None:
         return None, False
     name = next(name for name, module in model.named_modules() if module is head)
@@ -111,7 +124,7 @@ def _head(model: torch.nn.Module) -> tuple[str | None, bool]:
 def other_heads(model: Any) -> set[str]:
     """Linears outside of the base model, where the model has no output embeddings: the score of a classifier."""
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or prefix not in model._modules or model.get_output_embeddings() is not None:
+    if not prefix or prefix not in model._modules or output_head(model) is not None:
         return set()
     named = model.named_modules()
     return {name for name, module in named if is_linear(module) and not name.startswith(f"{prefix}.")}
@@ -127,56 +140,59 @@ def _check_linear(
     path: Path,
     name: str,
     module: torch.nn.Module,
-    stored: Mapping[str, str | None],
+    origins: Mapping[str, Origin],
+    failed: Mapping[str, Conversion],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     for part, parameter in module.named_parameters():
-        source = stored[f"{name}.{part}"]
-        if source is None:
+        origin = origins.get(f"{name}.{part}")
+        if origin is None:
+            conversion = failed.get(f"{name}.{part}")
             raise CheckpointError(
-                f"{path}: the model has a linear {name}, and no file holds {name}.{part}, with or without the base "
-                "model's prefix; tensors that transformers would rename or merge cannot be packed"
+                f"{path}: the model has a linear {name}, and no file holds {name}.{part}, under this name or one that "
+                f"transformers renames to it{'' if conversion is None else f'; {conversion.problem}'}"
             )
-        tensor = tensors[source]
-        if tensor.shape != tuple(parameter.shape):
+        if origin.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{tensor}: the model that config.json describes has {list(parameter.shape)} for {name}.{part}; "
-                "config and weights belong to different models"
+                f"{tensors[origin.tensor]}: the model that config.json describes has {list(parameter.shape)} for "
+                f"{name}.{part}; config and weights belong to different models"
             )
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{tensor}: weights must be fp32, fp16 or bf16 to be packed; dequantize or convert the checkpoint first"
-            )
+        for tensor in (tensors[stored] for stored in origin.tensors):
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"{tensor}: weights must be fp32, fp16 or bf16 to be packed; dequantize or convert the checkpoint "
+                    "first"
+                )
 
 
 def _check_complete(
     path: Path,
     parameters: Mapping[str, torch.nn.Parameter],
-    stored: Mapping[str, str | None],
+    origins: Mapping[str, Origin],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Refuse a checkpoint that lacks a parameter, or holds it in another shape.
 
-    A parameter may also come from tensors that transformers renames or merges (experts); that is possible only when
-    some stored tensor has no parameter of its own.
+    While some stored tensor has no parameter of its own, what seems to be missing may yet come from that: whether the
+    model loads is tried later.
     """
-    missing = sorted(name for name, source in stored.items() if source is None)
-    if missing and set(tensors) <= set(stored.values()):
+    missing = sorted(name for name in parameters if name not in origins)
+    used = {stored for origin in origins.values() for stored in origin.tensors}
+    if missing and set(tensors) <= used:
         raise CheckpointError(f"{path}: no file holds {missing[0]}, which the model needs ({len(missing)} missing)")
-    for name, source in stored.items():
-        if source is not None and tensors[source].shape != tuple(parameters[name].shape):
+    for name, parameter in parameters.items():
+        origin = origins.get(name)
+        if origin is not None and origin.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{tensors[source]}: the model that config.json describes has {list(parameters[name].shape)} for {name}"
+                f"{tensors[origin.tensor]}: the model that config.json describes has {list(parameter.shape)} for {name}"
             )
 
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear of a model, in module order, then the linears of all experts, as its files name them."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()  # type: ignore[operator]  # a method of transformers models
+    head = output_head(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    scoring, heads = routers(model), other_heads(model)
+    scoring, heads, other = routers(model), other_heads(model), towers(model)
     linears = [
         LinearSpec(
             name,
@@ -187,6 +203,7 @@ def list_linears(model: nn.Module) -> list[LinearSpec]:
             tied=f"{name}.weight" in tied,
             router=name in scoring,
             transposed=is_transposed(module),
+            tower=name in other,
         )
         for name, module in model.named_modules()
         if is_linear(module)

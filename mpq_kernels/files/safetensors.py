@@ -26,6 +26,7 @@ from .strict import MAX_JSON_BYTES, parse_json, short, write_all
 
 ALIGNMENT = 64  # bytes: one cache line, the widest CPU vector
 MAX_RANK = 32
+MAX_ELEMENTS = 2**59  # of 16 bytes each fit 63 bits
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -140,6 +141,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Ten
         raise CheckpointError(f"{where}: dtype {short(dtype)} is not one of {sorted(DTYPES)}")
     if not _naturals(shape) or len(shape) > MAX_RANK:
         raise CheckpointError(f"{where}: shape {short(shape)} is not a list of at most {MAX_RANK} sizes")
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:  # also of an empty tensor, which torch could not make
+        raise CheckpointError(f"{where}: shape {short(shape)} has sizes out of range")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {short(offsets)} are not [begin, end]")
     begin, end = offsets

@@ -19,6 +19,11 @@ from typing import Any
 from ..errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors sets for its own headers; config files are far smaller
+# What values take in memory, by the marks of their text, in units of about 45 bytes. The limit is reached by 240,000
+# tensors in one safetensors header, a million in an index, 10 million numbers in a plan.
+JSON_MARKS = ((b"{", 5), (b"[", 2), (b",", 1), (b":", 4), (b'"', 1))
+MAX_JSON_MARKS = 10_000_000
+MAX_COMPARED_CHARS = 1000  # of a name that is compared; longer ones are no slips
 MAX_COMPARED = 5000  # names that a misspelt one is compared with: about 50 ms
 MAX_INT_DIGITS = 19  # every length and offset fits 63 bits; longer ones would only cost time
 
@@ -30,7 +35,10 @@ def short(value: object, limit: int = 80) -> str:
 
 
 def parse_json(data: bytes, where: str, allow_nonfinite: bool = False) -> Any:
-    """Value of a JSON text. Raises CheckpointError for bad UTF-8, a repeated key, a huge integer, NaN (unless allowed).
+    """Value of a JSON text.
+
+    Raises CheckpointError for bad UTF-8, half a surrogate pair, a repeated key, a huge integer, NaN (unless allowed),
+    and more values than fit 500 MB of memory.
 
     allow_nonfinite: config.json files of some model families hold Infinity, which transformers writes and reads.
     """
@@ -53,9 +61,14 @@ def parse_json(data: bytes, where: str, allow_nonfinite: bool = False) -> Any:
             return float(word)
         raise CheckpointError(f"{where}: {word} is not JSON")
 
+    marks = sum(data.count(mark) * weight for mark, weight in JSON_MARKS)
+    if marks > MAX_JSON_MARKS:
+        raise CheckpointError(f"{where}: holds too many values for one file ({len(data)} bytes of JSON)")
     try:
-        text = data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=nonfinite)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_int=integer, parse_constant=nonfinite)
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -81,26 +94,37 @@ def contained_file(directory: Path, name: str, root: Path | None = None) -> Path
     """Path of the regular file `name` of `directory`. Raises CheckpointError for every way out of it.
 
     root: the checkpoint's own directory, where `directory` is a folder in it. A symbolic link may lead out of it only
-    in Hugging Face's cache, where <repository>/snapshots/<revision>/<name> points into <repository>/blobs.
+    in Hugging Face's cache, where <repository>/snapshots/<revision>/<name> points into <repository>/blobs, and from a
+    directory of links to the file of the same name beside that which its config.json is a link to.
     """
     where = f"{directory}: file name {short(name)}"
     if not name or name in (".", "..") or not name.isprintable() or "/" in name or "\\" in name:
         raise CheckpointError(f"{where} is not a plain name; files must lie in the checkpoint's own directory")
-    path = directory / name
-    root = (root or directory).resolve()
+    path, given = directory / name, root or directory
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode
+        home = linked_home(given)
+        same = home is not None and target == (home / path.relative_to(given)).resolve()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{where}: there is no such file ({error}); download the checkpoint again") from error
+    root = given.resolve()
     roots = [root]
     if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
         roots.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(allowed) for allowed in roots):
+    if home is not None and home.name == "blobs" and (home.parent / "snapshots").is_dir():
+        roots.append(home)
+    if not same and not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{where} is a link to {target}, outside the directory; copy the file into it")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{where} is not a regular file")
     return path
+
+
+def linked_home(root: Path) -> Path | None:
+    """Where the files of a checkpoint lie that is a directory of links: beside its config.json. None for others."""
+    config = root / "config.json"
+    return config.resolve().parent if config.is_symlink() else None
 
 
 def write_new_file(path: Path, data: bytes) -> None:
@@ -155,5 +179,7 @@ def json_bytes(value: object) -> bytes:
 
 def close_names(name: str, known: Sequence[str]) -> str:
     """The words "did you mean ...?" for a name that is not among `known`; empty when nothing is close."""
+    if len(name) > MAX_COMPARED_CHARS:
+        return ""
     close = difflib.get_close_matches(name, dict.fromkeys(known[:MAX_COMPARED]), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""

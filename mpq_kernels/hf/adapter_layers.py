@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.oft import Linear as OFTLinear
 from torch import nn
 
-from ..dense.experts import PARAMETERS
+from ..dense.experts import parameters_of
 from ..errors import UnsupportedError
 from ..nn.experts import PackedExperts
 
@@ -110,7 +110,8 @@ class PackedExpertsLora(PackedAdapter, ParamWrapper):
 
     @property
     def _leaf(self) -> str:
-        return next(leaf for leaf, name in PARAMETERS.items() if name == self.parameter_name)
+        names = parameters_of(self.get_base_layer().family)
+        return next(leaf for leaf, name in names.items() if name == self.parameter_name)
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from ..dense.experts import PARAMETERS
+from ..dense.experts import parameters_of
 from ..errors import UnsupportedError
 from ..nn.experts import GroupedLinear, PackedExperts
 from ..nn.fused import FusedLinear, FusedMember
@@ -42,11 +42,11 @@ class PackedTuner:
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
         """As peft's, with "all-linear" for packed layers too."""
-        self._all_linear = _asks_for_all(self.peft_config[adapter_name])
+        self._all_linear = asks_for_all(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **options)  # type: ignore[misc]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if _asks_for_all(peft_config):
+        if asks_for_all(peft_config):
             spell_out_all_linear(peft_config, model)
         elif self._all_linear:
             # peft has put names in its place already, to name experts as parameters. Those know of no packed layer.
@@ -155,7 +155,8 @@ def spell_out_all_linear(config: Any, model: nn.Module) -> None:
     config.target_modules = {name for name, layer in _linears(model) if all(layer is not head for head in heads)}
 
 
-def _asks_for_all(config: Any) -> bool:
+def asks_for_all(config: Any) -> bool:
+    """Whether a config of peft's says "all-linear"."""
     targets = getattr(config, "target_modules", None)
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
@@ -204,7 +205,7 @@ def _expert_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name of a module of packed experts, name of a parameter that it stands for), whatever adapters are around it."""
     for name, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            for parameter in PARAMETERS.values():
+            for parameter in parameters_of(module.family).values():
                 yield name.replace(".base_layer", ""), parameter
 
 

@@ -5,7 +5,7 @@
     layers.0.mlp.up_proj                   model.layers.0.mlp...      the same
     lm_head                                the same                   left out, and said
 
-transformers matches the tensors in the same way, by the base model's prefix.
+The tensors follow: nn/naming.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..checkpoint.config import PackedModule, PackingConfig
 from ..errors import CheckpointError
 
 
-def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, dict[str, str]]:
-    """(the packing with the model's names, name in the model -> name in the checkpoint of its packed modules).
+def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, dict[str, PackedModule]]:
+    """(the packing with the model's names, name in the checkpoint -> packed module with its name in the model).
 
     A module that lies outside of the base model is left out when the model is that base model, or of another class than
     config.json names. Names that fit nowhere else stay, for the caller to refuse. Raises CheckpointError when two
@@ -28,14 +28,14 @@ def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, 
     """
     known, prefix = dict(model.named_modules()), getattr(model, "base_model_prefix", "")
     modules: dict[str, PackedModule] = {}
-    stored: dict[str, str] = {}
+    stored: dict[str, PackedModule] = {}
     for name, module in packing.modules.items():
         fitted = next((m for m in _candidates(module, prefix) if all(place in known for place in _places(m))), module)
         if fitted is module and _may_leave_out(module, model, prefix, known):
             continue
         if fitted.name in modules:
             raise CheckpointError(f"{name}, and with another prefix, is the same module of a {type(model).__name__}")
-        modules[fitted.name], stored[_installed(fitted)] = fitted, name
+        modules[fitted.name], stored[name] = fitted, fitted
     if modules == packing.modules:
         return packing, stored
     kept = {next((c for c in _spellings(name, prefix) if c in known), name): why for name, why in packing.kept.items()}
@@ -59,12 +59,6 @@ def _candidates(module: PackedModule, prefix: str) -> list[PackedModule]:
 def _places(module: PackedModule) -> list[str]:
     """Modules of the dense model that a packed one stands for."""
     return module.replaced() if module.experts is None else [module.experts.module]
-
-
-def _installed(module: PackedModule) -> str:
-    """Name of the packed module in the model: experts lie in the module that they replace, whatever the files say."""
-    leaf = module.name.rpartition(".")[2]
-    return module.name if module.experts is None else f"{module.experts.module}.{leaf}"
 
 
 def _may_leave_out(module: PackedModule, model: nn.Module, prefix: str, known: Container[str]) -> bool:

@@ -9,43 +9,87 @@ import torch
 
 from ..backends import select
 from ..checkpoint.packed import PackedCheckpoint
-from ..dense.model import model_class
+from ..dense.model import model_class, refused_by_transformers
+from ..errors import UnsupportedError
 from ..nn.linear import packed_modules
 from ..nn.loading import check_whole
 from . import quantizer  # noqa: F401  (registers the method)
 
+# Keywords of from_pretrained that `load` decides about, and why another value cannot be had.
+DECIDED = {
+    "local_files_only": "nothing is downloaded: give a local directory",
+    "trust_remote_code": "code that comes with a checkpoint is never run",
+    "use_safetensors": "packed models are safetensors",
+    "output_loading_info": "what it would say of a packed model is an error",
+    "quantization_config": "config.json says how the model is packed",
+    "state_dict": "the tensors are those of the directory",
+    "torch_dtype": "its name is dtype",
+    "subfolder": "give the folder itself",
+    "gguf_file": "packed models are safetensors",
+    "variant": "packed files have one name",
+    "key_mapping": "packed tensors are found by the names that config.json has for them",
+} | dict.fromkeys(
+    ("tp_plan", "tp_size", "device_mesh", "distributed_config"),
+    "a packed weight is not split over devices; device_map puts whole layers on several",
+)
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")  # words of device_map that name no device
+
 
 def load(
     path: str | os.PathLike[str],
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     activations: str = "exact",
+    **options: Any,
 ) -> Any:
-    """The model of a packed directory, in evaluation mode, on `device`.
+    """The model of a packed directory, in evaluation mode, on `device` (the CPU without one).
 
-    Its class is the one that config.json names (`architectures`), else that of a causal language model.
-    dtype: of everything that is not packed; None is the checkpoint's own. backend: a name from backends.BACKENDS; None
-    takes the first that serves the device. activations: "exact", or "int8" for the fast mode of the CPU, which rounds
-    the inputs of packed layers for each token and group. Files are mapped; on the CPU packed tensors are used where
-    they lie.
+    Its class is the one that config.json names (`architectures`), else the one that transformers has for its type
+    (dense/model.py). dtype: of everything that is not packed; None is the checkpoint's own. backend: a name from
+    backends.BACKENDS; None takes the first that serves the device. activations: "exact", or "int8" for the fast mode of
+    the CPU, which rounds the inputs of packed layers for each token and group. options: further keywords of
+    `from_pretrained`, such as attn_implementation, device_map (instead of a device) and max_memory. Files are mapped;
+    on the CPU packed tensors are used where they lie.
 
-    Raises CheckpointError for anything missing, misshapen or of an unknown version, UnsupportedError when
-    no backend serves the device with such activations.
+    Raises CheckpointError for anything missing, misshapen or of an unknown version, UnsupportedError when no backend
+    serves the device with such activations and for options that are decided here, TypeError for unknown options.
     """
+    _check_options(device, options)
     checkpoint = PackedCheckpoint.open(path)
-    for module in checkpoint.modules.values():
-        select(module.layout, torch.device(device).type, backend, activations)
-    loaded: Any = model_class(checkpoint.path).from_pretrained(
-        path,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    for kind in _device_types(options.get("device_map", device or "cpu")):
+        for module in checkpoint.modules.values():
+            select(module.layout, kind, backend, activations)
+    with refused_by_transformers(checkpoint.path):
+        loaded: Any = model_class(checkpoint.path).from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     model, report = loaded
     check_whole(checkpoint.path, report)
     for _, layer in packed_modules(model):
         layer.wanted_backend, layer.activations = backend, activations
-    return model.to(device).eval()
+        layer.rebind()
+    return (model if "device_map" in options else model.to(device or "cpu")).eval()
+
+
+def _check_options(device: torch.device | str | None, options: dict[str, Any]) -> None:
+    """Raise UnsupportedError for options that cannot be had."""
+    for name in options:
+        if name in DECIDED:
+            raise UnsupportedError(f"load takes no {name}: {DECIDED[name]}")
+    if options.get("device_map", True) is None:
+        del options["device_map"]
+    if device is not None and "device_map" in options:
+        raise UnsupportedError("give either device or device_map, exactly one of them")
+
+
+def _device_types(placed: Any) -> set[str]:
+    """Types of the devices that a device, or a device_map, names."""
+    named = placed.values() if isinstance(placed, dict) else [placed]
+    return {"cuda" if isinstance(each, int) else torch.device(each).type for each in named if each not in PLACEMENTS}

@@ -24,14 +24,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import IMPORT_FIRST, QUANT_METHOD, WEIGHTS_KEY, PackingConfig
+from ..checkpoint.config import IMPORT_FIRST, QUANT_METHOD, WEIGHTS_KEY, PackedModule, PackingConfig
 from ..checkpoint.packed import GUARD_SHAPE, guard_names, guards, validate_tensors
+from ..dense.model import CONFIG_FILE, check_bytes
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
 from ..format.weights import PackedWeight
 from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
+from ..nn.naming import PackedNames, own_names, packed_names, spared_transforms
+from .dequantize import dequantize_model
 from .fit import fit_names
+from .resize import RESIZE, guard_resizing
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +58,11 @@ class MPQQuantizer(HfQuantizer):
     """Puts packed modules into a model that transformers is about to load."""
 
     quantization_config: MPQConfig
-    _files: TensorFiles  # these two only while a model loads: its tensors, and name in the model -> name in the files
-    _stored: dict[str, str]
+    # These only while a model loads: its tensors; name in the files -> packed module; names of tensors.
+    _files: TensorFiles
+    _stored: dict[str, PackedModule]
+    _names: PackedNames
+    _own: set[str]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before a model is built."""
@@ -87,11 +94,19 @@ class MPQQuantizer(HfQuantizer):
         _expect_no_place_for(guards(packing.modules, self._files), model)
         if fitted is not packing:
             self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
-        left = sorted(set(packing.modules) - set(self._stored.values()))
+        left = sorted(set(packing.modules) - set(self._stored))
         if left:
             logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
+        self._names = packed_names(self._stored)
+        self._own = own_names(model, self._files.tensors, self._names)
         install_modules(model, fitted, kwargs.get("dtype"))
+        stored = sum(tensor.entry.nbytes for tensor in self._files.tensors.values())
+        check_bytes(self._files.files[0].parent / CONFIG_FILE, model, stored)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """transformers' renamings and conversions, which leave packed tensors alone."""
+        return spared_transforms(weight_conversions, self._names, self._own)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in packed_modules(model):
@@ -103,16 +118,24 @@ class MPQQuantizer(HfQuantizer):
             else:
                 raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
             module.rebind()
-        del self._files, self._stored
+        guard_resizing(model)
+        del self._files, self._stored, self._names, self._own
         return model
 
     def _check_offloaded(self, name: str, module: MixedLinear) -> None:
         """The values of a module whose tensors accelerate's hooks bring at each call, where they lie: in the files."""
-        names = {key: f"{self._stored[name]}.{key}" for key in module.layout.tensor_specs()}
+        stored = next(stored for stored, placed in self._stored.items() if placed.installed == name)
+        names = {key: f"{stored}.{key}" for key in module.layout.tensor_specs()}
         tensors = {key: self._files.read(stored) for key, stored in names.items()}
         PackedWeight(module.layout, **tensors).check_values()
-        for stored in names.values():
-            self._files.release(stored)
+        for tensor in names.values():
+            self._files.release(tensor)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """What `model.dequantize()` calls."""
+        model.__dict__.pop(RESIZE, None)
+        made: nn.Module = dequantize_model(model, dtype)
+        return made
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """What save_pretrained writes: the model's tensors and, for programs without this package, a guard."""

@@ -5,9 +5,11 @@
 
     tokens --sort by expert--> gate_up --> the family's gate --> down --> weights, back in the order of the tokens
 
+Experts without a gate have their up projection in `gate_up`, and their activation in place of the gate.
+
 `PackedExperts` stands where transformers has its module of 3-D parameters and is called in the same way. What the
 family does between the two projections stays its own code: the module that was replaced is kept, without its
-parameters, for its `_apply_gate`.
+parameters, for its gate.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import nn
 
 from ..backends.base import Product
-from ..dense.experts import expert_shapes, why_not_packable
+from ..dense.experts import expert_shapes, gate, why_not_packable
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
@@ -159,7 +161,7 @@ class PackedExperts(nn.Module):
             del family._parameters[name]
         # In a tuple, so that it is not registered: it has no state, and transformers would initialize its parameters.
         self._family = (family,)
-        self._interleaved = not family.is_concatenated
+        self._interleaved = family.has_gate and not family.is_concatenated
         # What adapters add to the products while they are active: GATE_UP or DOWN -> f(x, offsets), both as the layers
         # take them. Returns (T, N) in the order of rows of the family's own parameter.
         self.deltas: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
@@ -198,7 +200,7 @@ class PackedExperts(nn.Module):
             hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
         if GATE_UP in self.deltas:
             hidden = hidden + self.deltas[GATE_UP](x, offsets)
-        hidden = self.family._apply_gate(hidden)  # type: ignore[operator]  # a method of the family
+        hidden = gate(self.family, hidden)
         y = self.down(hidden, offsets)
         if DOWN in self.deltas:
             y = y + self.deltas[DOWN](hidden, offsets)

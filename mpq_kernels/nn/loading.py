@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import PackingConfig
 from ..dense.model import no_progress_bar
 from ..errors import CheckpointError
+from .install import install_modules
 
 UNUSED = "unexpected_keys"
 
@@ -29,9 +31,11 @@ def check_whole(path: Path, report: Mapping[str, Iterable[Any]]) -> None:
 
 
 def trial_report(
-    model: Any, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], dtype: torch.dtype
+    model: Any, packing: PackingConfig, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], dtype: torch.dtype
 ) -> dict[str, Iterable[Any]]:
     """The report of loading tensors of these names, dtypes and shapes into a model on the meta device.
+
+    Puts empty packed modules into the model first.
 
     This is how transformers loads a model, from its renaming of tensors to its tying of weights; no values are needed.
     """
@@ -39,8 +43,13 @@ def trial_report(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    from .naming import own_names, packed_names, spared_transforms
+
+    names = packed_names(packing.modules)
+    own = own_names(model, tensors, names)
+    install_modules(model, packing, dtype)
     state = {name: torch.empty(shape, dtype=kind, device="meta") for name, (kind, shape) in tensors.items()}
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = spared_transforms(get_model_conversion_mapping(model), names, own)
     # No module has the second name; with a "disk" among the devices transformers takes no threads, which cannot be had
     # any more when the main thread of the program has ended.
     devices: Any = {"": "meta", "no module": "disk"}

@@ -175,11 +175,11 @@ def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
-    """Tell a transformers model that these modules no longer share their weight (a packed output head).
+    """Tell a transformers model that these modules no longer share weight and bias (a packed output head).
 
     tie_weights() otherwise works out again from the config what is tied, and would put the embedding into the head.
     """
-    weights = {f"{name}.weight" for name in names}
+    weights = {f"{name}.{key}" for name in names for key in ("weight", "bias")}
     for path, module in model.named_modules():
         tied = getattr(module, "all_tied_weights_keys", None)
         if not tied:

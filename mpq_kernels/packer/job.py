@@ -6,6 +6,7 @@ and of a file that is mapped only the tensor that is being read.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +20,14 @@ from ..calibrate import auto_round
 from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
+from ..calibrate.trial import check_walk
 from ..checkpoint.config import IMPORT_FIRST, WEIGHTS_KEY, PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.conversions import Origin
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
-from ..files.safetensors import Spec
+from ..files.safetensors import Spec, nbytes
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
@@ -34,6 +37,8 @@ from ..progress import Progress
 from ..quantize import QUANTIZERS, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
+from .journal import Finished
+from .kept import kept_tensors
 from .parts import Made, Part, Shard, Unit, digest, into_shards
 from .refuse import check_recognised
 from .report import ModuleReport, PackReport, large_parameters
@@ -56,21 +61,36 @@ class PackJob:
         self.progress = progress
         self.calibrator = calibrator
         self.errors: dict[str, float] = {}
+        self.zero_groups: dict[str, int] = {}  # packed linear -> groups stored as zeros, where there are any
         self.perm: tuple[str, torch.Tensor] | None = None  # packed weight, and the permutation of its members
-        self.kept = _kept_tensors(source, resolved)
+        self.before = hashlib.sha256()  # what the codes of the next part depend on besides its own
+        self.kept = kept_tensors(source, resolved)
         self.done = 0
         members = [member for weight in resolved.weights for member in weight.members]
-        self.total = sum(source.tensors[name].entry.nbytes for name in self.kept.values())
+        self.total = sum(nbytes((kept.dtype, kept.shape)) for kept in self.kept.values())
         self.total += sum(self._weight_bytes(member.spec) for member in members)
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        together = isinstance(self.calibrator, LearnedRounding)
+        self.before = hashlib.sha256(repr(self.resolved.weights).encode() if together else b"")
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
-        units += [self._kept_unit(name, stored) for name, stored in sorted(self.kept.items())]
+        units += [self._kept_unit(name, kept) for name, kept in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
         except CheckpointError as error:
             raise CheckpointError(f"{self.source.path}: {error}") from error
+
+    def _key(self, member: ResolvedMember, places: Mapping[str, tuple[int, int]], bias: torch.dtype | None) -> str:
+        """Key of a linear's part: what the plan asks of it, and of all others on which its codes depend.
+
+        With a text those are all that are quantized before it, since it is calibrated on what they make; auto-round
+        tunes all of them together.
+        """
+        text = f"{[(name, count) for name, (_, count) in places.items()]} {bias} {member}".encode()
+        if isinstance(self.calibrator, Calibrator):
+            self.before.update(text)
+        return hashlib.sha256(self.before.digest() + text).hexdigest()
 
     def _packed_unit(self, weight: ResolvedWeight) -> Unit:
         specs: dict[str, Spec] = {
@@ -94,33 +114,35 @@ class PackJob:
             made = partial(self._pack_member, weight, member)
             restored = partial(self._restore_member, weight, member)
             digests = partial(self._digests, member.spec)
-            parts.append(Part(f"packed {member.spec.name}", places, made, restored, digests))
+            key = self._key(member, places, bias)
+            parts.append(Part(f"packed {member.spec.name}", key, places, made, restored, digests))
         return Unit(specs, tuple(parts))
 
-    def _kept_unit(self, name: str, stored: str) -> Unit:
-        tensor = self.source.tensors[stored]
+    def _kept_unit(self, name: str, kept: Origin) -> Unit:
+        size = nbytes((kept.dtype, kept.shape))
 
         def digests() -> dict[str, str]:
-            return {stored: digest([self.source.read(stored)])}
+            return {kept.tensor: digest([self.source.made(kept)])}
 
-        def restore(tensors: Mapping[str, torch.Tensor], error: float | None) -> None:
-            self._advance(tensor.entry.nbytes, name)
+        def restore(tensors: Mapping[str, torch.Tensor], done: Finished) -> None:
+            self._advance(size, name)
 
         def make() -> Made:
-            made = Made({name: self.source.read(stored)}, digests())
-            self._advance(tensor.entry.nbytes, name)
+            made = Made({name: self.source.made(kept)}, digests())
+            self._advance(size, name)
             return made
 
-        places = {name: (0, math.prod(tensor.shape))}
-        return Unit({name: (tensor.dtype, tensor.shape)}, (Part(f"kept {name}", places, make, restore, digests),))
+        places, spec = {name: (0, math.prod(kept.shape))}, (kept.dtype, kept.shape)
+        return Unit({name: spec}, (Part(f"kept {name}", f"{kept.tensor} {spec}", places, make, restore, digests),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
         dense = self.source.weight(spec)
         quantized, error = self._quantize(member, dense)
+        zero_groups = sum(int((block.scales == 0).sum()) for _, _, block in quantized.blocks)
         inputs = self._digests(spec, dense)
         del dense
-        self.source.release(spec.tensor)
+        self.source.release_weight(spec)
         packed = pack_weight(quantized).tensors()
         del quantized
         if "perm" in packed:
@@ -134,12 +156,11 @@ class PackJob:
         dtype, bias = self._bias_dtype(weight), self.source.bias(spec)
         if dtype is not None:  # a member without a bias adds nothing
             tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
-        self.errors[spec.name] = error
-        self._advance(self._weight_bytes(spec), spec.name)
-        return Made(tensors, inputs, error)
+        self._note(spec, error, zero_groups)
+        return Made(tensors, inputs, error, zero_groups)
 
     def _restore_member(
-        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], error: float | None
+        self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], done: Finished
     ) -> None:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
@@ -152,7 +173,12 @@ class PackJob:
                 own["perm"] = self.perm[1]
             self.calibrator.enter(spec.name)
             self.calibrator.set_weight(spec.name, dequantize(PackedWeight(member.layout, **own)))
-        self.errors[spec.name] = 0.0 if error is None else error
+        self._note(spec, 0.0 if done.error is None else done.error, done.zero_groups)
+
+    def _note(self, spec: LinearSpec, error: float, zero_groups: int) -> None:
+        self.errors[spec.name] = error
+        if zero_groups:
+            self.zero_groups[spec.name] = zero_groups
         self._advance(self._weight_bytes(spec), spec.name)
 
     def _digests(self, spec: LinearSpec, dense: torch.Tensor | None = None) -> dict[str, str]:
@@ -242,6 +268,7 @@ class PackJob:
             parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
             unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
+            zero_groups=self.zero_groups,
         )
 
     def _module_report(self, weight: ResolvedWeight) -> ModuleReport:
@@ -264,24 +291,29 @@ def prepare(
     calibrated: bool,
     act_order: bool = False,
     allow_dense: bool = False,
+    sample: Mapping[str, torch.Tensor] | None = None,
 ) -> ResolvedPlan:
-    """The plan on the source's linears, in the order in which they are packed; no weight is read.
+    """The plan on the source's linears, in the order in which they are packed.
+
+    No weight is read, but by the trial of a calibration where the model cannot be tried without them (trial.py).
 
     quantizer: a key of quantize.QUANTIZERS. calibrated: whether it looks at a text; act_order: whether it then chooses
-    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears.
+    the order of the columns. allow_dense: go on where most of the model's matrices are not known as linears. sample:
+    what it looks at in place of a text.
 
-    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer cannot do, CheckpointError for a
-    model of which too little would be packed.
+    Raises PlanError for a plan that does not fit, QuantizeError for what the quantizer or its calibration cannot do,
+    CheckpointError for a model of which too little would be packed.
     """
     if not allow_dense:
         check_recognised(source)
     resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)
+    if not calibrated or not resolved.weights:
         return resolved
-    if not calibrated:
-        return resolved
-    return in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    ordered = in_walk_order(in_free_order(resolved) if act_order else resolved, source)
+    check_walk(source, ordered, sample)
+    return resolved if row.whole_model else ordered
 
 
 def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
@@ -304,18 +336,3 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
         return replace(weight, members=members, layout=replace(weight.layout, permuted=True))
 
     return replace(resolved, weights=tuple(permuted(w) if free(w) else w for w in resolved.weights))
-
-
-def _kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
-    """Name in the output -> stored name, of every tensor that stays as it is.
-
-    The tied embedding always stays: it is looked up by row even where the head is packed.
-    """
-    packed = [member.spec for weight in resolved.weights for member in weight.members]
-    dropped = {spec.tensor for spec in packed} | {spec.bias_tensor for spec in packed}
-    kept = {name: name for name in source.tensors if name not in dropped}
-    tied = source.model_map
-    if tied.tied_source is not None and tied.tied_target is not None:
-        kept.pop(tied.tied_source, None)
-        kept[tied.tied_target] = tied.tied_source
-    return kept

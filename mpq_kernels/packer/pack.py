@@ -38,7 +38,7 @@ from .output import check_output, check_space
 from .parts import Shard, index_of
 from .refuse import check_loads
 from .report import PackReport
-from .unfinished import TIME, working_directory
+from .unfinished import ARRANGEMENT, TIME, working_directory
 from .write import write_parts
 
 MAX_SHARD_BYTES = 5_000_000_000  # a broken download or copy repeats no more than this
@@ -64,8 +64,9 @@ def pack(
     packed checkpoint, once the new one is complete. max_shard_bytes: tensor bytes of one file; a larger weight gets a
     file of its own.
     progress: called as progress(done, total, name) with bytes of the source. resume: whether to go on with what a run
-    that was killed has finished for this output: True goes on (from the beginning where there is nothing), False
-    removes it and starts over, None raises CheckpointError when there is any. allow_dense: pack a model of which less
+    that was killed has finished for this output: True goes on (from the beginning where there is nothing; under another
+    plan, with what that leaves as it was), False removes it and starts over, None raises CheckpointError when there is
+    any. allow_dense: pack a model of which less
     than half would be packed because its linears are not known as such (dense/kinds.py).
 
     Raises CheckpointError (files, disk, a model like that), PlanError (the plan does not fit the model), QuantizeError
@@ -76,7 +77,8 @@ def pack(
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
     source = DenseCheckpoint.open(model_dir)
     act_order = calibrated is not None and calibrated.act_order
-    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order, allow_dense)
+    sample = calibrated.samples[0] if calibrated is not None and calibrated.samples else None
+    resolved = prepare(source, plan, quantizer, calibrated is not None, act_order, allow_dense, sample)
     out = check_output(out_dir, source.path, overwrite, resume is True)
     calibrator: Calibrator | auto_round.LearnedRounding | None = None
     if calibrated is not None and resolved.weights:
@@ -92,20 +94,23 @@ def pack(
         texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
     carried = source.other_files()
     identity = _identity(source, plan, quantizer, calibrated, max_shard_bytes)
-    with working_directory(out, identity, sum(len(shard.parts) for shard in shards), resume) as work:
+    with working_directory(out, identity, shards, resume) as work:
         _check_room(work.directory, shards, texts, carried_bytes(source.path, carried))
         write_parts(source, shards, work)
         carry(source.path, carried, work.directory)
         _finish(work.directory, shards, texts, carried)
         written = PackedCheckpoint.open(work.directory)
-        report = job.report(out, written, carried, unused, work.resumed)
+        report = job.report(out, written, carried, unused, len(work.finished))
     return report
 
 
 def _identity(
     source: DenseCheckpoint, plan: Plan, quantizer: str, calibration: Calibration | None, max_shard_bytes: int
 ) -> dict[str, Any]:
-    """All that the bytes of the output depend on, but for the values of the tensors: what a resumed run must share."""
+    """All that the bytes of the output depend on, but for the values of the tensors: what a resumed run must share.
+
+    Under ARRANGEMENT: what it need not share, because parts have keys of their own.
+    """
     files = {file.name: file.stat() for file in source.files.files}
     return {
         "mpq_kernels": VERSION,
@@ -115,8 +120,10 @@ def _identity(
         "layout_id": LAYOUT_ID,
         "quantizer": quantizer,
         "calibration": None if calibration is None else calibration.identity(),
-        "max_shard_bytes": max_shard_bytes,
-        "plan sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        ARRANGEMENT: {
+            "max_shard_bytes": max_shard_bytes,
+            "plan sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        },
         "config sha256": hashlib.sha256(json_bytes(source.config)).hexdigest(),
         "source": {name: {"bytes": status.st_size, TIME: status.st_mtime_ns} for name, status in files.items()},
     }

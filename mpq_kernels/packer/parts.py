@@ -19,29 +19,33 @@ import torch
 from ..errors import CheckpointError
 from ..files.safetensors import Spec, nbytes, tensor_bytes
 from ..files.shards import SINGLE_FILE
+from .journal import Finished
 
 
 @dataclass(frozen=True)
 class Made:
-    """A part that was made. tensors: by name in the output. inputs: stored tensor -> sha256 of what was read of it."""
+    """A part that was made. tensors: by name in the output. The rest as in Finished."""
 
     tensors: Mapping[str, torch.Tensor]
     inputs: dict[str, str]
     error: float | None = None
+    zero_groups: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """name: of its own. places: tensor in the output -> (first element, elements). make: makes it.
 
-    restore: told the tensors of a part, one-dimensional, that an earlier run had finished, and its relative error.
-    digests: sha256 of its inputs as they are now, as in Made.
+    key: the same for a part of another plan whose bytes would be the same; what all parts share is not in it, nor are
+    the values of tensors. restore: told the tensors of a part, one-dimensional, that an earlier run had finished, and
+    what it noted. digests: sha256 of its inputs as they are now, as in Made.
     """
 
     name: str
+    key: str
     places: dict[str, tuple[int, int]]
     make: Callable[[], Made]
-    restore: Callable[[Mapping[str, torch.Tensor], float | None], None]
+    restore: Callable[[Mapping[str, torch.Tensor], Finished], None]
     digests: Callable[[], dict[str, str]]
 
 

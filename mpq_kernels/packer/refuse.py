@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from ..checkpoint.config import PackingConfig
 from ..dense.checkpoint import DenseCheckpoint
-from ..dense.model import build_meta_model
+from ..dense.conversions import Table
+from ..dense.model import CONFIG_FILE, build_meta_model, check_bytes
 from ..errors import CheckpointError
 from ..files.safetensors import Spec
-from ..nn.install import install_modules
 from ..nn.loading import UNUSED, check_whole, trial_report
 
 MIN_KNOWN = 0.5  # share of the matrices, embeddings and head not counted, that must be known as those of linears
@@ -41,16 +41,19 @@ def check_recognised(source: DenseCheckpoint) -> None:
 
 
 def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mapping[str, Spec]) -> tuple[str, ...]:
-    """Load the packed model as `load` will, without values. Returns names of tensors that the model does not use.
+    """Load the packed model as `load` will, without values. Returns stored tensors that the model does not use.
 
-    tensors: all that will be written. Raises CheckpointError for what `load` would refuse.
+    Those too of which transformers says nothing, such as the prediction layers of DeepSeek-V3. tensors: all that will
+    be written. Raises CheckpointError for what `load` would refuse.
     """
     _check_beside(source, packing, tensors)
     model = build_meta_model(source.path, source.dtype)
-    install_modules(model, packing, source.dtype)
-    report = trial_report(model, tensors, source.dtype)
+    table = Table(model)
+    report = trial_report(model, packing, tensors, source.dtype)
+    check_bytes(source.path / CONFIG_FILE, model, sum(tensor.entry.nbytes for tensor in source.tensors.values()))
     check_whole(source.path, report)
-    return tuple(sorted(report[UNUSED]))
+    unused = {name for name in source.tensors if table.target(name)[0] not in table.state}
+    return tuple(sorted(unused | (set(report[UNUSED]) & source.tensors.keys())))
 
 
 def _check_beside(source: DenseCheckpoint, packing: PackingConfig, tensors: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..dense.checkpoint import DenseCheckpoint
+from ..dense.conversions import Origin
 from ..dense.experts import PARAMETERS
 from ..dense.linears import DOWN, GATE_UP, PARTS
 from ..format.layout import SizeBreakdown
@@ -51,7 +52,9 @@ class PackReport:
     folder with "/" behind it -> why it was not. unused: tensors that were kept and that the model does not use.
     large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
     linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
-    calibration token was routed to; they were calibrated on all tokens that their module reads.
+    calibration token was routed to; they were calibrated on all tokens that their module reads. zero_groups: packed
+    linear -> how many of its groups are stored as zeros, because all of their weights are 0, or so small that their
+    scale is 0 in its dtype; linears without any are not in it.
     """
 
     out_dir: str
@@ -71,6 +74,7 @@ class PackReport:
     parts: int = 0
     resumed: int = 0
     unreached: tuple[str, ...] = ()
+    zero_groups: dict[str, int] = field(default_factory=dict)
 
     @property
     def bpw(self) -> float:
@@ -85,9 +89,9 @@ class PackReport:
 
 
 def large_parameters(
-    source: DenseCheckpoint, resolved: ResolvedPlan, kept: Mapping[str, str]
+    source: DenseCheckpoint, resolved: ResolvedPlan, kept: Mapping[str, Origin]
 ) -> tuple[LargeParameter, ...]:
-    """Parameters of more than LARGE elements that stay as they are. kept: name in the output -> stored tensor."""
+    """Parameters of more than LARGE elements that stay as they are. kept: name in the output -> where it comes from."""
     sizes: dict[str, int] = {}
     reasons: dict[str, str] = {}
     model = source.model_map
@@ -104,10 +108,10 @@ def large_parameters(
         sizes[name] = sizes.get(name, 0) + spec.out_features * spec.in_features
         reasons[name] = resolved.kept[spec.name]
         named.add(spec.tensor)
-    for name, stored in kept.items():
-        if stored not in named:
-            sizes[name] = math.prod(source.tensors[stored].shape)
-            reasons[name] = _why_not_linear(model.kinds.get(stored))
+    for name, origin in kept.items():
+        if origin.tensor not in named:
+            sizes[name] = math.prod(origin.shape)
+            reasons[name] = _why_not_linear(model.kinds.get(origin.tensor))
     return tuple(LargeParameter(name, size, reasons[name]) for name, size in sizes.items() if size > LARGE)
 
 

@@ -27,7 +27,7 @@ def write_parts(source: DenseCheckpoint, shards: Sequence[Shard], work: Work) ->
 
     Raises CheckpointError, also for a finished part that is damaged, or was made of something else than is there now.
     """
-    finished = work.journal.finished
+    finished = work.finished
     begun = {shard.name for shard in shards if any(part.name in finished for part in shard.parts)}
     for path in work.directory.iterdir():
         if path.is_dir():
@@ -50,7 +50,7 @@ def _make(part: Part, file: NewFile, source: DenseCheckpoint, journal: Journal) 
     for name, (start, _) in part.places.items():
         file.write(name, start, made.tensors[name])
     output = digest(made.tensors[name] for name in part.places)
-    journal.add(Finished(part.name, made.inputs, output, made.error))
+    journal.add(Finished(part.name, part.key, made.inputs, part.places, output, made.error, made.zero_groups))
     for name in made.inputs:
         source.release(name)
 
@@ -69,7 +69,7 @@ def _take_over(part: Part, done: Finished, file: NewFile, source: DenseCheckpoin
             )
         for name in done.inputs:
             source.release(name)
-    part.restore(tensors, done.error)
+    part.restore(tensors, done)
 
 
 @contextmanager

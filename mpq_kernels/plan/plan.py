@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +42,7 @@ from pydantic import (
 from ..errors import CheckpointError, PlanError
 from ..files.strict import close_names, parse_json, replace_file, short
 from ..format.codes import KEPT_BITS, TILE_K
+from .patterns import why_no_pattern, why_too_many
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -53,10 +53,9 @@ else:
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 64 * 2**20  # permutations of every layer of a 100-layer model take about 20 MB
-MAX_REGEXES = 1000  # each is tried on every module name; exact names are looked up and have no limit
-MAX_REGEX_CHARS = 1000
 MAX_PROBLEMS = 20  # how many problems one message lists
 REGEX = "re:"
+MIN_TOWER_GROUP = 16
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # every linear of every expert, as checkpoints name them
 
 CodeBits = Annotated[int, Field(strict=True, ge=1, le=8)]
@@ -200,15 +199,9 @@ class Plan(_Rules):
     @classmethod
     def _check_patterns(cls, value: dict[str, WeightPlan]) -> dict[str, WeightPlan]:
         patterns = [key.removeprefix(REGEX) for key in value if key.startswith(REGEX)]
-        if len(patterns) > MAX_REGEXES:
-            raise ValueError(f"{len(patterns)} regexes, more than {MAX_REGEXES}: name the modules instead")
-        for pattern in patterns:
-            if len(pattern) > MAX_REGEX_CHARS:
-                raise ValueError(f"a regex of {len(pattern)} characters, more than {MAX_REGEX_CHARS}")
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{short(pattern)} is not a regular expression: {error}") from error
+        reason = why_too_many(patterns) or next(filter(None, map(why_no_pattern, patterns)), None)
+        if reason is not None:
+            raise ValueError(reason)
         return value
 
     @classmethod
@@ -221,11 +214,13 @@ class Plan(_Rules):
         zero: ZeroName = "int",
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
+        towers: int = KEPT_BITS,
     ) -> Plan:
         """One rule for every linear, experts too, and the output head in `lm_head` bits (16: kept). Routers are kept.
 
-        model: a Hugging Face directory, or its linears. Raises PlanError for a bad rule, CheckpointError for a bad
-        directory. Whether group_size divides every K is checked by `resolve`.
+        model: a Hugging Face directory, or its linears. towers: bits of vision and audio towers and of projectors, 16
+        to keep them; where group_size does not divide the K of one, its groups are smaller. Raises PlanError for a bad
+        rule, CheckpointError for a bad directory. Whether group_size divides every other K is checked by `resolve`.
         """
         rule = WeightPlan(bits=bits, group_size=group_size, symmetric=symmetric, zero=zero, scale_dtype=scale_dtype)
         if isinstance(model, (str, os.PathLike)):
@@ -237,7 +232,7 @@ class Plan(_Rules):
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
         rules = {spec.name: head for spec in model if spec.is_head}
         rules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in model if spec.router}
-        return cls(default=rule, modules=rules)
+        return cls(default=rule, modules=rules | tower_rules(model, rule.model_copy(update={"bits": towers})))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:
@@ -267,6 +262,10 @@ class Plan(_Rules):
         except CheckpointError as error:
             raise PlanError(str(error)) from error
 
+    def with_rules(self, rules: Mapping[str, WeightPlan]) -> Plan:
+        """The same plan with these rules for exact names."""
+        return self.model_copy(update={"modules": self.modules | dict(rules)})
+
     def to_json(self) -> str:
         """Text of the file: exact names sorted, then regexes in their order, which decides; one rule on a line."""
         data = self.model_dump(mode="json")
@@ -285,6 +284,20 @@ class Plan(_Rules):
         Raises OSError; whatever was at `path` is then untouched.
         """
         replace_file(Path(path), self.to_json().encode())
+
+
+def tower_rules(linears: Sequence[LinearSpec], rule: WeightPlan) -> dict[str, WeightPlan]:
+    """The same rule for every linear of towers and projectors, whose K is seldom a multiple of a usual group_size.
+
+    Where it is not, the group is the largest divisor below, at least MIN_TOWER_GROUP, else all of K. PlanError.
+    """
+    rule = WeightPlan(**rule.model_dump())
+
+    def fitted(columns: int) -> WeightPlan:
+        fit = (size for size in range(rule.group_size, MIN_TOWER_GROUP - 1, -1) if columns % size == 0)
+        return rule if rule.kept else rule.model_copy(update={"group_size": next(fit, -1)})
+
+    return {spec.name: fitted(spec.in_features) for spec in linears if spec.tower}
 
 
 def _checked_group(value: int) -> int:

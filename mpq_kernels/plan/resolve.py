@@ -7,7 +7,6 @@ Everything that can be wrong between a plan and a model is refused here, with th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from ..errors import FormatError, PlanError
 from ..files.strict import close_names
 from ..format.codes import KEPT_BITS, TILE_K, TILE_N
 from ..format.layout import Experts, Member, Segment, SizeBreakdown, WeightLayout
+from .patterns import Clock, compile_pattern
 from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan
 
 if TYPE_CHECKING:
@@ -140,11 +140,12 @@ def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> dict[str, WeightPlan 
     """The rule of every module. Raises PlanError for a rule that matches none."""
     chosen: dict[str, WeightPlan | None] = dict.fromkeys(specs, plan.default)
     exact: list[str] = []
+    clock = Clock()
     for key, rule in plan.modules.items():
         if not key.startswith(REGEX):
             exact.append(key)
             continue
-        pattern = re.compile(key.removeprefix(REGEX))
+        pattern = compile_pattern(key.removeprefix(REGEX), f"modules[{key!r}]", clock)
         matched = [name for name in specs if pattern.fullmatch(name)]
         if not matched:
             raise PlanError(

@@ -31,10 +31,6 @@ CHUNK_WEIGHTS = 2**18
 # there are; longer rows are summed in pieces of this many.
 MAX_ROW = 4096
 
-# A scale may lose at most this part of itself when it is rounded to its stored dtype. Only subnormal ones lose more
-# than 2**-9 (bfloat16).
-MAX_SCALE_LOSS = 2.0**-4
-
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
@@ -76,7 +72,8 @@ Rounding = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockSpec], torch
 def nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     """Nearest codes (fp32, whole numbers) of groups [G, g] for scales and zeros [G, 1]; a scale of 0 gives code 0."""
     steps = (groups / scale).add_(zero).round_().clamp_(0, spec.max_code)
-    return steps.nan_to_num_(0.0)
+    none = scale == 0
+    return steps.masked_fill_(none, 0.0) if bool(none.any()) else steps
 
 
 @dataclass(frozen=True)
@@ -204,19 +201,20 @@ def storable(scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> tuple[
 
 
 def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
-    """Scales [G, 1], none 0, rounded to the stored dtype. Raises QuantizeError when one is out of range for it."""
+    """Scales [G, 1] rounded to the stored dtype, and 0 where nothing is left of them: a group of zeros.
+
+    What is below the normal numbers of fp32 counts as nothing, whatever the dtype. Raises QuantizeError when a scale is
+    too large for its dtype.
+    """
+    info = torch.finfo(TORCH_DTYPES[spec.scale_dtype])
     stored = scale.to(TORCH_DTYPES[spec.scale_dtype]).float()
-    bad = ~torch.isfinite(stored) | ((stored - scale).abs() > MAX_SCALE_LOSS * scale.abs())
-    # Below this the fp32 value itself has lost digits, or all of them.
-    bad |= scale.abs() < torch.finfo(torch.float32).smallest_normal
+    stored.masked_fill_(scale.abs() < torch.finfo(torch.float32).smallest_normal, 0.0)
+    bad = ~torch.isfinite(stored)
     if not bool(bad.any()):
         return stored
-    value = float(scale[bad][0])
-    large = abs(value) > 1
-    info = torch.finfo(TORCH_DTYPES[spec.scale_dtype])
-    limit = info.max if large else info.smallest_normal
-    word = "overflows" if large else "underflows"
     cure = "keep this module in 16 bits, or clean its weights"
     if spec.scale_dtype == "float16":
         cure = "use scale_dtype='bfloat16' or 'float32' for this module"
-    raise QuantizeError(f"a scale of {value:.4g} {word} {spec.scale_dtype} (limit {limit:.4g}): {cure}")
+    raise QuantizeError(
+        f"a scale of {float(scale[bad][0]):.4g} overflows {spec.scale_dtype} (limit {info.max:.4g}): {cure}"
+    )

@@ -14,7 +14,8 @@ smaller squared error kept for each group: the least that clips nothing, which r
 grid, and max|w| / (2**(bits-1) - 1/2), the least that is off by at most half a step at both ends. One bit has the
 values -s/2 and s/2; s = 2 mean|w| is their least-squares scale.
 
-A group of zeros gets the scale 0: kernels add codes and zeros up apart, and their roundings, times 0, stay 0.
+A group of zeros, or of weights so small that their scale is 0 in its dtype, gets the scale 0: kernels add codes and
+zeros up apart, and their roundings, times 0, stay 0.
 """
 
 from __future__ import annotations
@@ -38,36 +39,34 @@ def range_search(
     steps = torch.where(high > low, (high - low) / spec.max_code, around_zero[0])
     scale, zero = storable(steps, -low / steps, spec)
     error = squared_error(groups, scale, zero, spec)
-    usable = torch.isfinite(zero) & (scale > 0)
+    usable = torch.isfinite(zero) & (scale > 0) & (around_zero[0] > 0)
     error = torch.where(usable, error, torch.inf)
     first = (squared_error(groups, *around_zero, spec), *around_zero)
     return keep_better(first, (error, scale, zero))[1:]
 
 
 def _from_range(low: torch.Tensor, high: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero that put codes 0 and max_code at low <= 0 <= high; scale 0 where both are 0."""
-    exact = high / spec.max_code - low / spec.max_code  # the difference of extremes may overflow fp32
-    scale = checked_scale(torch.where(high > low, exact, 1.0), spec)
-    zero = storable(scale, -low / scale, spec)[1]
-    return torch.where(high > low, scale, 0.0), zero
+    """Scale and zero that put codes 0 and max_code at low <= 0 <= high; scale 0 where both are 0, or next to it."""
+    scale = checked_scale(high / spec.max_code - low / spec.max_code, spec)  # their difference may overflow fp32
+    some = scale > 0
+    zero = -torch.where(some | (low == 0), low, 0.0) / torch.where(some, scale, 1.0)
+    return scale, storable(scale, zero, spec)[1]
 
 
 def _symmetric(
     groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     zero = torch.full_like(low, spec.symmetric_zero)
-    empty = (high == 0) & (low == 0)
     if spec.bits == 1:
-        scale = checked_scale(torch.where(empty, 1.0, row_sum(groups.abs()) * (2 / groups.shape[1])), spec)
-        return torch.where(empty, 0.0, scale), zero
+        return checked_scale(row_sum(groups.abs()) * (2 / groups.shape[1]), spec), zero
     below = float(spec.symmetric_zero)
     above = below - 1
     sign = torch.where(high > -low, -1.0, 1.0)
     large, small = torch.maximum(high, -low), torch.minimum(high, -low)
     best = None
     for steps in (torch.maximum(large / below, small / above), large / (below - 0.5)):
-        scale = checked_scale(torch.where(empty, 1.0, steps * sign), spec)
+        scale = checked_scale(steps * sign, spec)
         found = (squared_error(groups, scale, zero, spec), scale, zero)
         best = found if best is None else keep_better(best, found)
     assert best is not None
-    return torch.where(empty, 0.0, best[1]), zero
+    return best[1], zero

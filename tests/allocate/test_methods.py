@@ -1,6 +1,7 @@
 """Importance methods against direct calculations, and what they leave behind."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mpq_kernels.allocate import Budget, allocate, make_choices, make_units
 from mpq_kernels.allocate.inputs import layer_cosines, output_gradients
 from mpq_kernels.allocate.measured import probes, refine
 from mpq_kernels.allocate.methods import DAMPING, METHODS, check_method
+from mpq_kernels.allocate.scores import CLUSTERS, cluster_entropy, output_relevance
 from mpq_kernels.allocate.study import Study, weight_view
 from mpq_kernels.calibrate.hessians import damped
 from mpq_kernels.dense.names import list_linears
@@ -129,6 +131,49 @@ def test_lim_weighs_layers_by_how_much_they_turn_their_input(study, tables):
     weight = study.dense[study.units[0].name]
     relative = float(error / weight.square().sum()) * weight.numel()
     assert tables["lim"][0][place] == pytest.approx((1 - float(first)) * relative, rel=1e-4)
+
+
+def test_entropy_of_clusters_by_hand():
+    """Four places that hold 1/2, 1/4, 1/8, 1/8 of the points: 7/4 bits; fewer clusters than places join the closest."""
+    places = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 900.0], [0.0, 901.0]])
+    points = places.repeat_interleave(torch.tensor([8, 4, 2, 2]), 0)
+    for clusters in (4, 100):
+        assert cluster_entropy(points, clusters) == pytest.approx(1.75 * math.log(2))
+    assert cluster_entropy(points, 3) == pytest.approx(1.5 * math.log(2))
+    assert cluster_entropy(points[:8], 4) == 0
+
+
+@torch.no_grad()
+def test_entropy_weighs_layers_by_their_outputs(study, tables):
+    out = study.model.model(input_ids=TOKENS, output_hidden_states=True).hidden_states[1]
+    place = choice(study, 0, 3)
+    error = study.error(study.units[0].cells[0], study.units[0].choices[place]).square().sum()
+    weight = study.dense[study.units[0].name]
+    relative = float(error / weight.square().sum()) * weight.numel()
+    entropy = cluster_entropy(out.flatten(0, 1), CLUSTERS)
+    assert 1 < entropy <= math.log(CLUSTERS)
+    assert tables["entropy"][0][place] == pytest.approx(entropy * relative, rel=1e-4)
+
+
+def test_relevance_is_how_the_logit_follows_the_outputs(study, tables):
+    """One token: y dz/dy is what z changes by when all of y grows, which is measured here."""
+    token = TOKENS[:1, :1]
+    names = [spec.name for spec in study.linears if not spec.is_head]
+    found = output_relevance(study.model, token, names)
+    assert sum(found.values()) == pytest.approx(1)
+    slopes = {}
+    with torch.no_grad():
+        predicted = int(study.model(input_ids=token).logits[0, 0].argmax())
+        for name in names[4:7]:
+            logits = []
+            for factor in (1.01, 0.99):
+                handle = study.model.get_submodule(name).register_forward_hook(lambda m, a, out, f=factor: out * f)
+                logits.append(float(study.model(input_ids=token).logits[0, 0, predicted].double()))
+                handle.remove()
+            slopes[name] = abs(logits[0] - logits[1]) / 0.02
+    first = names[4]
+    for name in names[5:7]:
+        assert found[name] / found[first] == pytest.approx(slopes[name] / slopes[first], rel=0.01)
 
 
 def test_zd_is_smaller_where_the_tail_is_longer(tmp_path):

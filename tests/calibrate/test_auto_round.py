@@ -19,7 +19,7 @@ from mpq_kernels.errors import QuantizeError
 from mpq_kernels.format.codes import FORMATS
 from mpq_kernels.format.layout import WeightLayout
 from mpq_kernels.format.reference import dequantize
-from mpq_kernels.format.weights import TORCH_DTYPES
+from mpq_kernels.format.weights import TORCH_DTYPES, QuantizedWeight
 from mpq_kernels.format.words import unpack_weight
 from mpq_kernels.plan.plan import EXPERTS
 from mpq_kernels.plan.resolve import resolve
@@ -88,6 +88,17 @@ def nudged(layer):
     layer.weight[3, 5] = torch.nextafter(layer.weight[3, 5], torch.tensor(torch.inf))
 
 
+@pytest.mark.parametrize("zero", ["int", "none"])
+def test_a_group_whose_scale_is_zero_is_a_group_of_zeros(zero):
+    """Whatever the library leaves as its weight: its own scale may have had more digits."""
+    layer, codes, _ = tuned_layer(4, zero, "float16")
+    layer.scale[5, 1], layer.weight[5, 64:128] = 0, 1e-9
+    block = take(layer, WeightLayout.uniform(N, K, 4, 64, zero, "float16"), "m").blocks[0][2]
+    codes[5, 64:128] = 0
+    assert torch.equal(block.codes, codes) and torch.equal(block.scales, layer.scale)
+    assert not dequantize(QuantizedWeight.uniform(block))[5, 64:128].any()
+
+
 WRONG = {
     "one bit of a weight": (nudged, "m: auto-round's weight is not .* bit by bit; auto-round 9.9 is installed"),
     "zeros between codes": (lambda x: x.zp.add_(0.5), "bit by bit"),
@@ -140,6 +151,17 @@ def stand_in(monkeypatch):
     library.SignRoundConfig = lambda **options: SimpleNamespace(**options)
     monkeypatch.setitem(sys.modules, "auto_round", library)
     return calls
+
+
+def test_what_the_library_raises_comes_in_words(tmp_path, stand_in, monkeypatch):
+    dense(tmp_path / "m", tied=False, dtype=torch.bfloat16)
+
+    def quantize(self):
+        raise KeyError("sliding_attention")
+
+    monkeypatch.setattr(sys.modules["auto_round"].AutoRound, "quantize", quantize)
+    with pytest.raises(QuantizeError, match=r"auto-round stopped \(KeyError: .*sliding.*Otherwise choose 'rtn'"):
+        mpq.pack(tmp_path / "m", tmp_path / "out", plan(), QUANTIZER, Calibration(tokens=TOKENS))
 
 
 def test_pack_takes_what_the_library_made(tmp_path, stand_in, capsys):

@@ -82,7 +82,7 @@ def test_inputs_are_summed_once_and_passed_blocks_released(tmp_path):
     query = calibration.hessian(f"{attention}.q_proj")
     assert calibration.hessian(f"{attention}.k_proj") is query is calibration.hessian(f"{attention}.v_proj")
     calibration.hessian("model.layers.1.mlp.down_proj")
-    blocks = calibration.walk.blocks
+    blocks = list(calibration.walk.blocks.values())
     assert {p.device.type for p in blocks[0].parameters()} == {"meta"}
     with pytest.raises(QuantizeError, match=r"layers.0.self_attn.q_proj: calibration has already passed"):
         calibration.hessian(f"{attention}.q_proj")
@@ -91,7 +91,7 @@ def test_inputs_are_summed_once_and_passed_blocks_released(tmp_path):
 def test_bf16_models_are_read_in_fp32_one_block_at_a_time(tmp_path):
     tiny_model("llama", tmp_path / "m", dtype=torch.bfloat16)
     calibration = calibrator(tmp_path / "m")
-    dtypes = [{p.dtype for p in block.parameters()} for block in calibration.walk.blocks]
+    dtypes = [{p.dtype for p in block.parameters()} for block in calibration.walk.blocks.values()]
     assert dtypes == [{torch.float32}, {torch.bfloat16}]
     assert calibration.walk.hidden[0].dtype == torch.float32
 
@@ -267,12 +267,3 @@ def test_nan_in_activations_and_linears_without_tokens_are_refused(tmp_path):
     del calibration.leaders["model.layers.0.mlp.up_proj"]  # what a run that never calls the linear leaves
     with pytest.raises(QuantizeError, match="up_proj: no token of the first .* reaches this linear"):
         calibration.hessian("model.layers.0.mlp.up_proj")
-
-
-def test_models_that_are_not_one_stack_are_refused(tmp_path):
-    from mpq_kernels.calibrate.walk import find_blocks
-
-    two = torch.nn.ModuleDict({name: torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for name in "ab"})
-    for model, words in ((two, "has a, b"), (torch.nn.Linear(2, 2), "has none")):
-        with pytest.raises(QuantizeError, match=words):
-            find_blocks(model)

@@ -31,11 +31,11 @@ def check_same(dense, wanted):
     seen = set()
     for stage in (last, *range(last)):
         dense.load(stage)
-        assert [all(p.is_meta for p in block.parameters()) for block in dense.blocks] == [
+        assert [all(p.is_meta for p in block.parameters()) for block in dense.blocks.values()] == [
             i != stage for i in range(last)
         ]
         for name, tensor in tensors.items():
-            if stage_of(dense.prefix, last, name) == stage:
+            if stage_of(dense.places, name) == stage:
                 found = dense.model.get_parameter_or_buffer(name)
                 assert torch.equal(found.double(), tensor.double()), name
                 assert found.dtype == torch.float32 or name not in dict(wanted.named_parameters())

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
-from tests.made.checkpoints import tiny_model
+from tests.made.checkpoints import VOCAB, tiny_model
 from tests.made.commands import HEAD
 
 
@@ -69,3 +71,13 @@ def test_a_mixture_is_refused_for_auto_round_in_both(run, tmp_path):
 def test_an_older_output_may_be_asked_about(run):
     done = run("pack", "dense", "packed", "--bits", 4, "--dry-run", "--overwrite")
     assert "dry run: nothing is written" in done.out and "is not empty" not in done.err
+
+
+def test_what_a_calibration_would_refuse_is_refused_in_both(run, tmp_path):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=64, state_size=8, num_hidden_layers=2)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    words = ["pack", tmp_path / "dense", tmp_path / "o", "--bits", 4, "--group-size", -1, "--quantizer", "gptq"]
+    dry = run(*words, "--dry-run", code=1).err
+    assert "dt_proj: no token of the first 8 calibration tokens reaches this linear" in dry
+    assert dry == run(*words, "--calibration", "text.txt", code=1).err

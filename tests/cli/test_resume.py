@@ -68,7 +68,7 @@ def test_restart(tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError):
         mpq_kernels.pack(EXAMPLE, out, plan, "rtn", progress=stop)
     words = ["pack", EXAMPLE, out, "--bits", "2", "--quantizer", "rtn"]
-    assert "plan sha256 was" in Runner(capsys)(*words, "--resume", code=1).err
+    assert "kept by a run that was killed" in Runner(capsys)(*words, code=1).err
     Runner(capsys)(*words, "--restart")
     assert os.listdir(tmp_path) == ["out"]
     assert {s.bits for m in PackedCheckpoint.open(out).modules.values() for s in m.layout.segments} == {2}

@@ -172,6 +172,10 @@ BUG(copy_past_end) { cp_async16(base + 16 * t, quads(p) + 1024 + t); }
 BUG(store_to_input) { st_global(const_cast<float*>(floats(p)) + t, 0.0f); }
 BUG(workspace_undefined) { ld_from_others(static_cast<const float*>(p.workspace) + 4 + t); }
 BUG(input_too_early) { ld_constant(static_cast<const float*>(p.in1) + t); }
+BUG(input_as_constant) {
+  wait_for_earlier_kernels();
+  ld_constant(static_cast<const float*>(p.in1) + t);
+}
 BUG(store_too_early) { st_global(out(p) + t, 0.0f); }
 BUG(store_race) { st_global(out(p) + t, static_cast<float>(block_x())); }
 BUG(store_race_in_block) { st_global(out(p) + t / 2, 0.0f); }
@@ -246,6 +250,7 @@ const Entry kBugs[] = {
     ENTRY(store_to_input),
     ENTRY(workspace_undefined),
     ENTRY(input_too_early),
+    ENTRY(input_as_constant),
     ENTRY(store_too_early),
     ENTRY(store_race),
     ENTRY(store_race_in_block),

@@ -48,7 +48,7 @@ def test_experts_of_another_form_are_named_and_kept(mixture, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
-    [("has_gate", False, "no gate"), ("has_post_expert_norm", True, "a norm behind"), ("has_bias", True, "hold")],
+    [("has_gate", False, "hold"), ("has_post_expert_norm", True, "a norm behind"), ("has_bias", True, "hold")],
 )
 def test_why_an_experts_module_is_not_packable(mixture, attribute, value, words):
     experts = copy.deepcopy(next(iter(experts_modules(mixture[1]).values())))

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import mpq_kernels as mpq
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
+from mpq_kernels.dense.experts import expert_cuts, parameters_of, parts_of
 from mpq_kernels.nn.experts import GroupedLinear, PackedExperts
 
 
@@ -33,16 +34,14 @@ def dequantized_twin(model, source):
 @torch.no_grad()
 def fill_experts(experts, packed: PackedExperts) -> None:
     """Put dequantized weights into 3-D parameters, in the family's own arrangement."""
-    half = packed.gate_up.rows // 2
-    for e in range(packed.num_experts):
-        gate_up, down = packed.gate_up.dequantize_expert(e), packed.down.dequantize_expert(e)
-        if experts.is_transposed:
-            experts.gate_up_proj[e][:, 0::2] = gate_up[:half].T
-            experts.gate_up_proj[e][:, 1::2] = gate_up[half:].T
-            experts.down_proj[e] = down.T
-        else:
-            experts.gate_up_proj[e] = gate_up
-            experts.down_proj[e] = down
+    cuts, parts = expert_cuts(experts), parts_of(experts)
+    for leaf, key in parameters_of(experts).items():
+        for e in range(packed.num_experts):
+            matrix = getattr(experts, key)[e]
+            matrix = matrix.T if experts.is_transposed else matrix
+            rows = getattr(packed, leaf).dequantize_expert(e).chunk(len(parts[leaf]))
+            for part, values in zip(parts[leaf], rows, strict=True):
+                matrix[slice(*cuts[part])] = values
 
 
 def generate(model, tokens=12):

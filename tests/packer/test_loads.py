@@ -40,7 +40,7 @@ def test_the_class_that_config_names_is_packed_and_loaded(name, tmp_path):
     torch.manual_seed(0)
     dense = getattr(transformers, name)(config).eval()
     dense.save_pretrained(tmp_path / "model")
-    plan = mpq.Plan.uniform(tmp_path / "model", bits=8, group_size=16)
+    plan = mpq.Plan.uniform(tmp_path / "model", bits=8, group_size=16, towers=8)
     report = mpq.pack(tmp_path / "model", tmp_path / "out", plan, quantizer="rtn")
     assert len(report.modules) == count and report.unused == ()
     model = mpq.load(tmp_path / "out")

@@ -1,5 +1,6 @@
 """Resuming: a run that was ended anywhere and gone on with gives the bytes of a run that was not; or is refused."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import mpq_kernels.calibrate.hessians
 import mpq_kernels.packer.job
 import mpq_kernels.packer.pack
+import mpq_kernels.packer.unfinished
 import mpq_kernels.packer.write
 from mpq_kernels.calibrate.calibration import Calibration
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
@@ -146,6 +148,114 @@ def test_nothing_to_resume(llama, tmp_path):
         pack(llama, tmp_path / "out", UNIFORM, "rtn", resume=True)
 
 
+def mended(plan, **modules):
+    """The plan with other rules for some linears."""
+    changed = {name: type(plan.default)(**rule) for name, rule in modules.items()}
+    return plan.model_copy(update={"modules": {**changed, **plan.modules}})
+
+
+TEXT = {"calibration": Calibration(tokens=TOKENS)}
+UP = "model.layers.0.mlp.up_proj"  # the sixth linear
+# name -> (family, quantizer, other arguments, the linear that another plan changes, its rule; linears finished before,
+# and how many of them still count)
+MENDED = {
+    "another width": ("mistral", "rtn", {}, UP, {"bits": 3}, 9, 8),
+    "kept": ("mistral", "rtn", {}, UP, {"bits": 16}, 9, 8),
+    "not there yet": ("mistral", "rtn", {}, "model.layers.1.mlp.up_proj", {"bits": 3}, 9, 9),
+    "on a text, what comes before": ("mistral", "gptq", TEXT, UP, {"bits": 3}, 9, 5),
+    "on a text, not there yet": ("mistral", "gptq", TEXT, "model.layers.1.mlp.up_proj", {"bits": 3}, 9, 9),
+    "an expert, the others move": (
+        "mixtral",
+        "rtn",
+        {},
+        "model.layers.0.block_sparse_moe.experts.1.w2",
+        {"bits": 3},
+        22,
+        21,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_under_another_plan_what_it_leaves_as_it_was_is_kept(case, tmp_path, monkeypatch):
+    family, quantizer, arguments, name, rule, before, still = MENDED[case]
+    source, out = tmp_path / "model", tmp_path / "out"
+    tiny_model(family, source, tied=False, max_shard_size="60KB")
+    first = Plan.from_dict({"version": 1, "default": {"bits": 4, "group_size": 16}})
+    other = mended(first, **{name: {"group_size": 16} | rule})
+    killed_pack(before, source, out, first, quantizer=quantizer, max_shard_bytes=40_000, **arguments)
+    if rule["bits"] == 16:
+        assert name in {spec.name for spec in DenseCheckpoint.open(source).linears()}
+    names = count_quantized(monkeypatch)
+    report = pack(source, out, other, quantizer, resume=True, max_shard_bytes=50_000, **arguments)
+    assert report.resumed == still and len(names) == sum(len(m.members) for m in report.modules) - still
+    assert pack(source, tmp_path / "wanted", other, quantizer, max_shard_bytes=50_000, **arguments).resumed == 0
+    assert digests(out) == digests(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["model", "out", "wanted"]
+
+
+def test_a_plan_that_is_refused_at_the_end_is_mended(llama, tmp_path, monkeypatch):
+    """Twice, since what was arranged once can be arranged again."""
+
+    def refuse(*args):
+        raise CheckpointError("refused")
+
+    out, plans = tmp_path / "out", [UNIFORM, mended(UNIFORM, **{UP: {"bits": 3, "group_size": 16}})]
+    plans.append(mended(plans[1], **{"model.layers.1.self_attn.o_proj": {"bits": 16}}))
+    for number, plan in enumerate(plans[:2]):
+        with monkeypatch.context() as patch:
+            patch.setattr(mpq_kernels.packer.pack, "_finish", refuse)
+            with pytest.raises(CheckpointError, match="refused") as caught:
+                pack(llama, out, plan, "rtn", resume=bool(number))
+        assert "also under another plan" in caught.value.__notes__[0]
+    with pytest.raises(CheckpointError, match=r"kept by a run that was killed: resume=True"):
+        pack(llama, out, plans[2], "rtn")
+    report = pack(llama, out, plans[2], "rtn", resume=True)
+    assert report.resumed == report.parts - 1  # o_proj itself is kept, and copied
+    pack(llama, tmp_path / "wanted", plans[2], "rtn")
+    assert digests(out) == digests(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
+
+
+@pytest.mark.parametrize("place", ["mkdir", "copied", "named", "removed"])
+def test_killed_while_parts_are_arranged(place, llama, tmp_path, monkeypatch):
+    """Before the new journal has the old one's place, or after it: the finished parts count in both."""
+    out, plan = tmp_path / "out", mended(UNIFORM, **{UP: {"bits": 3, "group_size": 16}})
+    killed_pack(9, llama, out, UNIFORM, quantizer="rtn")
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    unfinished = mpq_kernels.packer.unfinished
+    where = {
+        "mkdir": (unfinished.Path, "mkdir"),
+        "copied": (unfinished, "arrange"),
+        "named": (unfinished.Journal, "take_place_of"),
+        "removed": (unfinished.shutil, "rmtree"),
+    }[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, kill)
+        with pytest.raises(Killed):
+            pack(llama, out, plan, "rtn", resume=True)
+    gc.collect()  # a process that is killed lets go of its lock
+    assert pack(llama, out, plan, "rtn", resume=True).resumed == 8
+    pack(llama, tmp_path / "wanted", plan, "rtn")
+    assert digests(out) == digests(tmp_path / "wanted")
+    assert sorted(os.listdir(tmp_path)) == ["out", "wanted"]
+
+
+def test_what_is_arranged_is_compared(llama, tmp_path):
+    killed_pack(9, llama, tmp_path / "out", UNIFORM, quantizer="rtn")
+    file = journal_of(tmp_path / "out").with_suffix("") / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little") + 100] ^= 1
+    file.write_bytes(data)
+    plan = mended(UNIFORM, **{"model.layers.1.mlp.up_proj": {"bits": 3, "group_size": 16}})
+    with pytest.raises(CheckpointError, match="q_proj is not as its run left it"):
+        pack(llama, tmp_path / "out", plan, "rtn", resume=True)
+    pack(llama, tmp_path / "out", plan, "rtn", resume=False)
+
+
 def journal_of(out):
     return out.with_name(f".{out.name}.partial-{os.getpid()}.journal")
 
@@ -158,7 +268,7 @@ def test_journal_says_what_was_read_and_written(llama, tmp_path):
 
     killed_pack(3, llama, tmp_path / "out", UNIFORM, quantizer="rtn")
     head, *lines = map(json.loads, journal_of(tmp_path / "out").read_text().splitlines())
-    assert head["journal"] == 1 and set(head["identity"]["source"]) == {file.name for file in llama.glob("*.safet*s")}
+    assert head["journal"] == 2 and set(head["identity"]["source"]) == {file.name for file in llama.glob("*.safet*s")}
     assert [line["part"] for line in lines] == [f"packed model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     file = tmp_path / f".out.partial-{os.getpid()}" / "model.safetensors"
     entries, data = read_header(file).tensors, file.read_bytes()
@@ -197,18 +307,10 @@ def other_version(monkeypatch, name, value):
     monkeypatch.setattr(mpq_kernels.packer.pack, name, value)
 
 
-THREE = Plan.from_dict({"version": 1, "default": {"bits": 3, "group_size": -1}})
 FEW = Plan.from_dict({"version": 1, "default": None, "modules": {r"re:.*0.*k_proj": {"bits": 3}}})
 # name -> (damage to the source, change of the package, arguments, parts of the message)
 MISFITS = {
-    "plan": (
-        None,
-        None,
-        {"plan": Plan.from_dict({"version": 1, "default": {"bits": 3, "group_size": -1}})},
-        ["plan sha256 was "],
-    ),
     "quantizer": (None, None, {"quantizer": "hqq", "plan": FEW}, ["quantizer was rtn, is hqq"]),
-    "shards": (None, None, {"max_shard_bytes": 10**6}, ["max_shard_bytes was 40000, is 1000000"]),
     "version": (None, ("VERSION", "9.9"), {}, ["mpq_kernels was ", "is 9.9"]),
     "layout": (None, ("LAYOUT_ID", "mpq1-other"), {}, ["layout_id was ", "is mpq1-other"]),
     "config": (edit_config, None, {}, ["config sha256 was "]),
@@ -291,12 +393,32 @@ def break_line(data):
     return data.replace(b"\n", b"?\n", 1)
 
 
+def forge(data):
+    return data.replace(b'"inputs": {', b'"inputs": {"x": 1, ', 1)
+
+
+def retype(data):
+    return data.replace(b'"identity": {', b'"identity": 7, "was": {', 1)
+
+
 def newer(data):
-    return data.replace(b'{"journal": 1', b'{"journal": 2', 1)
+    return data.replace(b'{"journal": 2', b'{"journal": 3', 1)
+
+
+def elsewhere(data):
+    return data.replace(b'"ending": "', b'"ending": "../', 1)
 
 
 @pytest.mark.parametrize(
-    ("damage", "word"), [(garble, "is damaged"), (break_line, "not valid JSON"), (newer, "journal=2, and this version")]
+    ("damage", "word"),
+    [
+        (garble, "is damaged"),
+        (break_line, "not valid JSON"),
+        (forge, "is damaged"),
+        (retype, "is damaged"),
+        (newer, "journal=3, and this version"),
+        (elsewhere, r"is damaged: its directory ends with '\.\./'"),
+    ],
 )
 def test_damaged_journals_are_refused(damage, word, llama, tmp_path):
     killed_pack(2, llama, tmp_path / "out", UNIFORM, quantizer="rtn")
@@ -364,6 +486,7 @@ def test_rests_without_work_are_cleaned(llama, tmp_path):
     (tmp_path / f".out.partial-{pids[0]}").mkdir()
     (tmp_path / f".out.partial-{pids[1]}.journal").write_text("")
     (tmp_path / f".out.partial-{pids[2]}").mkdir()
-    (tmp_path / f".out.partial-{pids[2]}.journal").write_text('{"journal": 1, "parts": 3, "identity": {}}\n')
+    head = {"journal": 2, "ending": "", "parts": 3, "identity": {}}
+    (tmp_path / f".out.partial-{pids[2]}.journal").write_text(json.dumps(head) + "\n")
     pack(llama, tmp_path / "out", UNIFORM, "rtn")
     assert os.listdir(tmp_path) == ["out"]

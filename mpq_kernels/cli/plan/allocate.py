@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from ..options import (
     QuietFlag,
     TextFreeQuantizerOption,
     TokensOption,
+    TowersOption,
     WidthsOption,
 )
 from ..output import note, print_json, progress
@@ -56,6 +58,7 @@ def command(
     most: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the largest width of these linears.")] = None,
     latency: Annotated[Path | None, typer.Option(metavar="FILE", help="Table of `mpq plan latency`, for us.")] = None,
     refine: Annotated[int, typer.Option(min=0, help="Rounds of measuring around the plan; needs a text.")] = 0,
+    towers: TowersOption = 16,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -63,6 +66,7 @@ def command(
     from ...allocate import Budget, LatencyTable, allocate
     from ...allocate.measured import refine as refined
     from ...allocate.methods import METHODS
+    from ...plan.plan import WeightPlan, tower_rules
 
     wanted, table = Budget.parse(budget), None if latency is None else LatencyTable.from_file(latency)
     if calibration is None and refine:
@@ -86,6 +90,8 @@ def command(
 
         losses = row.run(study)
         got, kls = refined(study, losses, solve, refine) if refine else (solve(losses), [])
+        rule = WeightPlan(bits=towers, group_size=setting.groups[0])
+        got = replace(got, plan=got.plan.with_rules(tower_rules(study.linears, rule)))
     if output is not None:
         got.plan.to_file(output)
         each = f"{got.bpw:.4f} stored bits for each of {got.weights:,} weights"

@@ -28,6 +28,11 @@ class Setting:
     calibration_tokens: int
     span: int = 128
 
+    @property
+    def groups(self) -> list[int]:
+        """Group sizes to choose from. Raises typer.BadParameter."""
+        return whole_numbers(self.group_sizes, "--group-sizes")
+
     def study(self, limits: Limits | None = None, report: Any = None) -> tuple[Study, Any]:
         """(study over the dense model in fp32, its tokenizer). Raises MPQError."""
         from ...allocate import make_choices, make_units
@@ -35,7 +40,7 @@ class Setting:
         from ...dense.names import list_linears
         from ...evaluate.perplexity import token_windows
 
-        choices = make_choices(whole_numbers(self.bits, "--bits"), whole_numbers(self.group_sizes, "--group-sizes"))
+        choices = make_choices(whole_numbers(self.bits, "--bits"), self.groups)
         model, tokenizer = open_model(self.model, "cpu", "float32", None)
         linears = list_linears(model)
         units = make_units(linears, self.granularity, choices, span=self.span, limits=limits)

@@ -14,6 +14,7 @@ from ..options import (
     ScaleOption,
     ShapesOf,
     SymmetricFlag,
+    TowersOption,
     WidthOption,
     ZeroOption,
 )
@@ -33,6 +34,7 @@ def command(
     zero: ZeroOption = "int",
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
+    towers: TowersOption = 16,
     output: OutputOption = None,
     quiet: QuietFlag = False,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
     from ...plan.resolve import resolve
 
     linears, _ = model_linears(model)
-    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, lm_head)
+    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, lm_head, towers)
     resolve(plan, linears)  # refuses a group size that does not divide some K
     if output is None:
         print(plan.to_json(), end="")
@@ -57,9 +59,10 @@ def uniform_plan(
     zero: str,
     scale_dtype: str,
     lm_head: int,
+    towers: int,
 ) -> Plan:
     """Plan.uniform from command-line words, which Plan itself checks. Raises PlanError, CheckpointError."""
     from ...plan.plan import Plan
 
-    words: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype}
-    return Plan.uniform(model, bits=bits, group_size=group_size, symmetric=symmetric, lm_head=lm_head, **words)
+    words: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype, "lm_head": lm_head, "towers": towers}
+    return Plan.uniform(model, bits=bits, group_size=group_size, symmetric=symmetric, **words)

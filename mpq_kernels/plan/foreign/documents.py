@@ -90,7 +90,7 @@ def _torch_value(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises what its parts raise
         raise PlanError(f"{path}: is a damaged zip archive ({error}); copy the file again") from error
     if sum(entry.filename.rpartition("/")[2] == "data.pkl" for entry in entries) != 1:
         raise PlanError(f"{path}: is a zip archive, but not one that torch.save writes (it has no data.pkl)")
@@ -146,7 +146,7 @@ def _yaml_value(data: bytes, where: str) -> Any:
         raise PlanError(f"{where}: {len(data)} bytes of YAML, more than the limit of {MAX_YAML_BYTES}")
     try:
         return yaml.load(data.decode("utf-8"), Loader=Strict)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, PlanError):
-            raise
+    except PlanError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise KeyError, OverflowError and others beside its own
         raise PlanError(f"{where}: is not YAML that is safe to load ({' '.join(str(error).split())[:300]})") from error

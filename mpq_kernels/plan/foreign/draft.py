@@ -14,6 +14,7 @@ from ...dense.linears import LinearSpec
 from ...errors import PlanError
 from ...files.strict import close_names, short
 from ...format.codes import KEPT_BITS, TILE_K
+from ..patterns import Clock
 from ..plan import Plan, SegmentPlan, WeightPlan
 from ..resolve import resolve
 
@@ -55,12 +56,16 @@ class Wanted:
 
 @dataclass
 class Draft:
-    """Wishes by linear, and notes. where: the foreign file. specs: the linears of the target model by name."""
+    """Wishes by linear, and notes. where: the foreign file. specs: the linears of the target model by name.
+
+    clock: what is left of the time for its regular expressions.
+    """
 
     where: str
     specs: dict[str, LinearSpec]
     wishes: dict[str, Wanted] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     @classmethod
     def of(cls, where: str, linears: Sequence[LinearSpec]) -> Draft:

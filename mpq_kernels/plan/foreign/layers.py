@@ -19,6 +19,7 @@ from .draft import Draft, Wanted, layer_of
 from .options import Options
 
 GROUP = 128  # --groupsize of both programs
+MAX_NUMBERS = 10**6  # of one tensor
 ATTENTION_BITS = 4  # of the MC-MoE paper
 ATTENTION = re.compile(r"self_attn\.[qkvo]_proj")
 
@@ -145,7 +146,7 @@ def _items(draft: Draft, value: Any, place: str) -> list[tuple[str, Any]]:
 def _list(draft: Draft, value: Any, place: str) -> list[Any]:
     """A list of widths; a tensor of whole numbers is one too."""
     if not isinstance(value, (list, tuple)) and hasattr(value, "numel"):
-        if value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.numel() > 10**6:
+        if not _has_numbers(value) or value.dim() != 1 or value.is_floating_point() or value.is_complex():
             raise draft.fail(place, f"a tensor of shape {list(value.shape)} and {value.dtype} is no list of widths")
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or not value:
@@ -155,7 +156,12 @@ def _list(draft: Draft, value: Any, place: str) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """A number out of a tensor of no dimensions; anything else as it is."""
-    return value.item() if hasattr(value, "numel") and value.dim() == 0 else value
+    return value.item() if hasattr(value, "numel") and _has_numbers(value) and value.dim() == 0 else value
+
+
+def _has_numbers(tensor: Any) -> bool:
+    """Whether a tensor of a hostile file is a plain one of a size that can be looked at."""
+    return tensor.device.type == "cpu" and "strided" in str(tensor.layout) and tensor.numel() <= MAX_NUMBERS
 
 
 def _span(numbers: list[int]) -> str:

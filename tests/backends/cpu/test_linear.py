@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpq_kernels.format import reference
-from mpq_kernels.format.weights import PackedWeight
+from mpq_kernels.format.weights import PackedWeight, QuantizedWeight
 from mpq_kernels.format.words import pack_weight
 from tests.made.weights import BITS, SIZES, TOKENS, X_DTYPES, mixed_weight, random_weight, support_matrix
 
@@ -245,3 +245,22 @@ def test_opcheck(tokens):
         bias = torch.randn(packed.layout.out_features)
         torch.library.opcheck(torch.ops.mpq.linear.default, (x, *arguments(packed), bias, *shape(packed)))
         torch.library.opcheck(torch.ops.mpq.dequantize.default, (*arguments(packed), *shape(packed), torch.bfloat16))
+
+
+@pytest.mark.parametrize("zero", ["int", "none", "float"])
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+def test_groups_with_a_scale_of_zero_add_nothing(isa, scale_dtype, zero):
+    """Whatever their codes and zeros are. Rows of such groups are exactly 0, beside the least scales that fp16 has."""
+    for bits in BITS:
+        block = random_weight(65, 192, bits, 64, zero, scale_dtype).blocks[0][2]
+        block.scales[::2] = 0
+        block.scales[1::4, 1] = 0
+        if scale_dtype == "float16":
+            block.scales[3::4] = torch.tensor([1.0, 3.0, -2.0]).mul_(2.0**-24).half()
+        packed = pack_weight(QuantizedWeight.uniform(block))
+        check_one_hot(packed, list(range(0, 192, 7)))
+        for dtype in X_DTYPES:
+            check_random(packed, dtype)
+            x = torch.randn(max(TOKENS), 192).to(dtype)
+            for tokens in TOKENS:
+                assert not linear(x[:tokens], packed)[:, ::2].any()

@@ -120,7 +120,7 @@ def operators():
     flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     links = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu"]
-    headers = ("device.h", "operands.h", "schemas.h")
+    headers = ("counters.h", "device.h", "operands.h", "schemas.h")
     sources = [ROOT / "csrc/torch" / name for name in ("cuda_ops.cpp", *headers)]
     objects = _kernels()
     build = Path(objects[0]).parent

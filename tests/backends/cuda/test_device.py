@@ -186,6 +186,34 @@ def test_streams_and_graphs_do_not_disturb_each_other():
         assert all(torch.equal(y, w) for (_, y), w in zip(graphs, wanted, strict=True))
 
 
+def test_graphs_that_are_gone_cost_no_memory():
+    packed = pack_weight(random_weight(300, 4096, 4, 128)).to("cuda")
+    x = torch.randn(4, 4096, device="cuda").half()
+    wanted = linear(packed, x)
+    free = None
+    for i in range(400):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(packed, x)
+        graph.replay()
+        assert torch.equal(y, wanted)
+        graph.reset()
+        if i == 100:
+            free = torch.cuda.mem_get_info()[0]
+    assert free - torch.cuda.mem_get_info()[0] < 2 << 20
+
+
+def test_compiled_with_graphs():
+    """mode="reduce-overhead": torch refuses a recording with blocks of its pools that it does not know."""
+    layers = [mpq.MixedLinear.from_packed(pack_weight(random_weight(256, 256, bits, 64))) for bits in (2, 3, 4)]
+    model = torch.nn.Sequential(*layers).cuda()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(8):
+            x = torch.randn(1, 256, generator=torch.Generator().manual_seed(seed)).half().cuda()
+            assert torch.equal(compiled(x).clone(), model(x))
+
+
 def test_more_than_2_to_the_31_weights():
     from mpq_kernels.format.layout import WeightLayout
     from mpq_kernels.format.random import random_weight as random_packed

@@ -203,7 +203,10 @@ def experts(count, rows, k, seed):
     return QuantizedWeight(tuple(blocks), random_perm(k, seed) if seed % 2 else None)
 
 
-@pytest.mark.parametrize("counts", [[0, 3, 0, 1, 9], [1, 0, 0, 0, 0], [0, 0, 0, 0, 70], [20, 17, 33, 8, 16], [0] * 5])
+EXPERT_COUNTS = ([0, 3, 0, 1, 9], [1, 0, 0, 0, 0], [0, 0, 0, 0, 70], [20, 17, 33, 8, 16], [0] * 5)
+
+
+@pytest.mark.parametrize("counts", [*EXPERT_COUNTS, [7 * i % 3 for i in range(70)]], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_experts_of_different_widths_in_one_launch(counts, seed):
     rows, k = 72, 192

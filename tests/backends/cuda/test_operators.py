@@ -99,6 +99,15 @@ def test_silu_mul_linear(ops):
     assert (y.double() - wanted).norm() <= 2**-8 * wanted.norm()
 
 
+def test_many_tokens_of_silu_mul_take_the_dense_product(ops):
+    weight, bias = random_weight(130, 128, 4, 64), torch.randn(130)
+    gate, up = torch.randn(2, 150, 128).half(), torch.randn(2, 150, 128).half()
+    y = ops.silu_mul_linear(gate, up, *arguments(weight, bias))
+    hidden = torch.nn.functional.silu(gate) * up
+    dense = torch.nn.functional.linear(hidden, reference.dequantize(weight, torch.float16), bias.half())
+    assert torch.equal(y, dense)
+
+
 def changed(index, value):
     rest = arguments(random_weight(70, 320, 3, 32))
     rest[index] = value(rest[index]) if callable(value) else value
@@ -138,6 +147,13 @@ def test_refusals_of_x(ops):
         ops.silu_mul_linear(torch.zeros(2, 320).half(), torch.zeros(1, 320).half(), *rest)
     with pytest.raises(RuntimeError, match="do not share out among 3 experts"):
         ops.grouped_linear(torch.zeros(2, 320).half(), *rest[:5], torch.zeros(4, dtype=torch.int32), *rest[5:])
+
+
+def test_a_driver_serves_every_runtime_of_its_major_version_and_older_ones():
+    for runtime, driver in ((13000, 13000), (13010, 13000), (12040, 13000), (12090, 12020), (0, 0)):
+        assert cuda._why_not_driver(runtime, driver) is None
+    text = cuda._why_not_driver(13000, 12080)
+    assert "built with CUDA 13.0" in text and "serves CUDA 12.8" in text and "nvcc 12.x" in text
 
 
 def test_the_reason_without_a_device_is_in_words():

@@ -208,6 +208,7 @@ FOUND = {
     "copy_past_end": ({}, "cp_async of 16 bytes at byte 16384 of 'in0': outside"),
     "store_to_input": ({}, "st_global at byte 0 of 'in0': read-only"),
     "workspace_undefined": ({}, "ld_from_others at byte 0 of 'workspace': undefined"),
+    "input_as_constant": ({"in1_flags": sim.INPUT}, "ld_constant at byte 0 of 'in1': an earlier kernel may have"),
     "input_too_early": ({"in1_flags": sim.INPUT}, "ld_constant at byte 0 of 'in1' before wait_for_earlier_kernels"),
     "store_too_early": ({"overlap": 1}, "st_global at byte 0 of 'out' before wait_for_earlier_kernels"),
     "store_race": (TWO_BLOCKS, "st_global at byte 0 of 'out': written in this launch by block (0, 0), thread 0"),

@@ -1,10 +1,12 @@
 """`mpq plan allocate`: a plan within its budget, with a text and without one, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
 from mpq_kernels import Plan
+from tests.made.multimodal import tiny_multimodal
 
 TEXT = ["--calibration", "text.txt", "--calibration-tokens", "1024", "--quantizer", "rtn"]
 
@@ -73,3 +75,16 @@ def test_what_cannot_be_allocated_is_said(run, words, message):
 )
 def test_wrong_usage(run, words, message):
     assert message in run.misuse("plan", "allocate", "dense", "--budget", "3", *words)
+
+
+def test_towers_get_the_width_that_is_asked_for(run, tmp_path):
+    source = tiny_multimodal("qwen3_vl", tmp_path / "vl")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"dense/{name}", source)
+    words = ["plan", "allocate", source, "--budget", "4", "--group-sizes", "32", "--quantizer", "rtn", "-q"]
+    kept, asked = (Plan.from_dict(run(*words, *option).json()).modules for option in ([], ["--towers", "6"]))
+    towers = [name for name in kept if name.startswith("model.visual.")]
+    assert {kept[name].bits for name in towers} == {16} and {asked[name].bits for name in towers} == {6}
+    assert {name: rule for name, rule in kept.items() if name not in towers} == {
+        name: rule for name, rule in asked.items() if name not in towers
+    }

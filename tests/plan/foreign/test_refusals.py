@@ -170,6 +170,30 @@ def test_every_format_is_refused_something():
     assert {row[0] for row in REFUSED} == set(FORMATS)
 
 
+@pytest.mark.parametrize("text", ["a: !!bool x", "a: !!int x", "a: 2001-99-99", "a: !!float x", "a: &b 1\n? [*b]: 2"])
+def test_yaml_that_pyyaml_cannot_make_is_refused(text, tmp_path):
+    with pytest.raises(PlanError, match=r"w\.yaml"):
+        read_foreign(write(tmp_path, "w.yaml", text), "mixdq", linears("llama"))
+
+
+@pytest.mark.parametrize("odd", [torch.empty(2, device="meta"), torch.ones(2).to_sparse(), torch.ones(1).expand(10**9)])
+def test_tensors_without_plain_numbers_are_refused(odd, tmp_path):
+    for form, value in (("slim-llm", {0: {"self_attn.q_proj": odd}}), ("mc-moe", {0: {0: odd.to_dense()[:1].sum()}})):
+        model = "llama" if form == "slim-llm" else "mixtral"
+        with pytest.raises(PlanError, match=r"a\.pt"):
+            read_foreign(write(tmp_path, "a.pt", value), form, linears(model))
+
+
+def test_damaged_archives_are_refused(tmp_path):
+    path = write(tmp_path, "a.pt", {0: {"self_attn.q_proj": [2, 2]}})
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"data.pkl")
+    data[at : at + 4], data[8 + data.rfind(b"PK\1\2")] = b"\xff" * 4, 255  # no UTF-8, and said to be UTF-8
+    for cut in (data, data[:-30], data[: len(data) // 2], data[:4]):
+        with pytest.raises(PlanError, match=r"a\.pt: "):
+            read_foreign(write(tmp_path, "a.pt", bytes(cut)), "slim-llm", linears("llama"))
+
+
 def torch_zip(path, payload: bytes):
     """What torch.save writes, with another pickle in it."""
     torch.save({}, path)

@@ -1,0 +1,59 @@
+"""Which part of the work an instruction belongs to, from the nest of loops of csrc/cuda/linear.cuh:
+
+prologue                                    first copies, waiting for the kernel ahead
+for item:                       reduction   warps added, partial sums written, added by the last block
+    for panel:                  panel       x to shared memory
+        for unit:               copies      the next unit is copied, the ring turned
+            for group:          flush       scales and zeros
+                for tile:       product     codes unpacked and multiplied
+"""
+
+from __future__ import annotations
+
+from benchmarks.gpu.model.program import Program
+from benchmarks.gpu.sass import Graph, Loop
+
+PHASES = ("prologue", "panel", "product", "flush", "copies", "reduction")
+OTHER = ("before products", "products", "after products")  # of a kernel that is built otherwise
+
+
+def products(graph: Graph) -> list[Loop]:
+    """Loops with matrix products, small ones first."""
+    return [loop for loop in graph.loops if graph.count(loop.blocks, "HMMA")]
+
+
+def nest(graph: Graph) -> tuple[Loop, Loop, Loop] | None:
+    """Loops over units, panels and items: the three smallest that hold every matrix product that is in a loop."""
+    loops = products(graph)
+    most = max((graph.count(loop.blocks, "HMMA") for loop in loops), default=0)
+    outer = [loop for loop in loops if graph.count(loop.blocks, "HMMA") == most]
+    inner = [loop for loop in loops if graph.count(loop.blocks, "HMMA") < most]
+    return (outer[0], outer[1], outer[2]) if len(outer) == 3 and inner else None
+
+
+def phases_of(program: Program) -> list[str]:
+    """Phase of each instruction."""
+    graph = program.graph
+    found = nest(graph)
+    by_block = _by_loops(graph, *found) if found else _around_products(graph)
+    return [by_block[b] for b in program.block_of]
+
+
+def _by_loops(graph: Graph, unit: Loop, panel: Loop, item: Loop) -> list[str]:
+    phases = ["prologue"] * len(graph.blocks)
+    rows = [(item, "reduction"), (panel, "panel"), (unit, "copies")]
+    inside = [loop for loop in products(graph) if loop.blocks < unit.blocks]
+    rows += [(loop, "flush") for loop in inside]
+    rows += [(loop, "product") for loop in inside if not any(other.blocks < loop.blocks for other in inside)]
+    for loop, phase in rows:
+        for b in loop.blocks:
+            phases[b] = phase
+    return phases
+
+
+def _around_products(graph: Graph) -> list[str]:
+    inside = {b for loop in products(graph) for b in loop.blocks}
+    first, last = min(inside, default=len(graph.blocks)), max(inside, default=-1)
+    before, products_, after = OTHER
+    return [products_ if b in inside else before if b < first else after if b > last else products_
+            for b in range(len(graph.blocks))]  # fmt: skip
