@@ -22,13 +22,14 @@ MAX_LABELS = 100_000  # the largest classifier of images known has 21,843
 MAX_MODULES = 100_000  # experts of all models but a few are parameters of one module; a module takes about 5 kB
 FREE_BYTES = 256 * 2**20  # that a model may take beside its files, for buffers such as rotary tables
 
+CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
 # transformers' tables of classes by config, in the order in which a class is looked for.
 KINDS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",  # behind these: it also has the decoders of their models
+    CAUSAL,  # behind these: it also has the decoders of their models
     "MODEL_FOR_MASKED_LM_MAPPING",
 )
 
@@ -52,9 +53,11 @@ def model_class(path: Path) -> Any:
     # A base model has nothing of a head that config.json names.
     for table in KINDS if config.architectures else (*KINDS, "MODEL_MAPPING"):
         found = getattr(transformers, table, {}).get(type(config), None)
+        if table == CAUSAL and found is not None and found.config_class is not type(config):
+            break  # a class that serves several types of model: only the Auto class keeps this one's own config
         if found is not None and not isinstance(found, list | tuple):
             return found
-    return transformers.AutoModelForCausalLM  # which says that it knows no such model
+    return transformers.AutoModelForCausalLM  # which says so where it knows no such model
 
 
 def _lacks_only_a_tied_head(named: Any, causal: Any, config: Any) -> bool:
