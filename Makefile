@@ -18,7 +18,11 @@ SOURCES := setup.py mpq_kernels/format/codes.py $(shell find csrc -type f -not -
 CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
 	-o -name '*.cu' -o -name '*.cuh' \) -not -path 'csrc/generated/*')
 
-.PHONY: install demo test sanitize lint format docs bench clean
+# Another environment, because of the fifty packages that the harness brings; it reads this one's, so that the package
+# and torch are the same, and not installed again.
+LM_EVAL := $(VENV)/lm-eval
+
+.PHONY: install demo test test-lm-eval sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -44,6 +48,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+$(LM_EVAL)/.installed: | $(VENV)/.environment
+	$(BIN)/python -m venv $(LM_EVAL)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(LM_EVAL)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(LM_EVAL)/bin/python -m pip install --quiet $(PIP_FLAGS) 'lm_eval>=0.4.9' '$(TORCH)'
+	touch $@
+
+# A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
+test-lm-eval: install $(LM_EVAL)/.installed
+	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py

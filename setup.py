@@ -39,7 +39,7 @@ CUDA_ARCHS = "80;89;90;100+PTX"
 CUDA_VIRTUAL = (80, 90)
 CUDA_OLDEST = (12, 4)
 # Symbols of torch are found when the library is loaded. The CUDA runtime is part of it, so that torch may have another
-# one, or be built without; it needs a driver of its major version, and mpq_kernels/backends/cuda.py says where it lacks.
+# one, or be built without; it needs a driver of its major version, and mpq_kernels/backends/cuda.py tells if not.
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

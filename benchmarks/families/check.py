@@ -137,7 +137,7 @@ class _Run:
             model = auto.from_config(config).eval().float()
             self.row.name = type(model).__name__
             for parameter in model.parameters():
-                if parameter.dim() == 1 or not parameter.any():  # fresh norms are one, biases and some projections zero
+                if parameter.dim() == 1:  # fresh norms are one and biases zero, which would hide mistakes
                     parameter.add_(torch.randn_like(parameter) * NOISE)
                 elif not parameter.std() > LEAST_SPREAD:  # zero, or not initialized at all
                     parameter.normal_(std=NOISE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ def figures(results: dict[str, Any]) -> str:
         "",
         f"* **In all:** {total:,} cases, {sum(data['failed'] for data in results.values())} failures",
         "* **Command:** `python -m benchmarks.robustness -o benchmarks/results/robustness.json`",
-        f"* **Machine:** {machine}; {versions}; seeds {', '.join(map(str, seeds))}; commits {', '.join(commits)}",
+        *textwrap.wrap(
+            f"* **Machine:** {machine}; {versions}; seeds {', '.join(map(str, seeds))}; commits {', '.join(commits)}",
+            width=118,
+            subsequent_indent="  ",
+        ),
     ]
     return "\n".join(lines) + "\n"
 

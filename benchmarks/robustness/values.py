@@ -73,7 +73,7 @@ def prepare_texts(folder: Path) -> Run:
     def run(chance: Random) -> str:
         data = mutate_bytes(chance, text)
         if chance.random() < 0.3:
-            data = chance.choice(TEXTS).encode("utf-8", "surrogatepass") * chance.choice((0, 1, 50, 300))
+            data = chance.choice(TEXTS).encode("utf-8", "surrogatepass") * chance.choice((0, 1, 50))
         path = Path("text.txt")
         path.write_bytes(data)
         rows = Calibration.from_file(path, window=chance.choice((1, 16, 256))).rows(model, Config)

@@ -18,6 +18,9 @@ Members are the modules that a fused one replaces: name beside it, first row, en
 are the experts of a mixture: name of their module in the model, and how many there are. `embedding` stands only where
 rows are looked up by number: names of the other modules that use the same weight. `float8` stands only where linears
 are stored in that type. Source: docs/format.md.
+
+transformers skips a quantization_config whose method it does not know, and goes on with random weights. So config.json
+also says, where transformers looks for the name of a weights file, that this package must be imported (WEIGHTS_KEY).
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ from ..format.layout import Embedding, Experts, Member, WeightLayout, check_expe
 
 QUANT_METHOD = "mpq"
 OPTIONAL_KEYS = ("float8",)
+WEIGHTS_KEY = "transformers_weights"
+# transformers ends its error with it: no file can have this name, and none is looked for.
+IMPORT_FIRST = "packed by mpq_kernels: `import mpq_kernels` before the model is loaded"
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count

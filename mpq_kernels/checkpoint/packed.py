@@ -1,6 +1,7 @@
 """A packed checkpoint: config.json with a quantization_config, and safetensors files that are used as they are.
 
     "<module>.qweight" int32, ".scales", ".zeros", ".perm", ".bias"      tensors of the packed modules
+    "<dense module>.weight" [0]                                          a guard, see `guards`
     anything else                                                        kept as in the dense checkpoint
 
 Everything is checked against the headers before any tensor is allocated or mapped.
@@ -27,6 +28,7 @@ from .config import Float8Module, PackedModule, PackingConfig
 
 __all__ = ["CheckpointSize", "Member", "PackedCheckpoint", "PackedModule", "PackingConfig", "validate_tensors"]
 
+GUARD_SHAPE = (0,)
 BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -119,7 +121,7 @@ class PackedCheckpoint:
         """Names of the tensors that belong to no packed module, sorted."""
         packed = {name for module in self.modules.values() for name in module.tensor_names}
         packed.update(*(module.tensor_names for module in self.packing.floats.values()))
-        return sorted(set(self.tensors) - packed)
+        return sorted(set(self.tensors) - packed - set(guards(self.modules, self.files)))
 
     def size(self) -> CheckpointSize:
         """Bytes by purpose, recomputed from the stored tensors. Raises CheckpointError when they do not add up."""
@@ -209,12 +211,29 @@ def check_tensors(
         expected.update(float8.tensor_names)
     owned = set(modules).union(floats or (), *(module.replaced() for module in modules.values() if module.members))
     shared = {name for module in modules.values() for name in module.shared}
+    expected.update(guards(modules, files))
     for name, tensor in files.tensors.items():
         owner, _, last = name.rpartition(".")
         if name not in expected and (owner in owned or last == "qweight" or (owner in shared and last == "weight")):
             raise CheckpointError(
                 f"{tensor}: quantization_config has no place for it; config.json and the shards are from different runs"
             )
+
+
+def guards(modules: Mapping[str, PackedModule], files: TensorFiles) -> list[str]:
+    """Names of the guards among the tensors: nothing is stored in them, and no reader of this format uses them.
+
+    A guard has no elements and the name of a weight of the dense model that was packed. A program that does not know
+    this format takes it for that weight, and stops at its shape, where it would go on with random values otherwise.
+    save_pretrained of transformers lets us write nothing else that does.
+    """
+    return [name for name in guard_names(modules) if name in files.tensors and files.tensors[name].shape == GUARD_SHAPE]
+
+
+def guard_names(modules: Mapping[str, PackedModule]) -> list[str]:
+    """Names that a guard can have, in model order: those of packed weights that are tensors of the dense model too."""
+    linears = (module for module in modules.values() if module.experts is None)
+    return [f"{name}.weight" for module in linears for name in module.replaced()]
 
 
 def _check_tensor(

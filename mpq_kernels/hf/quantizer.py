@@ -9,10 +9,12 @@ errors, found in the file headers before anything is allocated.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -22,8 +24,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import QUANT_METHOD, Float8Module, PackedModule, PackingConfig
-from ..checkpoint.packed import validate_tensors
+from ..checkpoint.config import IMPORT_FIRST, QUANT_METHOD, WEIGHTS_KEY, Float8Module, PackedModule, PackingConfig
+from ..checkpoint.packed import GUARD_SHAPE, guard_names, guards, validate_tensors
 from ..dense.model import CONFIG_FILE, check_bytes
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
@@ -71,13 +73,27 @@ class MPQQuantizer(HfQuantizer):
                 "a dense model is not packed while it loads: use mpq_kernels.pack, then load the result"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take the words out of the config that stop a program without this package, before files are looked for.
+
+        Nothing to do with attention: of all that transformers asks a quantizer, it is what comes early enough.
+        """
+        if getattr(config, WEIGHTS_KEY, None) == IMPORT_FIRST:
+            delattr(config, WEIGHTS_KEY)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same, at the place that transformers had for it until 5.19."""
+        return self.update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         packing = self.quantization_config.packing()
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
         self._files = validate_tensors(packing.modules, files, packing.floats)
         fitted, self._stored = fit_names(packing, model)
+        _expect_no_place_for(guards(packing.modules, self._files), model)
         if fitted is not packing:
             self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
         left = sorted({*packing.modules, *packing.floats} - set(self._stored))
@@ -137,6 +153,25 @@ class MPQQuantizer(HfQuantizer):
         """What the files call a packed module of the model."""
         return next(stored for stored, placed in self._stored.items() if placed.installed == name)
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+        """What save_pretrained writes: the model's tensors and, for programs without this package, a guard."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
+            return None, {}
+        state = model.state_dict()
+        name = self._guard_name(model)
+        return (state if name is None else state | {name: torch.empty(GUARD_SHAPE)}), {}
+
+    def _guard_name(self, model: Any) -> str | None:
+        """Name of a guard that comes into the file as it is; None when transformers would change all of them."""
+        for name in guard_names(self.quantization_config.packing().modules):
+            try:
+                written = revert_weight_conversion(model, {name: torch.empty(GUARD_SHAPE)})
+            except Exception:  # a conversion of the family that wants a real weight, and may raise anything
+                continue
+            if list(written) == [name] and tuple(written[name].shape) == GUARD_SHAPE:
+                return name
+        return None
+
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed tensors back as they are."""
         return True
@@ -150,6 +185,13 @@ class MPQQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes and no data-dependent shapes: generate may compile."""
         return True
+
+
+def _expect_no_place_for(names: list[str], model: Any) -> None:
+    """Let transformers pass in silence over stored tensors of these names, with or without the base model's prefix."""
+    lead = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    patterns = {rf"(^|\.){re.escape(name.removeprefix(lead))}$" for name in names}
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
 
 
 def register() -> None:

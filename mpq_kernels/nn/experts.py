@@ -14,6 +14,7 @@ parameters, for its gate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
@@ -162,6 +163,9 @@ class PackedExperts(nn.Module):
         self._family = (family,)
         self._interleaved = family.has_gate and not family.is_concatenated
         self._some_pass = bool(getattr(family, "zero_expert_num", 0))
+        # What adapters add to the products while they are active: GATE_UP or DOWN -> f(x, offsets), both as the layers
+        # take them. Returns (T, N) in the order of rows of the family's own parameter.
+        self.deltas: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         # _init_weights of the module around the experts may write to their parameters.
@@ -174,6 +178,17 @@ class PackedExperts(nn.Module):
     def family(self) -> nn.Module:
         """The module that this one replaced, without its parameters."""
         return self._family[0]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the family's own parameters are [E, K, N] and not [E, N, K]."""
+        return bool(self.family.is_transposed)
+
+    def stand_in(self, leaf: str) -> torch.Tensor:
+        """The family's own parameter of GATE_UP or DOWN by shape, dtype and device, as `MixedLinear.weight`."""
+        layer = self.gate_up if leaf == GATE_UP else self.down
+        stacked = layer.weight.unflatten(0, (self.num_experts, layer.rows))
+        return stacked.transpose(1, 2) if self.is_transposed else stacked
 
     def forward(
         self,
@@ -211,8 +226,11 @@ class PackedExperts(nn.Module):
         hidden = self.gate_up(rows, offsets)
         if self._interleaved:
             hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
-        y: torch.Tensor = self.down(gate(self.family, hidden), offsets)
-        return y
+        if GATE_UP in self.deltas:
+            hidden = hidden + self.deltas[GATE_UP](rows, offsets)
+        hidden = gate(self.family, hidden)
+        y: torch.Tensor = self.down(hidden, offsets)
+        return y + self.deltas[DOWN](hidden, offsets) if DOWN in self.deltas else y
 
 
 def why_not_fitting(family: nn.Module, leaf: str, experts: int, layout: WeightLayout, bias: bool) -> str | None:

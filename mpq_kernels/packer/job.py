@@ -21,7 +21,7 @@ from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
 from ..calibrate.trial import check_walk
-from ..checkpoint.config import Float8Module, PackedModule, PackingConfig
+from ..checkpoint.config import IMPORT_FIRST, WEIGHTS_KEY, Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.conversions import Origin
@@ -282,6 +282,7 @@ class PackJob:
         if not {config.get("dtype"), config.get("torch_dtype")} - {None, "auto"}:
             # Without it, transformers would take the first floating tensor's dtype, which may be that of scales.
             config["dtype"] = str(self.source.dtype).removeprefix("torch.")
+        config[WEIGHTS_KEY] = IMPORT_FIRST
         config["quantization_config"] = self.packing().to_dict()
         return config
 

@@ -20,9 +20,9 @@ SPLIT = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "
 SPLIT |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
 
 
-@pytest.fixture(scope="module", params=["qwen2", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "mixtral", "gpt_oss"])
 def packed_dir(request, tmp_path_factory):
-    """Biases and fused q/k/v and gate/up, or fused q/k/v and experts; a packed head."""
+    """Biases and fused q/k/v and gate/up, or fused q/k/v and experts, with biases too; a packed head."""
     root = tmp_path_factory.mktemp(request.param)
     tiny_model(request.param, root / "source", tied=False)
     fuse = [{"name": "qkv_proj", "members": ["q_proj", "k_proj", "v_proj"]}]

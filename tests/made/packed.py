@@ -7,6 +7,7 @@ import json
 
 import torch
 
+from mpq_kernels.checkpoint.config import IMPORT_FIRST, WEIGHTS_KEY
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.dense.checkpoint import DenseCheckpoint
 from mpq_kernels.files.safetensors import tensor_bytes
@@ -81,6 +82,7 @@ def check_packed(source_dir, out, plan, quantizer="rtn"):
         assert rows == len(held)
     config = json.loads((out / "config.json").read_text())
     assert config.pop("quantization_config") == packed.packing.to_dict()
+    assert config.pop(WEIGHTS_KEY) == IMPORT_FIRST
     assert config == source.config
     return source, packed
 
