@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..backends import select
 from ..checkpoint.packed import PackedCheckpoint
@@ -64,8 +63,6 @@ def load(
         for module in checkpoint.modules.values():
             select(module.layout, kind, backend, activations)
     with _unknown_options(options), refused_by_transformers(checkpoint.path):
-        # Its own type of model, which a class that serves several would forget, and save_pretrained with it.
-        options.setdefault("config", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
         loaded: Any = model_class(checkpoint.path).from_pretrained(
             path,
             dtype=dtype or "auto",
