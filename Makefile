@@ -62,6 +62,7 @@ test-lm-eval: install $(LM_EVAL)/.installed
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py
+	$(BIN)/python -m benchmarks.robustness.sanitized operators numbers --cases 2000
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ CUDA_ARCHS = "80;89;90;100+PTX"
 CUDA_VIRTUAL = (80, 90)
 CUDA_OLDEST = (12, 4)
 # Symbols of torch are found when the library is loaded. The CUDA runtime is part of it, so that torch may have another
-# one, or be built without; it needs a driver of its major version (mpq_kernels/backends/cuda.py says so where it is not).
+# one, or be built without; it needs a driver of its major version, and mpq_kernels/backends/cuda.py tells if not.
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -142,7 +142,7 @@ def find_nvcc() -> Path | None:
 
 
 def warn_of_newer_runtime(nvcc_version: tuple[int, int]) -> None:
-    """The runtime that is linked in needs a driver of nvcc's major version; torch's may be content with an older one."""
+    """The runtime that is linked in needs a driver of nvcc's major version; that of torch may need an older one."""
     try:
         import torch
     except ImportError:
@@ -150,8 +150,8 @@ def warn_of_newer_runtime(nvcc_version: tuple[int, int]) -> None:
     wanted = torch.version.cuda
     if wanted is not None and nvcc_version[0] > int(wanted.partition(".")[0]):
         print(
-            f"mpq_kernels: nvcc is of CUDA {nvcc_version[0]}.{nvcc_version[1]}, torch of CUDA {wanted}: the kernels need "
-            f"a driver for CUDA {nvcc_version[0]}. For older drivers set CUDA_HOME to a toolkit of CUDA {wanted}"
+            f"mpq_kernels: nvcc is of CUDA {nvcc_version[0]}.{nvcc_version[1]}, torch of CUDA {wanted}: the kernels "
+            f"need a driver for CUDA {nvcc_version[0]}. For older drivers set CUDA_HOME to a toolkit of CUDA {wanted}"
         )
 
 

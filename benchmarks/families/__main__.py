@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,14 @@ from benchmarks.families.sweep import sweep, warm_up
 KINDS: dict[str, Kind] = {"causal": causal.KIND} | multimodal.KINDS | encoders.KINDS
 
 
+def kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows, and those of a file for cases that are not among them, in the order of KINDS and of names."""
+    held = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    found = {(row["kind"], row["model_type"]): row for row in [*held, *rows]}
+    kinds = list(KINDS)
+    return sorted(found.values(), key=lambda row: (kinds.index(row["kind"]), row["model_type"]))
+
+
 def main() -> int:
     """Exit code 1 where a case is wrong, crashed or was refused late."""
     parser = argparse.ArgumentParser(description="Sweep the families of transformers with tiny random models.")
@@ -34,7 +43,7 @@ def main() -> int:
     parser.add_argument("--lines", type=Path, default=Path("families.jsonl"), help="rows as they come; gone on with")
     parser.add_argument("--again", action="store_true", help="also run cases whose rows are there")
     parser.add_argument("--gptq", action="store_true", help="also pack with gptq")
-    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--json", type=Path, help="write rows here; it keeps rows of others")
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write the page of models here")
     words = parser.parse_args()
     cases = [case for name in words.kind or KINDS for case in KINDS[name].cases()]
@@ -52,6 +61,7 @@ def main() -> int:
         print(f"{row['kind']:10} {row['model_type']:28} {row['state']:12} {row['stage']:13} {told}", flush=True)
     print(", ".join(f"{state}: {count}" for state, count in Counter(row["state"] for row in rows).most_common()))
     if words.json:
+        rows = kept_rows(words.json, rows)
         words.json.write_text(json.dumps({"facts": facts(torch.device("cpu")), "rows": rows}, indent=1) + "\n")
     if words.write_docs:
         words.write_docs.write_text(page({name: kind.title for name, kind in KINDS.items()}, rows), encoding="utf-8")

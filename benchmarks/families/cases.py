@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 Changes = Mapping[str, Any]
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
 VOCAB = 160
 ROWS, TOKENS = 2, 12
 
@@ -23,7 +23,12 @@ def token_ids(config: Any) -> Inputs:
 
 def copies(inputs: Inputs) -> Inputs:
     """The same with tensors that a model may write to."""
-    return {name: value.clone() for name, value in inputs.items()}
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def without_cache(config: Any) -> Inputs:
+    """The same, for a model that cannot make a cache of its config."""
+    return token_ids(config) | {"use_cache": False}
 
 
 def logits(output: Any) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cases import Case, Changes, Kind
+from .cases import Case, Changes, Kind, token_ids, without_cache
 
 MAMBA = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -19,7 +19,10 @@ ONE_EACH = {"layer_types": ["linear_attention", "full_attention"]}
 # model type -> changes of its tiny config; `...` leaves a value to the class.
 CHANGES: dict[str, Changes] = {
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 200},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 200, "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
@@ -44,6 +47,7 @@ CHANGES: dict[str, Changes] = {
                      "full_attention"] * 2, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
     "gemma4_assistant": {"default": {
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}},
+    "got_ocr2": {"vision_config": {"image_size": 64}},  # position embeddings in proportion
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {**MAMBA, **ONE_EACH},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -59,6 +63,7 @@ CHANGES: dict[str, Changes] = {
         "is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48],
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "hash_seed": 1, "num_buckets": 2,
     },
+    "xlnet": {"d_inner": 256},  # as much of it in linears as in real ones; attention has 3-D parameters, and stays
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -73,12 +78,17 @@ CHANGES: dict[str, Changes] = {
 }  # fmt: skip
 
 
+INPUTS = {"blt": without_cache}
+
+
 def cases() -> list[Case]:
     """Every model type of MODEL_FOR_CAUSAL_LM_MAPPING."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return [
-        Case("causal", model_type, "AutoModelForCausalLM", CHANGES.get(model_type, {}))
+        Case(
+            "causal", model_type, "AutoModelForCausalLM", CHANGES.get(model_type, {}), INPUTS.get(model_type, token_ids)
+        )
         for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     ]
 

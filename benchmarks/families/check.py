@@ -33,6 +33,7 @@ LOGITS = 3e-5  # relative, in the 2-norm: fp32 sums in another order, through a 
 ERRORS = 1e-3  # relative, of a weight's reported error: one computed in another order of sums
 GROUPS = (32, 16, -1)  # of columns: the first that divides K
 NOISE = 0.05  # standard deviation
+LEAST_SPREAD = 1e-4
 MOST_PARAMETERS = 20_000_000
 CALIBRATION_ROWS = 8
 
@@ -136,8 +137,10 @@ class _Run:
             model = auto.from_config(config).eval().float()
             self.row.name = type(model).__name__
             for parameter in model.parameters():
-                if parameter.dim() == 1 or not parameter.any():  # fresh norms are one, biases and some projections zero
+                if parameter.dim() == 1:  # fresh norms are one and biases zero, which would hide mistakes
                     parameter.add_(torch.randn_like(parameter) * NOISE)
+                elif not parameter.std() > LEAST_SPREAD:  # zero, or not initialized at all
+                    parameter.normal_(std=NOISE)
             model.save_pretrained(self.source)
             inputs = case.inputs(model.config)
             first = self._logits(model, inputs)

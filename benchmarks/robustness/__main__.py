@@ -28,7 +28,8 @@ def save(path: Path, data: dict[str, Any]) -> None:
 def run_kind(name: str, args: argparse.Namespace, data: dict[str, Any]) -> bool:
     """Go on with a kind where the results end; whether no case of it failed."""
     kind, wanted = KINDS[name], args.cases or KINDS[name].cases
-    held = data.get(name, {})
+    key = f"{name}, sanitized" if "LD_PRELOAD" in os.environ else name
+    held = data.get(key, {})
     tally = Tally()
     if held.get("seed") == args.seed and held.get("cases", 0) <= wanted:
         about = {key: held[key] for key in ("seed", "about")}
@@ -41,12 +42,12 @@ def run_kind(name: str, args: argparse.Namespace, data: dict[str, Any]) -> bool:
         steps = campaign(name, kind, args.seed, tally.cases, wanted - tally.cases, args.jobs, Path(folder))
         for _, more in steps:
             tally.add(more)
-            data[name] = about | {"summary": kind.summary, "limits": {"seconds": kind.seconds, "bytes": kind.bytes}}
-            data[name] |= tally.to_dict() | {"load_average_after": load_average()}
+            data[key] = about | {"summary": kind.summary, "limits": {"seconds": kind.seconds, "bytes": kind.bytes}}
+            data[key] |= tally.to_dict() | {"load_average_after": load_average()}
             if args.output is not None:
                 save(args.output, data)
     outcomes = ", ".join(f"{count} {what}" for what, count in tally.outcomes.most_common())
-    print(f"{name:10} {tally.cases} cases, {tally.seconds:.0f} s, slowest {tally.slowest[0]:.2f} s, ", end="")
+    print(f"{key:10} {tally.cases} cases, {tally.seconds:.0f} s, slowest {tally.slowest[0]:.2f} s, ", end="")
     print(f"peak {tally.peak_bytes / 1e6:.0f} MB: {outcomes}", flush=True)
     for failure in tally.failures if tally.failed else ():
         print(f"  case {failure['case']}: {failure['what']} at {failure['place']}: {failure['text']}")

@@ -143,7 +143,7 @@ def run_cases(name: str, kind: Kind, run: Run, seed: int, cases: Iterable[int], 
                     tally.fail(case, "FAILURE out of memory", _place(error), str(error))
                 else:
                     tally.outcomes[type(error).__name__] += 1
-            except (Exception, TooSlow) as error:
+            except BaseException as error:  # panics of Rust libraries are no Exception
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 tally.fail(case, f"FAILURE {type(error).__name__}", _place(error), str(error))
             tally.cases += 1

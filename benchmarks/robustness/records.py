@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
 from mpq_kernels.checkpoint.manifest import MANIFEST_FILE, changed_files, read_manifest, verified_files
-from mpq_kernels.packer.journal import Finished, Journal
+from mpq_kernels.packer.journal import VERSION, Finished, Journal
 
 from .campaign import Run
 from .mutate import mutate_bytes, mutate_json
 from .world import make_packed, read_json
 
 IDENTITY = {"mpq_kernels": "0.1.0", "quantizer": "rtn", "source": {"model.safetensors": {"bytes": 9, "modified": 7}}}
-LINES = [
-    {"journal": 1, "parts": 3, "identity": IDENTITY},
-    {"part": "packed a", "inputs": {"a.weight": "0" * 64}, "output": "1" * 64, "error": 0.5},
-    {"part": "kept b", "inputs": {"b": "2" * 64}, "output": "3" * 64, "error": None},
-]
-KNOWN = ("journal", "parts", "identity", "part", "inputs", "output", "error", "files", "carried", "bytes", "sha256",
+PARTS = (
+    Finished("packed a", "k1", {"a.weight": "0" * 64}, {"model.safetensors": (0, 64)}, "1" * 64, 0.5, 2),
+    Finished("kept b", "k2", {"b": "2" * 64}, {"model.safetensors": (64, 8)}, "3" * 64),
+)
+LINES = [{"journal": VERSION, "parts": 3, "identity": IDENTITY}, *map(asdict, PARTS)]
+KNOWN = ("journal", "parts", "identity", "part", "inputs", "output", "error", "key",
+         "places", "zero_groups", "files", "carried", "bytes", "sha256",
          "manifest_version", "config.json", "../config.json", "/etc/passwd", "model.safetensors", "link")  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def prepare_journal(folder: Path) -> Run:
                 assert isinstance(name, str) and isinstance(part.output, str)
                 assert all(isinstance(text, str) for pair in part.inputs.items() for text in pair)
                 assert isinstance(part.error, float | int | None)
-            journal.add(Finished("more", {}, "4" * 64))
+            journal.add(Finished("more", "k3", {}, {}, "4" * 64))
             journal.commit()
             before = dict(journal.finished)
         finally:

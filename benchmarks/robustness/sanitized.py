@@ -1,9 +1,9 @@
 """The campaign on operators that were built under the address and undefined-behaviour sanitizers.
 
-    python -m benchmarks.robustness.sanitized operators numbers --cases 2000     arguments of python -m benchmarks.robustness
+    python -m benchmarks.robustness.sanitized operators numbers --cases 2000     arguments as of benchmarks.robustness
 
-The first run builds them into build/sanitized, which takes minutes. A report of a sanitizer ends the process of its case,
-which is then counted as a failure, and is printed.
+The first run builds them into build/sanitized, which takes minutes. A report of a sanitizer ends the process of its
+case, which is then counted as a failure, and is printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "sanitized"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # Leaks are those of Python; what is too large to allocate is an error of torch's, as without a sanitizer.
-OPTIONS = "exitcode=77:detect_leaks=0:allocator_may_return_null=1:handle_segv=1:quarantine_size_mb=32:max_allocation_size_mb=4096"
+OPTIONS = "exitcode=77:detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32:max_allocation_size_mb=4096"
 
 
 def build() -> Path:

@@ -33,6 +33,7 @@ enum Error : int {
   kErrorSegment = 5,
   kErrorCover = 6,
   kErrorWorkspace = 7,
+  kErrorId = 8,
 };
 
 // Rows [n0, n1) x columns [k0, k1) of one width.
@@ -92,6 +93,11 @@ int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel);
 // out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to
 // nearest even. Returns kOk or an Error.
 int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const Parallel& parallel);
+
+// out[count, K] of out_dtype, contiguous: rows ids[i] of what dequantize() gives. Returns kOk or an Error; kErrorId for
+// an id outside of 0..N - 1, and nothing has been written then.
+int embedding(const Weight& weight, const int64_t* ids, int64_t count, void* out, DType out_dtype,
+              const Parallel& parallel);
 
 const char* error_text(int code);
 

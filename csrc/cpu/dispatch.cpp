@@ -146,6 +146,20 @@ int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const 
   return kOk;
 }
 
+int embedding(const Weight& weight, const int64_t* ids, int64_t count, void* out, DType out_dtype,
+              const Parallel& parallel) {
+  if (const int error = check_weight(weight)) return error;
+  if (!known(out_dtype)) return kErrorDType;
+  if (count < 0) return kErrorShape;
+  if (count == 0) return kOk;
+  if (!ids || !out) return kErrorNull;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= weight.N) return kErrorId;
+  }
+  embedding_rows(weight, ids, count, out, out_dtype, parallel);
+  return kOk;
+}
+
 const char* error_text(int code) {
   switch (code) {
     case kOk:
@@ -164,6 +178,8 @@ const char* error_text(int code) {
       return "the segments do not cover [N, K] exactly once in order of n0, then k0";
     case kErrorWorkspace:
       return "the workspace is smaller than linear_workspace_bytes";
+    case kErrorId:
+      return "an id is outside of the rows of the weight";
     default:
       return "unknown error code";
   }

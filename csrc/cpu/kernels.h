@@ -50,6 +50,10 @@ static constexpr int64_t padded_k(int64_t K) { return (K + 63) / 64 * 64; }
 
 using LinearInt8 = void (*)(const LinearArgs& args, const Parallel& parallel);
 
+// embedding.cpp; arguments have been checked.
+void embedding_rows(const Weight& weight, const int64_t* ids, int64_t count, void* out, DType out_dtype,
+                    const Parallel& parallel);
+
 // exact_avx2(), int8_avx2() and so on: what the files of cpu/instances define, each the function of its name.
 #define MPQ_DECLARE(name, choice, exact, pairs, int8, ...) \
   Kernels exact_##exact();                                 \

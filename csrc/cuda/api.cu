@@ -1,6 +1,7 @@
 // The C interface: check, prepare, enqueue.
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 
 #include "check.h"
@@ -165,39 +166,64 @@ int prepare_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearL
   return MPQ_OK;
 }
 
-// Launches of as many segments as fit into the parameters; a band may go on in the next one.
-int run_dequantize(const mpq_dequantize_args& a, void* stream) {
-  DequantizeParams params{};
-  LinearParams& w = params.linear;
-  w.in.perm = a.weight.perm;
-  w.in.columns = int32_t(a.weight.in_features);
-  w.in.vector_loads = reinterpret_cast<uintptr_t>(a.out) % 8 == 0;
-  w.qweight = a.weight.qweight;
-  w.scales = a.weight.scales;
-  w.zeros = a.weight.zeros;
-  w.scale_dtype = a.weight.scale_dtype;
-  w.k_tiles = int32_t(ceil_div(a.weight.in_features, mpq::kTileK));
-  params.out = a.out;
-  params.out_dtype = a.out_dtype;
-  dev::Launch how;
-  how.stream = static_cast<dev::Stream>(stream);
-  how.grid_x = 0;
+// What kernels that only decode are told of a weight, but for its segments.
+LinearParams decoding_params(const mpq_weight& weight) {
+  LinearParams w{};
+  w.in.perm = weight.perm;
+  w.in.columns = int32_t(weight.in_features);
+  w.qweight = weight.qweight;
+  w.scales = weight.scales;
+  w.zeros = weight.zeros;
+  w.scale_dtype = weight.scale_dtype;
+  w.k_tiles = int32_t(ceil_div(weight.in_features, mpq::kTileK));
+  return w;
+}
+
+// Launches of as many segments as fit into the parameters `w`; a band may go on in the next one. send(row tiles of all
+// bands of a launch) -> 0 or an error.
+template <class Send>
+int in_parts(const mpq_weight& weight, LinearParams& w, const Send& send) {
+  uint32_t row_tiles = 0;
   Segment segment;
   Band band;
-  for (TableReader reader(a.weight, 1, 0);;) {
+  for (TableReader reader(weight, 1, 0);;) {
     const bool more = reader.more(), begins = more && reader.next(segment, band);
     if (!more || w.num_segments == kInlineSegments || (begins && w.num_bands == kInlineBands)) {
-      if (int error = launch_dequantize(how, params)) return launched(error);
-      how.grid_x = 0;
+      if (int error = send(row_tiles)) return launched(error);
+      row_tiles = 0;
       w.num_bands = w.num_segments = 0;
     }
     if (!more) return MPQ_OK;
     if (begins || w.num_bands == 0) {
-      w.inline_bands[w.num_bands++] = {band.n0, band.rows, band.row_tiles, int32_t(how.grid_x), w.num_segments};
-      how.grid_x += uint32_t(band.row_tiles);
+      w.inline_bands[w.num_bands++] = {band.n0, band.rows, band.row_tiles, int32_t(row_tiles), w.num_segments};
+      row_tiles += uint32_t(band.row_tiles);
     }
     w.inline_segments[w.num_segments++] = segment;
   }
+}
+
+int run_dequantize(const mpq_dequantize_args& a, void* stream) {
+  DequantizeParams params{decoding_params(a.weight), a.out, a.out_dtype};
+  params.linear.in.vector_loads = reinterpret_cast<uintptr_t>(a.out) % 8 == 0;
+  dev::Launch how;
+  how.stream = static_cast<dev::Stream>(stream);
+  return in_parts(a.weight, params.linear, [&](uint32_t row_tiles) {
+    how.grid_x = row_tiles;
+    return launch_dequantize(how, params);
+  });
+}
+
+int run_embedding(const mpq_embedding_args& a, void* stream) {
+  EmbeddingParams params{decoding_params(a.weight), a.ids, a.out, a.weight.out_features, a.out_dtype};
+  dev::Launch how;
+  how.stream = static_cast<dev::Stream>(stream);
+  how.grid_x = uint32_t(a.count);
+  return in_parts(a.weight, params.linear, [&](uint32_t) { return launch_embedding(how, params); });
+}
+
+int check_out(const void* out, int32_t dtype) {
+  if (dtype < MPQ_F32 || dtype > MPQ_BF16) return MPQ_ERROR_DTYPE;
+  return reinterpret_cast<uintptr_t>(out) % (dtype == MPQ_F32 ? 4 : 2) ? MPQ_ERROR_ALIGNMENT : MPQ_OK;
 }
 
 }  // namespace
@@ -271,7 +297,8 @@ int mpq_device_query(int ordinal, mpq_device* device) {
 int mpq_warmup(const mpq_device* device) {
   if (!device) return MPQ_ERROR_NULL;
   if (int status = check_device(*device)) return status;
-  for (auto* load : {warmup_decode, warmup_medium, warmup_generic, warmup_grouped, warmup_dequantize, warmup_table}) {
+  for (auto* load : {warmup_decode, warmup_medium, warmup_generic, warmup_grouped, warmup_dequantize, warmup_embedding,
+                     warmup_table}) {
     if (int error = load()) return launched(error);
   }
   return MPQ_OK;
@@ -327,9 +354,21 @@ int mpq_dequantize(const mpq_dequantize_args* args, const mpq_device* device, vo
   if (!args || !device || !args->out) return MPQ_ERROR_NULL;
   if (int status = check_weight(args->weight)) return status;
   if (int status = check_device(*device)) return status;
-  if (args->out_dtype < MPQ_F32 || args->out_dtype > MPQ_BF16) return MPQ_ERROR_DTYPE;
-  if (reinterpret_cast<uintptr_t>(args->out) % (args->out_dtype == MPQ_F32 ? 4 : 2)) return MPQ_ERROR_ALIGNMENT;
+  if (int status = check_out(args->out, args->out_dtype)) return status;
   return run_dequantize(*args, stream);
+}
+
+int mpq_embedding(const mpq_embedding_args* args, const mpq_device* device, void* stream) {
+  if (!args || !device) return MPQ_ERROR_NULL;
+  if (int status = check_weight(args->weight)) return status;
+  if (int status = check_device(*device)) return status;
+  if (args->count < 0) return MPQ_ERROR_SHAPE;
+  if (args->count > INT_MAX) return MPQ_ERROR_SIZE;
+  if (args->count == 0) return MPQ_OK;
+  if (!args->ids || !args->out) return MPQ_ERROR_NULL;
+  if (reinterpret_cast<uintptr_t>(args->ids) % 8) return MPQ_ERROR_ALIGNMENT;
+  if (int status = check_out(args->out, args->out_dtype)) return status;
+  return run_embedding(*args, stream);
 }
 
 }  // extern "C"

@@ -13,9 +13,11 @@ int launch_medium(bool bf16, const dev::Launch& how, const LinearParams& params)
 int launch_generic(bool bf16, dev::Launch how, const LinearParams& params);
 int launch_grouped(bool bf16, int token_tiles, const dev::Launch& how, const GroupedParams& params);
 int launch_dequantize(dev::Launch how, const DequantizeParams& params);
+int launch_embedding(dev::Launch how, const EmbeddingParams& params);
 int launch_table(dev::Launch how, const TableChunk& chunk);
 
 // Loads every kernel onto the current device.
-int warmup_decode(), warmup_medium(), warmup_generic(), warmup_grouped(), warmup_dequantize(), warmup_table();
+int warmup_decode(), warmup_medium(), warmup_generic(), warmup_grouped(), warmup_dequantize(), warmup_embedding(),
+    warmup_table();
 
 }  // namespace mpq::cuda

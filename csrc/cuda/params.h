@@ -120,4 +120,12 @@ struct DequantizeParams {
   int32_t out_dtype;
 };
 
+struct EmbeddingParams {
+  LinearParams linear;  // the weight alone
+  const int64_t* ids;
+  void* out;
+  int64_t rows;  // N
+  int32_t out_dtype;
+};
+
 }  // namespace mpq::cuda

@@ -119,6 +119,16 @@ typedef struct mpq_dequantize_args {
   int32_t out_dtype;
 } mpq_dequantize_args;
 
+/* Rows of W by number: token embeddings. An id outside of [0, N) ends the kernel with a trap, which the stream reports
+ * as an error: ids lie on the device and are not read before. */
+typedef struct mpq_embedding_args {
+  mpq_weight weight;
+  const int64_t* ids; /* [count] on the device */
+  int64_t count;
+  void* out; /* [count, K] of out_dtype, contiguous, columns in their original order */
+  int32_t out_dtype;
+} mpq_embedding_args;
+
 MPQ_API uint32_t mpq_version(void);
 /* Identity of the packed layout that the kernels were built for; equal to mpq_kernels.formats.LAYOUT_ID. */
 MPQ_API const char* mpq_layout_id(void);
@@ -139,6 +149,9 @@ MPQ_API int mpq_grouped_linear(const mpq_grouped_args* args, const mpq_device* d
 
 /* out = fl32(fl32(code - zero) * scale), rounded to out_dtype, ties to even. */
 MPQ_API int mpq_dequantize(const mpq_dequantize_args* args, const mpq_device* device, void* stream);
+
+/* Rows ids[i] of what mpq_dequantize() gives. */
+MPQ_API int mpq_embedding(const mpq_embedding_args* args, const mpq_device* device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,7 @@ struct Place {
 };
 Place place();
 const Grid& grid();
+[[noreturn]] void trap(const char* why);
 
 // ---- threads (schedule.cpp) ----
 

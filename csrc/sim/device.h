@@ -48,6 +48,8 @@ MPQ_DEVICE uint32_t block_y() { return sim::place().block_y; }
 MPQ_DEVICE uint32_t grid_x() { return sim::grid().x; }
 MPQ_DEVICE uint32_t grid_y() { return sim::grid().y; }
 
+MPQ_DEVICE void trap(const char* why) { sim::trap(why); }
+
 // ---- shared memory ----
 
 MPQ_DEVICE uint32_t shared_base() { return sim::kSharedBase; }

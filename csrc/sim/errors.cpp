@@ -38,4 +38,6 @@ void fail(const Thread& thread, const char* format, ...) {
   leave();
 }
 
+void trap(const char* why) { fail(*current, "trap: %s", why); }
+
 }  // namespace mpq::sim

@@ -223,6 +223,23 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   return out;
 }
 
+// ids (...) -> rows (..., K) of what dequantize gives.
+Tensor embedding(Tensor ids, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+                 std::vector<int64_t> segments, int64_t out_features, int64_t in_features, ScalarType dtype) {
+  const WeightView view({qweight, scales, zeros, perm, segments, out_features, in_features});
+  const cpu::DType out_dtype = to_dtype(dtype, "dtype");
+  const Tensor rows = mpq::row_ids(ids, kCpu);
+  const int64_t count = rows.numel();
+  const auto* values = static_cast<const int64_t*>(rows.data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(0 <= values[i] && values[i] < out_features, "index out of range: ids hold ", values[i],
+                    ", and the embedding has rows 0..", out_features - 1);
+  }
+  Tensor out = torch::stable::new_empty(qweight, mpq::rows_shape(ids, in_features), dtype);
+  check_status(cpu::embedding(view.weight, values, count, out.data_ptr(), out_dtype, torch_pool(count * in_features)));
+  return out;
+}
+
 std::string layout_id() { return mpq::kLayoutId; }
 
 }  // namespace
@@ -233,6 +250,7 @@ STABLE_TORCH_LIBRARY(mpq, m) {
   m.def(mpq::schemas::kLinearInt8);
   m.def(mpq::schemas::kGroupedLinearInt8);
   m.def(mpq::schemas::kDequantize);
+  m.def(mpq::schemas::kEmbedding);
   m.def(mpq::schemas::kSiluMulLinear);  // no kernel here: the CUDA library has one
   m.def("layout_id() -> str");
 }
@@ -243,6 +261,7 @@ STABLE_TORCH_LIBRARY_IMPL(mpq, CPU, m) {
   m.impl("linear_int8", TORCH_BOX(&linear<kInt8>));
   m.impl("grouped_linear_int8", TORCH_BOX(&grouped_linear<kInt8>));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("embedding", TORCH_BOX(&embedding));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) { m.impl("layout_id", TORCH_BOX(&layout_id)); }

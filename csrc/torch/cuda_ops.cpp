@@ -223,6 +223,20 @@ Tensor dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros, st
   return out;
 }
 
+// ids (...) -> rows (..., K) of what dequantize gives.
+Tensor embedding(Tensor ids, Tensor qweight, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> perm,
+                 std::vector<int64_t> segments, int64_t out_features, int64_t in_features, ScalarType dtype) {
+  const mpq::Place place = place_of(qweight, "qweight");
+  const PackedView view({qweight, scales, zeros, perm, segments, out_features, in_features}, place);
+  const device::DeviceGuard guard(place.index);
+  const Tensor rows = mpq::row_ids(ids, place);
+  Tensor out = torch::stable::new_empty(qweight, mpq::rows_shape(ids, in_features), dtype);
+  const mpq_embedding_args args{view.weight, static_cast<const int64_t*>(rows.data_ptr()), rows.numel(), out.data_ptr(),
+                                mpq::to_dtype(dtype, "dtype")};
+  check_status(mpq_embedding(&args, &device_info(place.index), device::current_stream(place.index)));
+  return out;
+}
+
 // Loads every kernel onto a device; returns its compute capability.
 int64_t cuda_warmup(int64_t index) {
   const device::DeviceGuard guard(static_cast<int32_t>(index));
@@ -246,6 +260,7 @@ STABLE_TORCH_LIBRARY(mpq_simulated, m) {
   m.def(mpq::schemas::kLinear);
   m.def(mpq::schemas::kGroupedLinear);
   m.def(mpq::schemas::kDequantize);
+  m.def(mpq::schemas::kEmbedding);
   m.def(mpq::schemas::kSiluMulLinear);
 }
 #endif
@@ -261,6 +276,7 @@ STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, MPQ_KEY, m) {
   m.impl("silu_mul_linear", TORCH_BOX(&silu_mul_linear));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("embedding", TORCH_BOX(&embedding));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MPQ_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -158,6 +158,21 @@ inline void check_bias(const Tensor& bias, int64_t N, const Place& place) {
                   place.name(), " with out_features=", N, " elements");
 }
 
+// ids: int64 or int32, contiguous or made so, of any shape. Returned as int64.
+inline Tensor row_ids(const Tensor& ids, const Place& place) {
+  STD_TORCH_CHECK(place.holds(ids), "ids must be on ", place.name(), ", like the weight");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+                  "ids must be int64 or int32");
+  return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
+}
+
+// Of the rows that ids look up: those of ids, and K.
+inline std::vector<int64_t> rows_shape(const Tensor& ids, int64_t K) {
+  std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
+  shape.push_back(K);
+  return shape;
+}
+
 // offsets (E + 1) of E experts with equal shares of the rows of W. Returns E; the values are not read.
 inline int64_t check_offsets(const Tensor& offsets, int64_t out_features, const Place& place) {
   STD_TORCH_CHECK(place.holds(offsets), "offsets must be on ", place.name(), ", like x");

@@ -13,6 +13,7 @@ constexpr char kLinearInt8[] = "linear_int8" MPQ_LINEAR;
 constexpr char kGroupedLinear[] = "grouped_linear" MPQ_GROUPED;
 constexpr char kGroupedLinearInt8[] = "grouped_linear_int8" MPQ_GROUPED;
 constexpr char kDequantize[] = "dequantize(" MPQ_WEIGHT ", " MPQ_TABLE ", ScalarType dtype) -> Tensor";
+constexpr char kEmbedding[] = "embedding(Tensor ids, " MPQ_WEIGHT ", " MPQ_TABLE ", ScalarType dtype) -> Tensor";
 constexpr char kSiluMulLinear[] =
     "silu_mul_linear(Tensor gate, Tensor up, " MPQ_WEIGHT ", Tensor? bias, " MPQ_TABLE ") -> Tensor";
 

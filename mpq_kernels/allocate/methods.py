@@ -35,7 +35,10 @@ BASE_BITS = 3  # at which GPTQ's column losses are measured
 
 @dataclass(frozen=True)
 class Method:
-    """run: (study) -> losses. needs_text: whether it runs the model on calibration tokens. cost: in words."""
+    """run: (study) -> losses. needs_text: whether it runs the model on calibration tokens. cost: in words.
+
+    embeddings: whether units may be embeddings, which have no inputs to look at.
+    """
 
     name: str
     run: Callable[[Study], Table]
@@ -43,6 +46,7 @@ class Method:
     cost: str
     summary: str
     source: str
+    embeddings: bool = False
 
 
 def weighed(study: Study, importance: Mapping[str, float], what: str) -> Table:
@@ -210,7 +214,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Method(
             "frobenius", _weight_error, False, "every candidate quantized once", "squared error of the weights",
-            "https://arxiv.org/abs/1911.03852",
+            "https://arxiv.org/abs/1911.03852", embeddings=True,
         ),
         Method(
             "trace", _trace, True, "one pass", "squared error of the weights times the mean square of their inputs",
@@ -250,11 +254,11 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "zd", _zd, False, "weights only", "1 / part of the weights more than one deviation above the mean",
-            "https://arxiv.org/abs/2406.17415",
+            "https://arxiv.org/abs/2406.17415", embeddings=True,
         ),
         Method(
             "weight-outliers", _weight_outliers, False, "weights only", "largest max|w| / mean|w| of a column",
-            "https://arxiv.org/abs/2406.08155",
+            "https://arxiv.org/abs/2406.08155", embeddings=True,
         ),
         Method(
             "input-outliers", _input_outliers, True, "one pass", "max|x| / mean|x| of a linear's input",

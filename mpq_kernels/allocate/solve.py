@@ -104,13 +104,15 @@ def make_plan(
     model: str | None = None,
     fuse: Sequence[FusePlan] = (),
 ) -> Plan:
-    """The plan that gives every unit its pick; what no unit covers is kept."""
+    """The plan that gives every unit its pick. What no unit covers is kept, but for heads tied to such an embedding."""
     parts: dict[str, list[tuple[Cell, Choice]]] = {}
     for index, (unit, pick) in enumerate(zip(units, picks, strict=True)):
         for cell, choice in rectangles(unit, pick, (splits or {}).get(index)):
             parts.setdefault(cell.spec.name, []).append((cell, choice))
     modules = {name: _rule(found) for name, found in parts.items()}
-    modules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in linears if spec.name not in parts}
+    left = {spec.name for spec in linears} - parts.keys()
+    left -= {name for spec in linears if spec.embedding and spec.name in parts for name in spec.shared}
+    modules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in linears if spec.name in left}
     return Plan(model=model, modules=modules, fuse=tuple(fuse))
 
 

@@ -1,4 +1,4 @@
-"""What a backend is: a name, three functions with the signatures of the operators, and its reasons for refusing."""
+"""What a backend is: a name, four functions with the signatures of the operators, and its reasons for refusing."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Backend:
     linear_int8, grouped_int8: the same with x rounded to int8; None where there are no such kernels.
     silu_mul_linear: linear of silu(gate) * up in one launch, with the arguments of `mpq::silu_mul_linear`, or None.
     dequantize: -> W with the arguments of `mpq::dequantize`.
+    embedding: ids -> rows of W with the arguments of `mpq::embedding`.
     devices: types of device it runs on; empty means any.
     why_unavailable: None when it works on this machine, else the reason why it does not.
     why_not_layout: None when it can run a layout, else the reason why it cannot.
@@ -40,6 +41,7 @@ class Backend:
     linear: Product
     grouped: Product
     dequantize: Product
+    embedding: Product
     why_unavailable: Callable[[], str | None]
     why_not_layout: Callable[[WeightLayout], str | None] = _any_layout
     only_on_request: bool = False

@@ -14,6 +14,7 @@ BACKEND = Backend(
     linear=torch.ops.mpq.linear.default,
     grouped=torch.ops.mpq.grouped_linear.default,
     dequantize=torch.ops.mpq.dequantize.default,
+    embedding=torch.ops.mpq.embedding.default,
     linear_int8=torch.ops.mpq.linear_int8.default,
     grouped_int8=torch.ops.mpq.grouped_linear_int8.default,
     why_unavailable=lambda: None,  # ops refuses to import when the compiled part is absent or from another build

@@ -114,6 +114,7 @@ BACKEND = Backend(
     linear=torch.ops.mpq.linear.default,
     grouped=torch.ops.mpq.grouped_linear.default,
     dequantize=torch.ops.mpq.dequantize.default,
+    embedding=torch.ops.mpq.embedding.default,
     silu_mul_linear=torch.ops.mpq.silu_mul_linear.default,
     why_unavailable=why_unavailable,
 )

@@ -3,6 +3,7 @@
 mpq::linear          x,  weight, bias           -> y          weight: seven arguments, WEIGHT, which `on_weight`
 mpq::grouped_linear  x,  weight, bias, offsets  -> y          turns into one checked PackedWeight
 mpq::dequantize          weight, dtype          -> W
+mpq::embedding       ids, weight, dtype        -> rows of W
 """
 
 from __future__ import annotations

@@ -89,3 +89,10 @@ def dequantize_fake(*args: Any, **given: Any) -> torch.Tensor:
     """W (N, K) of the dtype asked for, without values."""
     named = _same_device(torch.ops.mpq.dequantize.default, args, given)
     return named["qweight"].new_empty(named["out_features"], named["in_features"], dtype=named["dtype"])
+
+
+@torch.library.register_fake("mpq::embedding")
+def embedding_fake(*args: Any, **given: Any) -> torch.Tensor:
+    """Rows (..., K) of W for ids (...), of the dtype asked for, without values."""
+    named = by_name(torch.ops.mpq.embedding.default, args, given)
+    return named["qweight"].new_empty(*named["ids"].shape, named["in_features"], dtype=named["dtype"])

@@ -42,6 +42,12 @@ def _grouped(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None, o
     return torch.cat(parts).to(x.dtype)
 
 
+@on_weight(torch.ops.mpq.embedding.default)
+def _embedding(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rows = reference.dequantize(weight, dtype).index_select(0, ids.reshape(-1))
+    return rows.view(*ids.shape, weight.layout.in_features)
+
+
 BACKEND = Backend(
     name="reference",
     summary="dequantize and matmul in torch: any device, slow",
@@ -49,6 +55,7 @@ BACKEND = Backend(
     linear=_linear,
     grouped=_grouped,
     dequantize=_dequantize,
+    embedding=_embedding,
     why_unavailable=lambda: None,
     only_on_request=True,
 )

@@ -46,13 +46,18 @@ SHOWN = 3
 
 def check_plan(resolved: ResolvedPlan, source: DenseCheckpoint) -> None:
     """Raise QuantizeError for a mixture model, and with the linears of a plan that auto-round cannot do, and why."""
-    members = [member for weight in resolved.weights for member in weight.members]
+    members = [m for weight in resolved.weights for m in weight.members if not m.spec.embedding]
     refused = [f"{m.spec.name} ({reason})" for m in members if (reason := _why_not(m)) is not None]
     if refused:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise QuantizeError(
             f"quantizer={QUANTIZER!r} cannot do {', '.join(refused[:SHOWN])}{more}: change the plan there, keep them "
             f"as they are (bits={KEPT_BITS}), or choose {suitable(lambda row: not row.whole_model)}"
+        )
+    if source.decodes:
+        raise QuantizeError(
+            f"quantizer={QUANTIZER!r}: {source.path} is stored quantized, which auto-round would load in another form; "
+            f"choose {suitable(lambda row: not row.whole_model)}"
         )
     if any(spec.expert for spec in source.linears()):
         raise QuantizeError(
@@ -82,9 +87,10 @@ class LearnedRounding:
         check_plan(resolved, source)
         check_installed()
         self.source, self.calibration, self.quiet = source, calibration, quiet
-        self.members = {m.spec.name: m for weight in resolved.weights for m in weight.members}
+        self.members = {m.spec.name: m for weight in resolved.weights for m in weight.members if not m.spec.embedding}
         # A head is left alone unless it is named.
-        self.kept = tuple(spec.name for spec in source.linears() if spec.name in resolved.kept and not spec.is_head)
+        left = {*resolved.kept, *resolved.floats}
+        self.kept = tuple(spec.name for spec in source.linears() if spec.name in left and not spec.is_head)
         self.model: nn.Module | None = None
 
     def weight(self, name: str) -> QuantizedWeight:

@@ -166,8 +166,15 @@ class Calibration:
                 f"{model_dir}: calibration text needs the model's tokenizer, which does not load "
                 f"({type(error).__name__}); give token ids instead"
             ) from error
-        ids = tokenizer(self.text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        ids = ids[: self.max_tokens]
+        try:
+            read = tokenizer(self.text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, no Exception
+                raise
+            raise QuantizeError(
+                f"{model_dir}: its tokenizer cannot read the calibration text ({type(error).__name__}: {error})"
+            ) from error
+        ids = read["input_ids"][: self.max_tokens]
         count = len(ids) // window
         if not count:
             raise QuantizeError(

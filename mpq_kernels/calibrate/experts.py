@@ -108,7 +108,13 @@ def route(walk: BlockWalk, module: str, weigh: Callable[[int], torch.Tensor | No
     def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """experts(hidden_states, top_k_index, top_k_weights)"""
         given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
-        routed.add(given["hidden_states"], given["top_k_index"], weights)
+        hidden, index, counted = given["hidden_states"], given.get("top_k_index"), weights
+        if index is None:  # the rows of every expert, sorted and equally many: all tokens, once for each
+            count = expert_shapes(routed.experts)[0]
+            each = hidden.reshape(-1, hidden.shape[-1]).shape[0] // count
+            index = torch.arange(count, device=hidden.device).repeat_interleave(each).unsqueeze(1)
+            counted = None if weights is None else weights.repeat(count)
+        routed.add(hidden, index, counted)
         raise Stop
 
     handle = routed.experts.register_forward_pre_hook(see, with_kwargs=True)

@@ -72,5 +72,5 @@ def _walk(source: DenseCheckpoint, resolved: ResolvedPlan, sample: Sample | None
     calibration = Calibration(tokens=tokens) if sample is None else Calibration(samples=[sample])
     calibrator = Calibrator(source, calibration, skeleton)
     for weight in resolved.weights:
-        for member in weight.members:
+        for member in weight.members if weight.embedding is None else ():
             calibrator.check(member.spec.name)

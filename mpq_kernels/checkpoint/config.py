@@ -8,11 +8,16 @@
                      "members": [["q_proj", 0, 64], ["k_proj", 64, 96], ["v_proj", 96, 128]]},
                  "model.layers.1.mlp.experts.down": {"layout": 2, "bias": false,
                      "members": [["0.down_proj", 0, 64], ["1.down_proj", 64, 128]],
-                     "experts": {"module": "model.layers.1.mlp.experts", "count": 2}}},
-     "kept": {"lm_head": "plan: 16 bits"}}
+                     "experts": {"module": "model.layers.1.mlp.experts", "count": 2}},
+                 "model.embed_tokens": {"layout": 3, "bias": false, "members": null,
+                     "embedding": {"shared": ["lm_head"]}}},
+     "kept": {"lm_head": "plan: 16 bits"},
+     "float8": {"model.layers.2.mlp.down_proj": {"out_features": 64, "in_features": 128, "bias": false}}}
 
 Members are the modules that a fused one replaces: name beside it, first row, end row. `experts` stands only where they
-are the experts of a mixture: name of their module in the model, and how many there are. Source: docs/format.md.
+are the experts of a mixture: name of their module in the model, and how many there are. `embedding` stands only where
+rows are looked up by number: names of the other modules that use the same weight. `float8` stands only where linears
+are stored in that type. Source: docs/format.md.
 
 transformers skips a quantization_config whose method it does not know, and goes on with random weights. So config.json
 also says, where transformers looks for the name of a weights file, that this package must be imported (WEIGHTS_KEY).
@@ -29,12 +34,14 @@ from typing import Any
 from ..errors import CheckpointError, FormatError
 from ..files.strict import short
 from ..format.codes import FORMAT_VERSION, LAYOUT_ID
-from ..format.layout import Experts, Member, WeightLayout, check_experts
+from ..format.float8 import Float8Shape
+from ..format.layout import Embedding, Experts, Member, WeightLayout, check_experts
 
 QUANT_METHOD = "mpq"
 WEIGHTS_KEY = "transformers_weights"
 # transformers ends its error with it: no file can have this name, and none is looked for.
 IMPORT_FIRST = "packed by mpq_kernels: `import mpq_kernels` before the model is loaded"
+OPTIONAL_KEYS = ("float8",)
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count
@@ -43,13 +50,22 @@ MAX_NODES = 10_000_000  # JSON values in one config: bounds the time of everythi
 
 @dataclass(frozen=True)
 class PackedModule:
-    """A packed linear: its layout, whether it has a bias [N], its members when it is fused, its experts if any."""
+    """A packed linear: its layout, whether it has a bias [N], its members when it is fused, its experts if any.
+
+    embedding: of a packed embedding, the other modules that use its weight.
+    """
 
     name: str
     layout: WeightLayout
     bias: bool = False
     members: tuple[Member, ...] | None = None
     experts: Experts | None = None
+    embedding: Embedding | None = None
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Full names of the other modules that use this weight: those that are tied to an embedding."""
+        return () if self.embedding is None else self.embedding.shared
 
     @property
     def parent(self) -> str:
@@ -77,13 +93,37 @@ class PackedModule:
 
 
 @dataclass(frozen=True)
+class Float8Module:
+    """A linear that is stored in float8: its shape, and whether it has a bias [N]."""
+
+    name: str
+    shape: Float8Shape
+    bias: bool = False
+
+    @property
+    def installed(self) -> str:
+        """Name of the module in the model."""
+        return self.name
+
+    @cached_property
+    def tensor_names(self) -> list[str]:
+        """Full names of the tensors of this module."""
+        names = [*self.shape.tensor_specs(), "bias"] if self.bias else list(self.shape.tensor_specs())
+        return [f"{self.name}.{name}" for name in names]
+
+
+@dataclass(frozen=True)
 class PackingConfig:
-    """A checked quantization_config. modules: packed name -> PackedModule, in model order. kept: module -> reason."""
+    """A checked quantization_config. modules: packed name -> PackedModule, in model order. kept: module -> reason.
+
+    floats: name -> Float8Module, in model order.
+    """
 
     modules: dict[str, PackedModule]
     kept: dict[str, str] = field(default_factory=dict)
     quantizer: str = ""
     producer: str = ""
+    floats: dict[str, Float8Module] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the same value always gives the same text."""
@@ -95,7 +135,13 @@ class PackingConfig:
             modules[name] = {"layout": index, "bias": module.bias, "members": members}
             if module.experts is not None:
                 modules[name]["experts"] = {"module": module.experts.module, "count": module.experts.count}
-        return {
+            if module.embedding is not None:
+                modules[name]["embedding"] = {"shared": list(module.embedding.shared)}
+        floats = {
+            name: {"out_features": m.shape.out_features, "in_features": m.shape.in_features, "bias": m.bias}
+            for name, m in self.floats.items()
+        }
+        data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "layout_id": LAYOUT_ID,
@@ -105,6 +151,7 @@ class PackingConfig:
             "modules": modules,
             "kept": dict(self.kept),
         }
+        return data | ({"float8": floats} if floats else {})
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "quantization_config") -> PackingConfig:
@@ -125,8 +172,9 @@ class PackingConfig:
         kept = data["kept"]
         if not isinstance(kept, dict) or not all(isinstance(reason, str) for reason in kept.values()):
             raise CheckpointError(f"{where}: kept must map module names to reasons")
-        _check_disjoint(modules, kept, where)
-        return cls(modules, dict(kept), data["quantizer"], data["producer"])
+        floats = _floats(data.get("float8", {}), where)
+        _check_disjoint(modules, floats, kept, where)
+        return cls(modules, dict(kept), data["quantizer"], data["producer"], floats)
 
 
 @dataclass(frozen=True)
@@ -163,8 +211,8 @@ def _check_versions(data: Any, where: str) -> None:
             f"{where}: layout_id={short(data.get('layout_id'))}, and this build has {LAYOUT_ID!r}: the codes are in "
             "another order; pack the model again, or use the version that packed it"
         )
-    if set(data) != set(KEYS):
-        missing, extra = sorted(set(KEYS) - set(data)), sorted(map(short, set(data) - set(KEYS)))
+    if set(data) - set(OPTIONAL_KEYS) != set(KEYS):
+        missing, extra = sorted(set(KEYS) - set(data)), sorted(map(short, set(data) - {*KEYS, *OPTIONAL_KEYS}))
         raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {extra}")
 
 
@@ -199,7 +247,7 @@ def check_name(name: Any, where: str) -> str:
 
 def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedModule:
     check_name(name, where)
-    if not isinstance(item, Mapping) or set(item) - {"experts"} != {"layout", "bias", "members"}:
+    if not isinstance(item, Mapping) or set(item) - {"experts", "embedding"} != {"layout", "bias", "members"}:
         raise CheckpointError(f"{where}: expected the keys layout, bias and members, found {short(item)}")
     index = item["layout"]
     if type(index) is not int or not 0 <= index < len(layouts):
@@ -209,7 +257,18 @@ def _module(name: str, item: Any, layouts: list[_Layout], where: str) -> PackedM
     rows = item["members"]
     members = None if rows is None else _members(rows, layouts[index], where)
     experts = _experts(item["experts"], layouts[index].layout, members, where) if "experts" in item else None
-    return PackedModule(name, layouts[index].layout, item["bias"], members, experts)
+    embedding = None
+    if "embedding" in item:
+        if item["bias"] or members is not None or experts is not None:
+            raise CheckpointError(f"{where}: an embedding has no bias, members or experts")
+        embedding = _embedding(item["embedding"], where)
+    return PackedModule(name, layouts[index].layout, item["bias"], members, experts, embedding)
+
+
+def _embedding(item: Any, where: str) -> Embedding:
+    if not isinstance(item, Mapping) or set(item) != {"shared"} or not isinstance(item["shared"], list):
+        raise CheckpointError(f"{where}: embedding={short(item)} is not a list of modules that share the weight")
+    return Embedding(tuple(check_name(name, f"{where}: embedding") for name in item["shared"]))
 
 
 def _experts(item: Any, layout: WeightLayout, members: tuple[Member, ...] | None, where: str) -> Experts:
@@ -222,6 +281,22 @@ def _experts(item: Any, layout: WeightLayout, members: tuple[Member, ...] | None
     except FormatError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return Experts(check_name(item["module"], f"{where}: experts"), item["count"])
+
+
+def _floats(items: Any, where: str) -> dict[str, Float8Module]:
+    """The linears in float8. Raises CheckpointError."""
+    if not isinstance(items, Mapping):
+        raise CheckpointError(f"{where}: float8 must map module names to shapes")
+    out = {}
+    for name, item in items.items():
+        check_name(name, f"{where}: float8")
+        if not isinstance(item, Mapping) or set(item) != {"out_features", "in_features", "bias"}:
+            raise CheckpointError(f"{where}: float8 {short(name)}: {short(item)} is no shape and bias")
+        rows, cols, bias = item["out_features"], item["in_features"], item["bias"]
+        if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1 or type(bias) is not bool:
+            raise CheckpointError(f"{where}: float8 {short(name)}: {short(item)} is no shape and bias")
+        out[name] = Float8Module(name, Float8Shape(rows, cols), bias)
+    return out
 
 
 def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:
@@ -244,12 +319,16 @@ def _members(rows: Any, layout: _Layout, where: str) -> tuple[Member, ...]:
     return tuple(members)
 
 
-def _check_disjoint(modules: Mapping[str, PackedModule], kept: Mapping[str, str], where: str) -> None:
-    """Every name has one meaning: packed, replaced by a fused module, or kept."""
+def _check_disjoint(
+    modules: Mapping[str, PackedModule], floats: Mapping[str, Float8Module], kept: Mapping[str, str], where: str
+) -> None:
+    """Every name has one meaning: packed, in float8, replaced by a fused module, tied to an embedding, or kept."""
     seen: dict[str, str] = {}
     for role, names in (
         ("packed", list(modules)),
+        ("in float8", list(floats)),
         ("a member", [name for module in modules.values() if module.members for name in module.replaced()]),
+        ("the user of an embedding's weight", [name for module in modules.values() for name in module.shared]),
         ("kept", list(kept)),
     ):
         for name in names:

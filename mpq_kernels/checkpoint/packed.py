@@ -21,9 +21,10 @@ from ..dense.checkpoint import CONFIG_FILE, check_layer_count
 from ..errors import CheckpointError, FormatError
 from ..files.shards import StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
+from ..format.float8 import bad_float8
 from ..format.layout import Member, SizeBreakdown
 from ..format.weights import TORCH_DTYPES, PackedWeight
-from .config import PackedModule, PackingConfig
+from .config import Float8Module, PackedModule, PackingConfig
 
 __all__ = ["CheckpointSize", "Member", "PackedCheckpoint", "PackedModule", "PackingConfig", "validate_tensors"]
 
@@ -33,7 +34,8 @@ BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class CheckpointSize:
-    """Bytes of a packed checkpoint. packed: its packed weights by purpose. bias, kept: bytes of those tensors.
+    """Bytes of a packed checkpoint. packed: its packed weights by purpose, those in float8 too. bias, kept: bytes of
+    those tensors.
 
     files: bytes of the safetensors files, headers included.
     """
@@ -73,7 +75,7 @@ class PackedCheckpoint:
         packing = PackingConfig.from_dict(config["quantization_config"], f"{where}: quantization_config")
         files = TensorFiles.open_directory(path)
         check_layer_count(where, config, len(files.tensors))
-        check_tensors(packing.modules, files)
+        check_tensors(packing.modules, files, packing.floats)
         return cls(path, config, packing, files)
 
     @classmethod
@@ -82,7 +84,7 @@ class PackedCheckpoint:
     ) -> PackedCheckpoint:
         """The same from a quantization_config and files that were found elsewhere (a hub cache). Same checks."""
         packing = PackingConfig.from_dict(quantization_config)
-        opened = validate_tensors(packing.modules, files)
+        opened = validate_tensors(packing.modules, files, packing.floats)
         parent = opened.files[0].parent
         return cls(parent, {"quantization_config": dict(quantization_config)}, packing, opened)
 
@@ -118,6 +120,7 @@ class PackedCheckpoint:
     def kept_tensors(self) -> list[str]:
         """Names of the tensors that belong to no packed module, sorted."""
         packed = {name for module in self.modules.values() for name in module.tensor_names}
+        packed.update(*(module.tensor_names for module in self.packing.floats.values()))
         return sorted(set(self.tensors) - packed - set(guards(self.modules, self.files)))
 
     def size(self) -> CheckpointSize:
@@ -127,6 +130,10 @@ class PackedCheckpoint:
             packed += module.layout.size()
             held += sum(self.tensors[name].entry.nbytes for name in module.tensor_names)
             bias += self.tensors[f"{module.name}.bias"].entry.nbytes if module.bias else 0
+        for float8 in self.packing.floats.values():
+            packed += float8.shape.size()
+            held += sum(self.tensors[name].entry.nbytes for name in float8.tensor_names)
+            bias += self.tensors[f"{float8.name}.bias"].entry.nbytes if float8.bias else 0
         if held - bias != packed.total_bytes:
             raise CheckpointError(f"{self.path}: packed tensors hold {held - bias} bytes, layouts {packed.total_bytes}")
         kept = sum(self.tensors[name].entry.nbytes for name in self.kept_tensors())
@@ -150,6 +157,13 @@ class PackedCheckpoint:
                 raise CheckpointError(f"{self.tensors[f'{module.name}.bias']}: holds NaN or Inf")
             self.release(name)
             yield name
+        for name, float8 in self.packing.floats.items():
+            reason = bad_float8(self.read(f"{name}.qweight"), self.read(f"{name}.scales"))
+            if reason is not None:
+                raise CheckpointError(f"{self.tensors[f'{name}.qweight']}: {reason}; pack the model again")
+            for tensor in float8.tensor_names:
+                self.files.release(tensor)
+            yield name
 
     def _module(self, name: str) -> PackedModule:
         if name not in self.modules:
@@ -157,19 +171,25 @@ class PackedCheckpoint:
         return self.modules[name]
 
 
-def validate_tensors(modules: Mapping[str, PackedModule], files: Sequence[str | os.PathLike[str]]) -> TensorFiles:
-    """Open safetensors files and check that they hold exactly the tensors of `modules`, besides kept ones.
+def validate_tensors(
+    modules: Mapping[str, PackedModule],
+    files: Sequence[str | os.PathLike[str]],
+    floats: Mapping[str, Float8Module] | None = None,
+) -> TensorFiles:
+    """Open safetensors files and check that they hold exactly the tensors of `modules` and `floats`, besides kept ones.
 
     Raises CheckpointError naming file and tensor. Reads headers only.
     """
     if not files:
         raise CheckpointError("a packed checkpoint needs at least one safetensors file; none was given")
     opened = TensorFiles.open(files)
-    check_tensors(modules, opened)
+    check_tensors(modules, opened, floats)
     return opened
 
 
-def check_tensors(modules: Mapping[str, PackedModule], files: TensorFiles) -> None:
+def check_tensors(
+    modules: Mapping[str, PackedModule], files: TensorFiles, floats: Mapping[str, Float8Module] | None = None
+) -> None:
     """Raise CheckpointError unless each packed module has its tensors, of its dtypes and shapes, and no others."""
     where = files.files[0].parent
     specs: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}  # by identity: modules share layout objects
@@ -183,11 +203,18 @@ def check_tensors(modules: Mapping[str, PackedModule], files: TensorFiles) -> No
         if module.bias:
             _check_tensor(files.tensors, where, f"{name}.bias", BIAS_DTYPES, (module.layout.out_features,))
             expected.add(f"{name}.bias")
-    owned = set(modules).union(*(module.replaced() for module in modules.values() if module.members))
+    for name, float8 in (floats or {}).items():
+        for key, (kind, shape) in float8.shape.tensor_specs().items():
+            _check_tensor(files.tensors, where, f"{name}.{key}", (kind,), shape)
+        if float8.bias:
+            _check_tensor(files.tensors, where, f"{name}.bias", BIAS_DTYPES, (float8.shape.out_features,))
+        expected.update(float8.tensor_names)
+    owned = set(modules).union(floats or (), *(module.replaced() for module in modules.values() if module.members))
+    shared = {name for module in modules.values() for name in module.shared}
     expected.update(guards(modules, files))
     for name, tensor in files.tensors.items():
         owner, _, last = name.rpartition(".")
-        if name not in expected and (owner in owned or last == "qweight"):
+        if name not in expected and (owner in owned or last == "qweight" or (owner in shared and last == "weight")):
             raise CheckpointError(
                 f"{tensor}: quantization_config has no place for it; config.json and the shards are from different runs"
             )
@@ -204,9 +231,12 @@ def guards(modules: Mapping[str, PackedModule], files: TensorFiles) -> list[str]
 
 
 def guard_names(modules: Mapping[str, PackedModule]) -> list[str]:
-    """Names that a guard can have, in model order: those of packed weights that are tensors of the dense model too."""
-    linears = (module for module in modules.values() if module.experts is None)
-    return [f"{name}.weight" for module in linears for name in module.replaced()]
+    """Names that a guard can have, in model order: those of packed weights that are tensors of the dense model too.
+
+    Embeddings come last: programs look at theirs for the size of the vocabulary.
+    """
+    apart = sorted((module for module in modules.values() if module.experts is None), key=lambda m: bool(m.embedding))
+    return [f"{name}.weight" for module in apart for name in module.replaced()]
 
 
 def _check_tensor(

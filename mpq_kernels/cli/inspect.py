@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import JsonFlag, PackedDir
 from .output import groups, kinds, print_json, print_table, size_dict, widths
-from .plan.resolved import print_kept
+from .plan.resolved import print_kept, with_users
 
 if TYPE_CHECKING:
     from ..checkpoint.packed import PackedCheckpoint
@@ -35,6 +35,7 @@ def describe(checkpoint: PackedCheckpoint) -> dict[str, Any]:
             "name": name,
             "members": [[m.name, m.n0, m.n1] for m in module.members] if module.members else None,
             "experts": {"module": module.experts.module, "count": module.experts.count} if module.experts else None,
+            "embedding": None if module.embedding is None else {"shared": list(module.shared)},
             "bias": module.bias,
             "layout": module.layout.to_dict(),
             "bytes": size_dict(module.layout.size()),
@@ -46,6 +47,11 @@ def describe(checkpoint: PackedCheckpoint) -> dict[str, Any]:
         "producer": checkpoint.packing.producer,
         "quantizer": checkpoint.packing.quantizer,
         "modules": modules,
+        "float8": [
+            {"name": name, "out_features": m.shape.out_features, "in_features": m.shape.in_features, "bias": m.bias}
+            | {"bytes": size_dict(m.shape.size())}
+            for name, m in checkpoint.packing.floats.items()
+        ],
         "kept": checkpoint.packing.kept,
         "total": size_dict(size.packed) | {"bias": size.bias, "kept": size.kept, "files": size.files},
         "files": _files(checkpoint.path),
@@ -61,8 +67,18 @@ def _print(checkpoint: PackedCheckpoint, data: dict[str, Any]) -> None:
     for name, module in checkpoint.modules.items():
         layout = module.layout
         size = size_dict(layout.size())
-        row = [name, f"{layout.out_features} x {layout.in_features}", widths(layout), groups(layout), kinds(layout)]
+        row = [
+            with_users(name, module.embedding),
+            f"{layout.out_features} x {layout.in_features}",
+            widths(layout),
+            groups(layout),
+            kinds(layout),
+        ]
         rows.append([*row, len(layout.segments), round(size["bpw"], 4), *(size[p] for p in PURPOSES), size["total"]])
+    for name, float8 in checkpoint.packing.floats.items():
+        size = size_dict(float8.shape.size())
+        row = [name, f"{float8.shape.out_features} x {float8.shape.in_features}", "fp8", "row", "none"]
+        rows.append([*row, 1, round(size["bpw"], 4), *(size[p] for p in PURPOSES), size["total"]])
     total = data["total"]
     rows.append(["total", "", "", "", "", None, round(total["bpw"], 4), *(total[p] for p in PURPOSES), total["total"]])
     columns = ["<module", "<shape", "<bits", "<group", "<zeros", "segments", "bpw", *PURPOSES, "bytes"]

@@ -111,6 +111,9 @@ HeadOption = Annotated[int, typer.Option(help="Width of the output head, 1 to 8;
 TowersOption = Annotated[
     int, typer.Option(help="Width of vision and audio towers and projectors, 1 to 8; 16 keeps them as they are.")
 ]
+EmbeddingsOption = Annotated[
+    int, typer.Option(help="Width of the token embeddings and of a head tied to them, 1 to 8; 16 keeps them.")
+]
 
 # Quantizing, and the text it looks at
 QuantizerOption = Annotated[

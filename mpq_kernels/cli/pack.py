@@ -11,6 +11,7 @@ import typer
 
 from .dry_run import dry_run
 from .options import (
+    EmbeddingsOption,
     GroupOption,
     HeadOption,
     JsonFlag,
@@ -47,6 +48,7 @@ def command(
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
     towers: TowersOption = 16,
+    embeddings: EmbeddingsOption = 16,
     quantizer: QuantizerOption = "hqq",
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text, for quantizers that look at one.")
@@ -85,7 +87,8 @@ def command(
 
         chosen = Plan.from_file(plan)
     else:
-        chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, lm_head, towers)
+        kept = {"lm_head": lm_head, "towers": towers, "embeddings": embeddings}
+        chosen = uniform_plan(model, bits or 0, group_size, symmetric, zero, scale_dtype, **kept)
     if only_sizes:
         options = {"act_order": act_order, "overwrite": overwrite, "allow_dense": allow_dense, "as_json": as_json}
         dry_run(model, out, chosen, quantizer, read is not None, **options)
@@ -129,7 +132,7 @@ def _check_usage(ctx: typer.Context, bits: int | None, plan: Path | None) -> Non
         raise typer.BadParameter("give either --bits or --plan, exactly one of them")
     if plan is None:
         return
-    for name in ("group_size", "symmetric", "zero", "scale_dtype", "lm_head", "towers"):
+    for name in ("group_size", "symmetric", "zero", "scale_dtype", "lm_head", "towers", "embeddings"):
         if given(ctx, name):
             raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --bits; a plan says it for each module")
 
@@ -184,6 +187,11 @@ def _print_report(report: PackReport) -> None:
         print(
             f"no calibration token reached {count(len(report.unreached), 'expert')}, calibrated on all that their "
             f"module reads: {', '.join(report.unreached)}"
+        )
+    if report.decoded:
+        print(
+            f"kept in 16 bits, though the source stores them in fewer: {count(len(report.decoded), 'tensor')}, "
+            f"such as {report.decoded[0]}"
         )
     if report.zero_groups:
         names = list(report.zero_groups)

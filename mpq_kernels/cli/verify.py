@@ -92,10 +92,11 @@ def _layer_errors(
     checkpoint: PackedCheckpoint, source: DenseCheckpoint, report: Progress | None
 ) -> Iterator[dict[str, Any]]:
     from ..errors import CheckpointError
+    from ..format.float8 import float8_error
     from ..format.reference import weight_error
     from ..format.words import unpack_weight
 
-    specs = {spec.name: spec for spec in source.linears()}
+    specs = {spec.name: spec for spec in source.packable()}
     for done, (packed_name, module) in enumerate(checkpoint.modules.items(), start=1):
         packed = checkpoint.weight(packed_name)
         layout, rows = packed.layout, 0
@@ -104,7 +105,7 @@ def _layer_errors(
             end = rows + (spec.out_features if spec else 0)
             if spec is None or spec.in_features != layout.in_features or end > layout.out_features:
                 raise CheckpointError(
-                    f"{source.path}: has no linear {name} that fits the packed {packed_name} of "
+                    f"{source.path}: has no linear or embedding {name} that fits the packed {packed_name} of "
                     f"{layout.out_features} x {layout.in_features}; "
                     f"{checkpoint.path} was packed from another model"
                 )
@@ -117,6 +118,20 @@ def _layer_errors(
         checkpoint.release(packed_name)
         if report is not None:
             report(done, len(checkpoint.modules), packed_name)
+    for name, float8 in checkpoint.packing.floats.items():
+        spec = specs.get(name)
+        if spec is None or (spec.out_features, spec.in_features) != (
+            float8.shape.out_features,
+            float8.shape.in_features,
+        ):
+            raise CheckpointError(
+                f"{source.path}: has no linear {name} of the shape that {checkpoint.path} holds in fp8"
+            )
+        relative, largest = float8_error(
+            source.weight(spec), *(checkpoint.read(f"{name}.{k}") for k in ("qweight", "scales"))
+        )
+        source.release(spec.tensor)
+        yield {"name": name, "packed": name, "bits": "fp8", "relative_error": relative, "max_error": largest}
 
 
 def _check_kept(checkpoint: PackedCheckpoint, source: DenseCheckpoint) -> None:

@@ -8,7 +8,7 @@ checkpoint is never run.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..files.shards import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
 from .companions import companions
 from .conversions import Origin
+from .decoded import METHODS, DecodedTensor, decoded_tensors, known_method
 from .linears import LinearSpec
 from .model import CONFIG_FILE, config_parts
 from .names import ModelMap
@@ -32,12 +33,17 @@ __all__ = ["CONFIG_FILE", "LinearSpec", "DenseCheckpoint"]
 
 @dataclass(frozen=True, eq=False)
 class DenseCheckpoint:
-    """An opened dense checkpoint. `path`: its directory. `config`: config.json. `dtype`: what the model computes in."""
+    """An opened dense checkpoint. `path`: its directory. `config`: config.json. `dtype`: what the model computes in.
+
+    tensors: every tensor by name, with its file, dtype and shape; those that are stored in fp8 or mxfp4 as decoded.py
+    reads them.
+    """
 
     path: Path
     config: dict[str, Any]
     dtype: torch.dtype
     files: TensorFiles
+    tensors: dict[str, StoredTensor]
 
     @classmethod
     def open(cls, model_dir: str | os.PathLike[str]) -> DenseCheckpoint:
@@ -55,23 +61,33 @@ class DenseCheckpoint:
         check_dense(path / CONFIG_FILE, config)
         files = TensorFiles.open_directory(path)
         check_layer_count(path / CONFIG_FILE, config, len(files.tensors))
-        return cls(path, config, _compute_dtype(path / CONFIG_FILE, config, files), files)
+        dtype = _compute_dtype(path / CONFIG_FILE, config, files)
+        return cls(path, config, dtype, files, decoded_tensors(path / CONFIG_FILE, config, files, dtype))
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Every stored tensor by name, with its file, dtype and shape."""
-        return self.files.tensors
+    def decodes(self) -> bool:
+        """Whether some of its weights are stored quantized."""
+        return self.tensors is not self.files.tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor, mapped from its file without a copy. Raises CheckpointError."""
-        return self.files.read(name)
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A tensor, or its index-th matrix alone, [1, ...]: mapped, without a copy, or decoded. CheckpointError."""
+        tensor = self.tensors.get(name)
+        if isinstance(tensor, DecodedTensor):
+            return tensor.read(self.files, index)
+        whole = self.files.read(name)
+        return whole if index is None else whole[index : index + 1]
 
     def release(self, name: str) -> None:
         """Give back the memory that the bytes of a tensor took; it can still be read, from the file."""
-        self.files.release(name)
+        tensor = self.tensors[name]
+        if not isinstance(tensor, DecodedTensor):  # whose bytes are let go of when it has been decoded
+            self.files.release(name)
 
     def weight(self, spec: LinearSpec) -> torch.Tensor:
         """W [N, K] of a linear: mapped, or made of what is stored, as transformers makes it. Raises CheckpointError."""
+        cut = None if spec.expert is None else spec.expert.cut
+        if spec.origin is None and cut is not None:
+            return replace(cut, index=0).weight(self.read(spec.tensor, cut.index))
         return spec.weight_of(self.read(spec.tensor) if spec.origin is None else self.made(spec.origin))
 
     def bias(self, spec: LinearSpec) -> torch.Tensor | None:
@@ -98,6 +114,10 @@ class DenseCheckpoint:
         """
         return list(self.model_map.linears)
 
+    def packable(self) -> list[LinearSpec]:
+        """All that a plan may name: the embeddings that can be packed, in module order, then `linears`."""
+        return [*self.model_map.embeddings, *self.model_map.linears]
+
     @cached_property
     def model_map(self) -> ModelMap:
         """How the model's parameters map to the stored tensors."""
@@ -119,16 +139,20 @@ class DenseCheckpoint:
 
 
 def check_dense(where: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError when a config says that its weights are quantized, or lie under a name of their own."""
+    """Raise CheckpointError when a config says that its weights are quantized in a form that decoded.py does not read,
+    or lie under a name of their own.
+    """
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     for part in parts:
         for key in ("quantization_config", "compression_config"):
             found = part.get(key)
             if found is not None:
+                if part is config and key == "quantization_config" and known_method(found):
+                    continue
                 method = found.get("quant_method", key) if isinstance(found, dict) else key
                 raise CheckpointError(
-                    f"{where}: the model is already quantized with {short(method)}; dequantize it first, or import it "
-                    "without requantizing if an importer for that format exists"
+                    f"{where}: the model is already quantized with {short(method)}, and only "
+                    f"{' and '.join(METHODS)} are read: dequantize it first"
                 )
     if config.get("transformers_weights") is not None:
         raise CheckpointError(f"{where}: transformers_weights names a weights file; rename that to model.safetensors")
@@ -144,7 +168,9 @@ def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None
 
 
 def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
-    """config.json's dtype; without one, as transformers does, that of the first stored floating tensor."""
+    """config.json's dtype; without one, as transformers does, that of the first stored floating tensor, or bf16 where
+    weights are quantized.
+    """
     text = config.get("text_config")
     named = [config.get("dtype"), config.get("torch_dtype")]
     if isinstance(text, dict):
@@ -154,6 +180,8 @@ def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> t
             if not isinstance(name, str) or name not in COMPUTE_DTYPES:
                 raise CheckpointError(f"{where}: dtype={short(name)} is not one of {sorted(COMPUTE_DTYPES)}")
             return COMPUTE_DTYPES[name]
+    if config.get("quantization_config") is not None:
+        return torch.bfloat16
     for tensor in files.tensors.values():
         if tensor.dtype in COMPUTE_DTYPES.values():
             return tensor.dtype

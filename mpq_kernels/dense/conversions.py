@@ -22,10 +22,11 @@ import torch
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor
 
-Reader = Callable[[str], torch.Tensor]
+Reader = Callable[..., torch.Tensor]  # (name) -> a stored tensor; (name, i) -> its i-th matrix alone, [1, ...]
 STACK = "MergeModulelist"  # the operation that makes one tensor of a list, along a new first dimension
 # Operations that treat every expert alike where all their dimensions are others than the first.
 EXPERTWISE = {"Chunk", "Concatenate", "Interleave", "Split", "Transpose"}
+PASSING = {"Inkling2LoopDequantizeExperts"}  # gives back a weight that comes without scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,11 @@ class Conversion:
     def run(self, tensors: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Parameter -> value, of the tensors of each pattern. Raises whatever an operation raises."""
         converter = deepcopy(self.converter)
+        for op in converter.operations:
+            if getattr(op, "check_dims", False):  # it compares with the parameter, and may be given one expert of it
+                op.check_dims = False
+                if self.stored[self.tensors[0]].shape == tuple(self.model.get_parameter(self.first).shape):
+                    op.dim1 = op.dim0  # nothing to transpose
         for pattern, held in tensors.items():
             for tensor in held:
                 converter.add_tensor(self.first, self.first, pattern, tensor)
@@ -89,6 +95,8 @@ class Conversion:
         whole = {name: [self.stored[each].shape for each in names] for name, names in self.sources.items()}
         if kind == STACK:
             return place == 0 and op.dim == 0 and all(len(shapes) == count for shapes in whole.values())
+        if kind in PASSING:
+            return len(self.sources) == 1
         dims = [getattr(op, name) for name in ("dim", "dim0", "dim1") if hasattr(op, name)]
         apart = self.operations[0][0] == STACK or all(
             len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][0] == count for shapes in whole.values()
@@ -103,7 +111,7 @@ class Conversion:
         if expert is None:
             return {pattern: [read(name) for name in names] for pattern, names in self.sources.items()}
         return {
-            pattern: [read(names[0])[expert : expert + 1] if len(names) == 1 else read(names[expert])]
+            pattern: [read(names[0], expert) if len(names) == 1 else read(names[expert])]
             for pattern, names in self.sources.items()
         }
 
@@ -135,8 +143,7 @@ class Origin:
     def read(self, read: Reader) -> torch.Tensor:
         """The value, of the stored tensors that `read` gives."""
         if self.conversion is None:
-            value = read(self.tensor)
-            return value if self.expert is None else value[self.expert : self.expert + 1]
+            return read(self.tensor) if self.expert is None else read(self.tensor, self.expert)
         return self.conversion.value(self.target, read, self.expert)
 
     def of_expert(self, index: int, count: int) -> Origin | None:

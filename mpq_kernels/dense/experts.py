@@ -73,10 +73,34 @@ def why_not_packable(experts: nn.Module) -> str | None:
     return None
 
 
+def _silu_gate(experts: Any, hidden: torch.Tensor) -> torch.Tensor:
+    first, second = hidden.chunk(2, dim=-1)
+    gated: torch.Tensor = second * experts.act_fn(first)
+    return gated
+
+
+# Classes that hold experts in the same way and are not in the interface: name -> what the interface would say of them.
+PLAIN = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_concatenated": True}
+LIKE_INTERFACE: dict[str, dict[str, Any]] = {
+    # Called with the rows of every expert, sorted and equally many.
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": PLAIN | {"is_transposed": True},
+    # Experts beyond those that have a down projection give back what they read.
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": PLAIN | {"is_transposed": False},
+}
+
+
 def experts_modules(model: nn.Module) -> dict[str, Any]:
-    """Name -> module of everything that takes part in transformers' experts interface."""
-    named = model.named_modules()
-    return {name: m for name, m in named if hasattr(m, "is_transposed") and hasattr(m, "is_concatenated")}
+    """Name -> module of everything that takes part in transformers' experts interface, or could."""
+    out = {}
+    for name, module in model.named_modules():
+        like = LIKE_INTERFACE.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if like is not None and not hasattr(module, "is_transposed"):
+            for attribute, value in like.items():
+                setattr(module, attribute, value)
+            module._apply_gate = partial(_silu_gate, module)
+        if hasattr(module, "is_transposed") and hasattr(module, "is_concatenated"):
+            out[name] = module
+    return out
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -293,10 +317,11 @@ def _separate(
     shapes = {leaf: (n // len(parts[leaf]), k) for leaf, (n, k) in shapes.items()}
     held: dict[tuple[int, str], tuple[StoredTensor, re.Match[str]]] = {}
     for leaf, key in parameters_of(experts).items():
+        held_there = len(getattr(experts, key))  # more than `count` where some experts only give back what they read
         for part, names in zip(parts[leaf], made[key].sources.values(), strict=True):
             for stored in names:
                 match = EXPERT_WEIGHT.fullmatch(stored)
-                if match is None or int(match[2]) >= count:
+                if match is None or int(match[2]) >= held_there:
                     raise CheckpointError(
                         f"{tensors[stored]}: is not the weight of one of the {count} experts of {name}"
                     )

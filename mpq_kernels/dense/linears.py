@@ -71,6 +71,9 @@ class LinearSpec:
     transposed: its weight is stored as [K, N]. tower: it reads images or sound, or what is made of them (towers.py).
     origin, bias_origin: where transformers makes weight and bias of other tensors, how; `tensor` and `bias_tensor` are
     then the first of those.
+
+    An embedding is one too (embedding=True): out_features rows of in_features, looked up by number. shared: the other
+    modules that use its weight, such as a tied head.
     """
 
     name: str
@@ -86,6 +89,8 @@ class LinearSpec:
     tower: bool = False
     origin: Origin | None = None
     bias_origin: Origin | None = None
+    embedding: bool = False
+    shared: tuple[str, ...] = ()
 
     def weight_of(self, stored: torch.Tensor) -> torch.Tensor:
         """W [N, K] from the tensor called `tensor`, or the one made of it, contiguous: a copy only where it is not."""

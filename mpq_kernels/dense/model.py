@@ -22,15 +22,16 @@ MAX_LABELS = 100_000  # the largest classifier of images known has 21,843
 MAX_MODULES = 100_000  # experts of all models but a few are parameters of one module; a module takes about 5 kB
 FREE_BYTES = 256 * 2**20  # that a model may take beside its files, for buffers such as rotary tables
 
-# transformers' tables of classes by config, in the order in which a class is looked for.
-KINDS = (
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",  # behind these: it also has the decoders of their models
-    "MODEL_FOR_MASKED_LM_MAPPING",
-)
+# transformers' tables of classes by config, in the order in which a class is looked for, and its auto class for each.
+KINDS = {
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "AutoModelForImageTextToText",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING": "AutoModelForMultimodalLM",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING": "AutoModelForSpeechSeq2Seq",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": "AutoModelForSeq2SeqLM",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "AutoModelForCausalLM",  # behind these: it also has the decoders of their models
+    "MODEL_FOR_MASKED_LM_MAPPING": "AutoModelForMaskedLM",
+}
+BASE_KIND = {"MODEL_MAPPING": "AutoModel"}
 
 
 def model_class(path: Path) -> Any:
@@ -50,10 +51,11 @@ def model_class(path: Path) -> Any:
             causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             return named if causal is None or not _lacks_only_a_tied_head(named, causal, config) else causal
     # A base model has nothing of a head that config.json names.
-    for table in KINDS if config.architectures else (*KINDS, "MODEL_MAPPING"):
+    for table, auto in (KINDS if config.architectures else KINDS | BASE_KIND).items():
         found = getattr(transformers, table, {}).get(type(config), None)
         if found is not None and not isinstance(found, list | tuple):
-            return found
+            # A class of another type of config would read config.json as one of its own; the auto class does not.
+            return found if found.config_class is type(config) else getattr(transformers, auto)
     return transformers.AutoModelForCausalLM  # which says that it knows no such model
 
 
@@ -82,12 +84,12 @@ def build_meta_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.M
     dtype: of its parameters, None for config.json's. Raises CheckpointError when transformers does not know the model
     type or refuses the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with refused_by_transformers(path):
         named = model_class(path)
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        make = named.from_config if named is AutoModelForCausalLM else named._from_config
+        make = named._from_config if hasattr(named, "_from_config") else named.from_config
         with torch.device("meta"):
             model: torch.nn.Module = make(config, **({} if dtype is None else {"dtype": dtype}))
     return model

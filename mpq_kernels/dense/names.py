@@ -10,8 +10,9 @@ conversions.py follows those tables, experts.py has the experts of mixtures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..errors import CheckpointError
 from ..files.shards import StoredTensor
 from .conversions import Conversion, Origin, find_origins
 from .experts import WEIGHT_DTYPES, LeftExperts, map_experts, model_experts, routers
-from .kinds import Matrix, is_linear, is_transposed, linear_shape, other_matrices
+from .kinds import Matrix, is_embedding, is_linear, is_transposed, linear_shape, other_matrices
 from .linears import LinearSpec
 from .model import build_meta_model
 from .towers import output_head, towers
@@ -36,7 +37,8 @@ class ModelMap:
     packed. tied_source: stored tensor that feeds the tied embedding, None when nothing is tied.
     tied_target: name under which a packed checkpoint stores it, so that it loads whether or not the head is packed.
     kinds: stored tensor -> type of the module that it is a parameter of.
-    others: matrices that belong to no linear, embedding or convolution, in module order.
+    others: matrices that belong to no linear, embedding or convolution, in module order. embeddings: what can be packed
+    of them, in module order.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -46,6 +48,7 @@ class ModelMap:
     kinds: dict[str, str] = field(default_factory=dict)
     left: dict[str, LeftExperts] = field(default_factory=dict)
     others: tuple[Matrix, ...] = ()
+    embeddings: tuple[LinearSpec, ...] = ()
 
     @classmethod
     def build(cls, path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelMap:
@@ -60,7 +63,7 @@ class ModelMap:
         for name, module in model.named_modules():
             if is_linear(module):
                 _check_linear(path, name, module, origins, found.failed, tensors)
-        _check_complete(path, parameters, origins, tensors)
+        _check_complete(path, model, origins, tensors)
         scoring, heads, other = routers(model), other_heads(model), towers(model)
         linears = tuple(
             LinearSpec(
@@ -84,7 +87,8 @@ class ModelMap:
         fed = [(tensor, name) for name in reversed(parameters) if name in origins for tensor in origins[name].tensors]
         kinds = {tensor: _owner(model, name) for tensor, name in fed}
         known = {spec.expert.module for spec in experts if spec.expert is not None}
-        facts = (kinds, left, tuple(other_matrices(model, head, known)))
+        embeddings = tuple(_embeddings(model, origins, tensors))
+        facts = (kinds, left, tuple(other_matrices(model, head, known)), embeddings)
         if embedding is None:
             return cls(linears + experts, origins, None, None, *facts)
         target = embedding if own is None else own.tensor
@@ -167,16 +171,20 @@ def _check_linear(
 
 def _check_complete(
     path: Path,
-    parameters: Mapping[str, torch.nn.Parameter],
+    model: Any,
     origins: Mapping[str, Origin],
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Refuse a checkpoint that lacks a parameter, or holds it in another shape.
 
-    While some stored tensor has no parameter of its own, what seems to be missing may yet come from that: whether the
-    model loads is tried later.
+    Some parameters are computed and not stored, such as Marian's positions: transformers knows which. While some stored
+    tensor has no parameter of its own, what seems to be missing may yet come from that: whether the model loads is
+    tried later.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    computed = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     missing = sorted(name for name in parameters if name not in origins)
+    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in computed)]
     used = {stored for origin in origins.values() for stored in origin.tensors}
     if missing and set(tensors) <= used:
         raise CheckpointError(f"{path}: no file holds {missing[0]}, which the model needs ({len(missing)} missing)")
@@ -186,6 +194,46 @@ def _check_complete(
             raise CheckpointError(
                 f"{tensors[origin.tensor]}: the model that config.json describes has {list(parameter.shape)} for {name}"
             )
+
+
+def _embeddings(
+    model: torch.nn.Module, origins: Mapping[str, Origin], tensors: Mapping[str, StoredTensor]
+) -> Iterator[LinearSpec]:
+    """The embeddings that can be packed; one whose stored tensors have another shape or dtype than they should is none.
+
+    A tied weight may be stored under any of its names, and under several.
+    """
+    for spec in list_embeddings(model):
+        found = (origins.get(f"{name}.weight") for name in (spec.name, *spec.shared))
+        held = [origin for origin in found if origin is not None]
+        dtypes = {tensors[name].dtype for origin in held for name in origin.tensors}
+        shapes = {origin.shape for origin in held}
+        if shapes == {(spec.out_features, spec.in_features)} and dtypes <= set(WEIGHT_DTYPES):
+            yield replace(spec, tensor=held[0].tensor, origin=_made(held[0]))
+
+
+def list_embeddings(model: nn.Module) -> list[LinearSpec]:
+    """Every embedding of a model that can be packed, in module order; those that share a weight count as the first."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}  # by parameter
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((name, module))
+    specs = []
+    for name, module in model.named_modules():
+        if not is_embedding(module) or id(module.weight) not in users:
+            continue
+        others = [(other, owner) for other, owner in users.pop(id(module.weight)) if owner is not module]
+        if all(is_embedding(owner) or (is_linear(owner) and not is_transposed(owner)) for _, owner in others):
+            rows, cols = module.get_parameter("weight").shape
+            shared = tuple(other for other, _ in others)
+            specs.append(LinearSpec(name, rows, cols, f"{name}.weight", embedding=True, shared=shared))
+    return specs
+
+
+def list_packable(model: nn.Module) -> list[LinearSpec]:
+    """Every embedding of a model that can be packed, then what `list_linears` lists: all that a plan may name."""
+    return [*list_embeddings(model), *list_linears(model)]
 
 
 def list_linears(model: nn.Module) -> list[LinearSpec]:

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import MPQError
 from ..format.layout import SizeBreakdown
+from ..nn.float8 import float8_modules
 from ..nn.linear import packed_modules
 from ..progress import Progress
 from ..version import VERSION
@@ -82,6 +83,7 @@ class ModelFacts:
         """Facts of a model, here and now."""
         layers = [layer for _, layer in packed_modules(model)]
         packed = sum((layer.layout.size() for layer in layers), SizeBreakdown())
+        packed = sum((layer.shape.size() for _, layer in float8_modules(model)), packed)
         kept = list(model.parameters())
         backends = dict.fromkeys(layer.backend for layer in layers)
         activations = dict.fromkeys(layer.activations for layer in layers)

@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 from ..backends import select
-from ..checkpoint.config import QUANT_METHOD, PackedModule, PackingConfig
+from ..checkpoint.config import QUANT_METHOD, Float8Module, PackedModule, PackingConfig
 from ..dense.checkpoint import COMPUTE_DTYPES, check_dense
 from ..dense.linears import LinearSpec
 from ..dense.model import build_meta_model
-from ..dense.names import list_linears
+from ..dense.names import list_packable
 from ..errors import CheckpointError, UnsupportedError
 from ..files.strict import contained_file, read_json_object
+from ..format.float8 import to_float8
 from ..format.random import random_weight
+from ..nn.float8 import float8_modules
 from ..nn.install import install_modules
 from ..nn.linear import packed_modules
 from ..plan.plan import Plan
-from ..plan.resolve import resolve
+from ..plan.resolve import float8_shape, resolve
 from ..progress import Progress
 
 CONFIG_FILE = "config.json"
@@ -52,9 +54,14 @@ def config_linears(path: str | os.PathLike[str]) -> list[LinearSpec]:
 
     Experts have the names under which transformers saves them.
     """
+    return [spec for spec in config_packable(path) if not spec.embedding]
+
+
+def config_packable(path: str | os.PathLike[str]) -> list[LinearSpec]:
+    """The embeddings that a plan may name, then `config_linears`."""
     directory = config_directory(path)
     check_dense(directory / CONFIG_FILE, read_json_object(directory / CONFIG_FILE))
-    return list_linears(build_meta_model(directory))
+    return list_packable(build_meta_model(directory))
 
 
 def synthetic_model(
@@ -98,6 +105,9 @@ def synthetic_model(
         layer.assign(random_weight(layer.layout, device, generator), bias)
         if progress is not None:
             progress(done, len(layers), name)
+    for _, float8 in float8_modules(model):
+        weight = torch.randn(float8.out_features, float8.in_features, generator=generator, device=device)
+        float8.qweight, float8.scales = to_float8(weight.div_(float8.in_features**0.5))
     _fill_kept(model, device, dtype, seed)
     return model.eval()
 
@@ -112,13 +122,17 @@ def _packing(where: Path, config: dict[str, Any], model: nn.Module, plan: Plan |
     check_dense(where, config)
     if plan is None:
         raise UnsupportedError(f"{where}: has no weights to load; give a plan or a width (mpq bench: --plan or --bits)")
-    resolved = resolve(plan, list_linears(model))
+    resolved = resolve(plan, list_packable(model))
     modules = {}
     for weight in resolved.weights:
         bias = any(member.spec.bias_tensor is not None for member in weight.members)
         members = weight.member_rows() if weight.fused else None
-        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts)
-    return PackingConfig(modules, dict(resolved.kept))
+        modules[weight.name] = PackedModule(weight.name, weight.layout, bias, members, weight.experts, weight.embedding)
+    floats = {
+        name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
+        for name, spec in resolved.floats.items()
+    }
+    return PackingConfig(modules, dict(resolved.kept), floats=floats)
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -134,6 +148,7 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
 def _check_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model that is larger than the free memory, instead of being killed half-way."""
     packed = sum(layer.layout.size().total_bytes for _, layer in packed_modules(model))
+    packed += sum(layer.shape.size().total_bytes for _, layer in float8_modules(model))
     kept = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -35,6 +35,11 @@ class StoredTensor:
     entry: TensorEntry
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from."""
+        return (self.file,)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype as torch knows it."""
         return DTYPES[self.entry.dtype]
@@ -108,12 +113,25 @@ class TensorFiles:
         if stored.file not in self._maps:
             self._maps[stored.file] = self._map(stored)
         entry = stored.entry
+        self._check_size(stored)
         if not entry.nbytes:
             return torch.empty(stored.shape, dtype=stored.dtype)
         raw = torch.frombuffer(self._maps[stored.file], dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         if entry.start % stored.dtype.itemsize:
             raw = raw.clone()  # files of other tools may begin a tensor anywhere
         return raw.view(stored.dtype).view(stored.shape)
+
+    def _check_size(self, stored: StoredTensor) -> None:
+        """Raise CheckpointError when a mapped file is not as long as it was: to read behind its end ends the process.
+
+        A file may still be cut short later; nothing but a copy would be safe from that.
+        """
+        try:
+            size = os.stat(stored.file).st_size
+        except OSError:
+            return  # removed, or replaced: what is mapped stays
+        if size < stored.entry.end:
+            raise CheckpointError(f"{stored}: its file was cut to {size} bytes while it was used")
 
     def release(self, name: str) -> None:
         """Give back the memory that a tensor took when its mapped bytes were read. It can still be read, from the file.

@@ -366,6 +366,15 @@ class Experts:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A packed weight whose rows are looked up by number. shared: other modules of the model that use it, such as a
+    tied head: linears that multiply by it, and embeddings.
+    """
+
+    shared: tuple[str, ...] = ()
+
+
 def check_experts(layout: WeightLayout, experts: int) -> None:
     """Raise FormatError unless the rows are shared out equally among the experts and no band belongs to two."""
     if experts < 1 or layout.out_features % experts:

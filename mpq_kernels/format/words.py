@@ -108,7 +108,7 @@ def _pack_codes_torch(codes: torch.Tensor, bits: int) -> torch.Tensor:
     tiles = tiles.reshape(row_tiles * col_tiles, TILE_CODES).long()
     planes = []
     for width, shift in zip(FORMATS[bits].planes, plane_shifts(bits), strict=True):
-        word, bit = _tables(width, codes.device)
+        word, bit = code_tables(width, codes.device)
         field = ((tiles >> shift) & ((1 << width) - 1)) << bit
         words = torch.zeros(len(tiles), 128 * width, dtype=torch.int64, device=codes.device)
         words.scatter_add_(1, word.expand_as(field), field)  # fields do not overlap, so adding is or-ing
@@ -122,7 +122,7 @@ def _unpack_codes_torch(words: torch.Tensor, segment: Segment) -> torch.Tensor:
     codes = torch.zeros(tiles, TILE_CODES, dtype=torch.int32, device=words.device)
     start = 0
     for width, count in zip(FORMATS[segment.bits].planes, segment.plane_words(), strict=True):
-        word, bit = _tables(width, words.device)
+        word, bit = code_tables(width, words.device)
         plane = words.narrow(0, start, count).view(tiles, 128 * width)
         # An arithmetic shift brings copies of the sign bit in above the field; the mask removes them.
         field = (plane[:, word] >> bit.int()) & ((1 << width) - 1)
@@ -134,7 +134,7 @@ def _unpack_codes_torch(words: torch.Tensor, segment: Segment) -> torch.Tensor:
 
 
 @functools.cache
-def _tables(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def code_tables(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(word, bit) of every code of a supertile in row-major order, int64 [4096] each."""
     cells = [(n, k) for n in range(TILE_N) for k in range(TILE_K)]
     word = torch.tensor([word_index(width, n, k) for n, k in cells], device=device)

@@ -15,11 +15,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..checkpoint.config import PackedModule, PackingConfig
+from ..checkpoint.config import Float8Module, PackedModule, PackingConfig
 from ..errors import CheckpointError
+from ..format.layout import Embedding
 
 
-def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, dict[str, PackedModule]]:
+def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, dict[str, PackedModule | Float8Module]]:
     """(the packing with the model's names, name in the checkpoint -> packed module with its name in the model).
 
     A module that lies outside of the base model is left out when the model is that base model, or of another class than
@@ -28,18 +29,27 @@ def fit_names(packing: PackingConfig, model: nn.Module) -> tuple[PackingConfig, 
     """
     known, prefix = dict(model.named_modules()), getattr(model, "base_model_prefix", "")
     modules: dict[str, PackedModule] = {}
-    stored: dict[str, PackedModule] = {}
+    stored: dict[str, PackedModule | Float8Module] = {}
     for name, module in packing.modules.items():
         fitted = next((m for m in _candidates(module, prefix) if all(place in known for place in _places(m))), module)
         if fitted is module and _may_leave_out(module, model, prefix, known):
             continue
         if fitted.name in modules:
             raise CheckpointError(f"{name}, and with another prefix, is the same module of a {type(model).__name__}")
+        if fitted.embedding is not None:  # users that this class of the model lacks are left out: the head
+            users = (next((c for c in _spellings(user, prefix) if c in known), None) for user in fitted.shared)
+            fitted = replace(fitted, embedding=Embedding(tuple(user for user in users if user is not None)))
         modules[fitted.name], stored[name] = fitted, fitted
-    if modules == packing.modules:
+    floats: dict[str, Float8Module] = {}
+    for name, float8 in packing.floats.items():
+        fitted_name = next((c for c in _spellings(name, prefix) if c in known), name)
+        if fitted_name not in known and _is_other_head(name, model, prefix):
+            continue
+        floats[fitted_name] = stored[name] = replace(float8, name=fitted_name)
+    if modules == packing.modules and floats == packing.floats:
         return packing, stored
     kept = {next((c for c in _spellings(name, prefix) if c in known), name): why for name, why in packing.kept.items()}
-    return replace(packing, modules=modules, kept=kept), stored
+    return replace(packing, modules=modules, kept=kept, floats=floats), stored
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
@@ -63,9 +73,12 @@ def _places(module: PackedModule) -> list[str]:
 
 def _may_leave_out(module: PackedModule, model: nn.Module, prefix: str, known: Container[str]) -> bool:
     """Whether a packed module that the model lacks may be missing there: the head of another class."""
-    if all(place in known for place in _places(module)):
-        return False
+    return not all(place in known for place in _places(module)) and _is_other_head(module.name, model, prefix)
+
+
+def _is_other_head(name: str, model: nn.Module, prefix: str) -> bool:
+    """Whether a module lies outside of the base model, and the model is that or of another class than config.json's."""
     base = getattr(model, prefix, model) if prefix else model
-    inside = module.name.startswith(f"{prefix}.") or module.name.partition(".")[0] in base._modules
+    inside = name.startswith(f"{prefix}.") or name.partition(".")[0] in base._modules
     named = getattr(getattr(model, "config", None), "architectures", None) or ()
     return not inside and (base is model or type(model).__name__ not in named)

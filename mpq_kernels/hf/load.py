@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from ..backends import select
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.model import model_class, refused_by_transformers
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..nn.linear import packed_modules
 from ..nn.loading import check_whole
 from . import quantizer  # noqa: F401  (registers the method)
@@ -53,14 +55,14 @@ def load(
     on the CPU packed tensors are used where they lie.
 
     Raises CheckpointError for anything missing, misshapen or of an unknown version, UnsupportedError when no backend
-    serves the device with such activations and for options that are decided here, TypeError for unknown options.
+    serves the device with such activations and for options that are decided here or that nobody knows.
     """
     _check_options(device, options)
     checkpoint = PackedCheckpoint.open(path)
     for kind in _device_types(options.get("device_map", device or "cpu")):
         for module in checkpoint.modules.values():
             select(module.layout, kind, backend, activations)
-    with refused_by_transformers(checkpoint.path):
+    with _unknown_options(options), refused_by_transformers(checkpoint.path):
         loaded: Any = model_class(checkpoint.path).from_pretrained(
             path,
             dtype=dtype or "auto",
@@ -87,6 +89,19 @@ def _check_options(device: torch.device | str | None, options: dict[str, Any]) -
         del options["device_map"]
     if device is not None and "device_map" in options:
         raise UnsupportedError("give either device or device_map, exactly one of them")
+
+
+@contextmanager
+def _unknown_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers says of a keyword that it does not know is no fault of the files."""
+    try:
+        yield
+    except CheckpointError as error:
+        cause = error.__cause__
+        unknown = [name for name in options if isinstance(cause, TypeError) and f"'{name}'" in str(cause)]
+        if not unknown:
+            raise
+        raise UnsupportedError(f"load takes no {unknown[0]}: transformers does not know it ({cause})") from error
 
 
 def _device_types(placed: Any) -> set[str]:

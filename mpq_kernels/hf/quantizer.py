@@ -24,12 +24,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.config import IMPORT_FIRST, QUANT_METHOD, WEIGHTS_KEY, PackedModule, PackingConfig
+from ..checkpoint.config import IMPORT_FIRST, QUANT_METHOD, WEIGHTS_KEY, Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import GUARD_SHAPE, guard_names, guards, validate_tensors
 from ..dense.model import CONFIG_FILE, check_bytes
 from ..errors import CheckpointError, UnsupportedError
 from ..files.shards import TensorFiles
+from ..format.float8 import bad_float8
 from ..format.weights import PackedWeight
+from ..nn.float8 import float8_modules
 from ..nn.install import install_modules
 from ..nn.linear import MixedLinear, packed_modules
 from ..nn.naming import PackedNames, own_names, packed_names, spared_transforms
@@ -60,7 +62,7 @@ class MPQQuantizer(HfQuantizer):
     quantization_config: MPQConfig
     # These only while a model loads: its tensors; name in the files -> packed module; names of tensors.
     _files: TensorFiles
-    _stored: dict[str, PackedModule]
+    _stored: dict[str, PackedModule | Float8Module]
     _names: PackedNames
     _own: set[str]
 
@@ -89,12 +91,12 @@ class MPQQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files")
         if not files:
             raise CheckpointError("a packed model loads from safetensors files; transformers found none")
-        self._files = validate_tensors(packing.modules, files)
+        self._files = validate_tensors(packing.modules, files, packing.floats)
         fitted, self._stored = fit_names(packing, model)
         _expect_no_place_for(guards(packing.modules, self._files), model)
         if fitted is not packing:
             self.quantization_config = MPQConfig(**fitted.to_dict())  # what save_pretrained writes of this model
-        left = sorted(set(packing.modules) - set(self._stored))
+        left = sorted({*packing.modules, *packing.floats} - set(self._stored))
         if left:
             logger.warning("a %s has no place for these packed modules: %s", type(model).__name__, ", ".join(left))
         self._names = packed_names(self._stored)
@@ -118,24 +120,38 @@ class MPQQuantizer(HfQuantizer):
             else:
                 raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
             module.rebind()
+        for name, float8 in float8_modules(model):
+            if float8.qweight.is_meta and not hasattr(float8, "_hf_hook"):
+                raise CheckpointError(f"{name}: a packed tensor was not loaded; download or pack the model again")
+            stored = self._stored_name(name)
+            there = float8.qweight, float8.scales
+            if float8.qweight.is_meta:
+                there = self._files.read(f"{stored}.qweight"), self._files.read(f"{stored}.scales")
+            reason = bad_float8(*there)
+            if reason is not None:
+                raise CheckpointError(f"{name}: {reason}; pack the model again")
         guard_resizing(model)
         del self._files, self._stored, self._names, self._own
         return model
 
     def _check_offloaded(self, name: str, module: MixedLinear) -> None:
         """The values of a module whose tensors accelerate's hooks bring at each call, where they lie: in the files."""
-        stored = next(stored for stored, placed in self._stored.items() if placed.installed == name)
+        stored = self._stored_name(name)
         names = {key: f"{stored}.{key}" for key in module.layout.tensor_specs()}
         tensors = {key: self._files.read(stored) for key, stored in names.items()}
         PackedWeight(module.layout, **tensors).check_values()
         for tensor in names.values():
             self._files.release(tensor)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """What `model.dequantize()` calls."""
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        """What `model.dequantize()` calls, with the dtype in config, which is a name once the model was saved."""
         model.__dict__.pop(RESIZE, None)
-        made: nn.Module = dequantize_model(model, dtype)
+        made: nn.Module = dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return made
+
+    def _stored_name(self, name: str) -> str:
+        """What the files call a packed module of the model."""
+        return next(stored for stored, placed in self._stored.items() if placed.installed == name)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """What save_pretrained writes: the model's tensors and, for programs without this package, a guard."""

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from ..backends.base import Product
-from ..dense.experts import expert_shapes, gate, why_not_packable
+from ..dense.experts import expert_shapes, gate, parameters_of, why_not_packable
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import FormatError
 from ..format.layout import WeightLayout, check_experts
 from ..format.weights import PackedWeight
-from .linear import LayerOptions, MixedLinear, PackedOptions, only_shapes
+from .linear import LayerOptions, MixedLinear, PackedOptions, mark_initialized, only_shapes
 
 
 class GroupedLinear(MixedLinear):
@@ -162,9 +162,17 @@ class PackedExperts(nn.Module):
         # In a tuple, so that it is not registered: it has no state, and transformers would initialize its parameters.
         self._family = (family,)
         self._interleaved = family.has_gate and not family.is_concatenated
+        self._some_pass = bool(getattr(family, "zero_expert_num", 0))
         # What adapters add to the products while they are active: GATE_UP or DOWN -> f(x, offsets), both as the layers
         # take them. Returns (T, N) in the order of rows of the family's own parameter.
         self.deltas: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # _init_weights of the module around the experts may write to their parameters.
+        family = self.__dict__.get("_family", (None,))[0]
+        if family is not None and name in parameters_of(family).values():
+            return mark_initialized(torch.empty(0, device="meta"))
+        return super().__getattr__(name)
 
     @property
     def family(self) -> nn.Module:
@@ -179,35 +187,50 @@ class PackedExperts(nn.Module):
     def stand_in(self, leaf: str) -> torch.Tensor:
         """The family's own parameter of GATE_UP or DOWN by shape, dtype and device, as `MixedLinear.weight`."""
         layer = self.gate_up if leaf == GATE_UP else self.down
-        stacked = layer.weight.unflatten(0, (self.num_experts, layer.rows))
+        stacked = layer.stand_in(layer.out_features).unflatten(0, (self.num_experts, layer.rows))
         return stacked.transpose(1, 2) if self.is_transposed else stacked
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, k), experts and their weights.
 
+        Without those, the rows are sorted by expert, equally many of each, and come back in that order.
         Returns (tokens, hidden) in the dtype of hidden_states. Experts of a token are added in fp32, in the order of
         top_k_index, so the same input gives the same bits.
         """
+        if top_k_index is None or top_k_weights is None:
+            each = hidden_states.shape[0] // self.num_experts
+            starts = torch.arange(self.num_experts + 1, device=hidden_states.device, dtype=torch.int32)
+            return self._run(hidden_states, starts * each)
         tokens, k = top_k_index.shape
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        wanted = top_k_index.reshape(-1)
+        # Of experts that only give back what they read, the last one stands in: their rows are replaced below.
+        expert, order = torch.sort(wanted.clamp(max=self.num_experts - 1) if self._some_pass else wanted, stable=True)
         bounds = torch.arange(self.num_experts + 1, device=expert.device, dtype=expert.dtype)
         offsets = torch.searchsorted(expert, bounds, out_int32=True)
-        x = hidden_states[order // k]
-        hidden = self.gate_up(x, offsets)
+        y = self._run(hidden_states[order // k], offsets)
+        placed = torch.empty_like(y)
+        placed[order] = y
+        if self._some_pass:
+            passed = (wanted >= self.num_experts).unsqueeze(1)
+            placed = torch.where(passed, hidden_states.repeat_interleave(k, dim=0), placed)
+        weighted = placed.view(tokens, k, self.down.rows).float() * top_k_weights.unsqueeze(-1).float()
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def _run(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Gate, up and down of rows that are sorted by expert."""
+        hidden = self.gate_up(rows, offsets)
         if self._interleaved:
             hidden = hidden.unflatten(1, (2, self.gate_up.rows // 2)).transpose(1, 2).flatten(1)
         if GATE_UP in self.deltas:
-            hidden = hidden + self.deltas[GATE_UP](x, offsets)
+            hidden = hidden + self.deltas[GATE_UP](rows, offsets)
         hidden = gate(self.family, hidden)
-        y = self.down(hidden, offsets)
-        if DOWN in self.deltas:
-            y = y + self.deltas[DOWN](hidden, offsets)
-        placed = torch.empty_like(y)
-        placed[order] = y
-        weighted = placed.view(tokens, k, self.down.rows).float() * top_k_weights.unsqueeze(-1).float()
-        return weighted.sum(1).to(hidden_states.dtype)
+        y: torch.Tensor = self.down(hidden, offsets)
+        return y + self.deltas[DOWN](hidden, offsets) if DOWN in self.deltas else y
 
 
 def why_not_fitting(family: nn.Module, leaf: str, experts: int, layout: WeightLayout, bias: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Empty packed modules in a model that is being built, where its linears and experts stand, for tensors to be put in.
+"""Empty packed modules in a model that is being built, where its linears, experts and embeddings stand.
 
 What config.json says of a packed model and what the model is are compared here, before anything is allocated.
 """
@@ -10,14 +10,16 @@ from torch import nn
 
 from ..checkpoint.config import PackedModule, PackingConfig
 from ..dense.experts import experts_modules
-from ..dense.kinds import is_linear, linear_shape
+from ..dense.kinds import is_embedding, is_linear, linear_shape
 from ..dense.linears import DOWN, GATE_UP
 from ..errors import CheckpointError
+from .embedding import MixedEmbedding
 from .experts import GroupedLinear, why_not_fitting
+from .float8 import Float8Linear
 from .fused import FusedLinear
 from .linear import MixedLinear
 from .mlp import fuse_gates
-from .replace import place, place_experts, untie
+from .replace import keep_scales, place, place_embedding, place_experts, tied_to, untie
 
 
 def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype | None) -> None:
@@ -27,8 +29,13 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
     """
     modules = dict(model.named_modules())
     blocks = _blocks(packing)
+    for float8 in packing.floats.values():
+        shape = (float8.shape.out_features, float8.shape.in_features)
+        _check_bias(float8.name, float8.bias, _has_bias(float8.name, shape, modules))
     for module in packing.modules.values():
-        if module.experts is None:
+        if module.embedding is not None:
+            _check_embedding_fits(module, modules)
+        elif module.experts is None:
             _check_fits(module, modules)
     for name, parts in blocks.items():
         _check_experts_fit(name, parts, modules)
@@ -38,12 +45,20 @@ def install_modules(model: nn.Module, packing: PackingConfig, dtype: torch.dtype
         layer: MixedLinear
         if module.experts is not None:
             continue
+        if module.embedding is not None:
+            embedding = MixedEmbedding.like(modules[name], module.layout, dtype=compute, device="meta")
+            placed += place_embedding(model, name, embedding, tied_to(model, name, packing.modules, module.shared))
+            continue
         if module.members is None:
             layer = MixedLinear(module.layout, module.bias, dtype=compute, device="meta")
         else:
             layer = FusedLinear(module.layout, module.members, module.bias, dtype=compute, device="meta")
         placed += place(model, name, layer)
+    for name, float8 in packing.floats.items():
+        model.set_submodule(name, Float8Linear(float8.shape, float8.bias, compute, "meta"))
+        placed.append(name)
     untie(model, placed)
+    keep_scales(model)
     for name, parts in blocks.items():
         layers = {
             leaf: GroupedLinear(part.layout, part.experts.count, part.bias, dtype=compute, device="meta")
@@ -81,24 +96,51 @@ def _check_experts_fit(name: str, parts: dict[str, PackedModule], modules: dict[
             raise CheckpointError(f"{part.name}: {reason}: is config.json its own?")
 
 
+def _check_embedding_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
+    """Raise CheckpointError unless the model has an embedding of this shape there, and the modules that share it."""
+    held = modules.get(module.name)
+    if held is None or not is_embedding(held):
+        found = "has no such module" if held is None else f"has a {type(held).__name__} there"
+        raise CheckpointError(
+            f"{module.name} is packed here as an embedding, and the model {found}: is config.json its own?"
+        )
+    for name in (module.name, *module.shared):
+        user = modules.get(name)
+        if user is None or not (is_embedding(user) or is_linear(user)):
+            raise CheckpointError(
+                f"{name} shares the packed weight of {module.name}, and the model has no such embedding or linear: is "
+                "config.json its own?"
+            )
+        shape = tuple(user.get_parameter("weight").shape)
+        if shape != (module.layout.out_features, module.layout.in_features):
+            raise CheckpointError(
+                f"{name} is packed as {module.layout.out_features} x {module.layout.in_features}, the model wants "
+                f"{shape[0]} x {shape[1]}: is config.json its own?"
+            )
+
+
 def _check_fits(module: PackedModule, modules: dict[str, nn.Module]) -> None:
     rows = [module.layout.out_features] if module.members is None else [m.n1 - m.n0 for m in module.members]
-    biases = []
-    for name, n in zip(module.replaced(), rows, strict=True):
-        linear = modules.get(name)
-        if linear is None or not is_linear(linear):
-            found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
-            raise CheckpointError(
-                f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?"
-            )
-        rows_there, columns_there = linear_shape(linear)
-        if (rows_there, columns_there) != (n, module.layout.in_features):
-            raise CheckpointError(
-                f"{name} is packed as {n} x {module.layout.in_features}, the model wants {rows_there} x "
-                f"{columns_there}: is config.json its own?"
-            )
-        biases.append(linear.bias is not None)
-    if any(biases) != module.bias:
+    shapes = zip(module.replaced(), rows, strict=True)
+    biases = [_has_bias(name, (n, module.layout.in_features), modules) for name, n in shapes]
+    _check_bias(module.name, module.bias, any(biases))
+
+
+def _has_bias(name: str, shape: tuple[int, int], modules: dict[str, nn.Module]) -> bool:
+    """Whether the model's linear has a bias. Raises CheckpointError when there is none of this shape (N, K)."""
+    linear = modules.get(name)
+    if linear is None or not is_linear(linear):
+        found = "has no such module" if linear is None else f"has a {type(linear).__name__} there"
+        raise CheckpointError(f"{name} is packed in this checkpoint, but the model {found}: is config.json its own?")
+    there = linear_shape(linear)
+    if there != shape:
         raise CheckpointError(
-            f"{module.name}: stored {'with' if module.bias else 'without'} a bias, unlike the model's"
+            f"{name} is packed as {shape[0]} x {shape[1]}, the model wants {there[0]} x {there[1]}: is config.json its "
+            "own?"
         )
+    return linear.bias is not None
+
+
+def _check_bias(name: str, stored: bool, wanted: bool) -> None:
+    if stored != wanted:
+        raise CheckpointError(f"{name}: stored {'with' if stored else 'without'} a bias, unlike the model's")

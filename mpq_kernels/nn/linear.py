@@ -20,7 +20,14 @@ from ..format.words import pack_weight
 from ..quantize import quantize_weight
 
 PACKED_NAMES = ("qweight", "scales", "zeros", "perm")
-BOUND = ("_linear", "_dequantize", "_silu_mul", "_backend_name", "_device")  # what _bind chooses: not state
+BOUND = (
+    "_linear",
+    "_dequantize",
+    "_embedding",
+    "_silu_mul",
+    "_backend_name",
+    "_device",
+)  # what _bind chooses: not state
 
 
 class PackedOptions(TypedDict, total=False):
@@ -200,6 +207,7 @@ class MixedLinear(nn.Module):
         """Choose the backend for the device that the tensors are on now."""
         self._linear: Product
         self._dequantize: Product
+        self._embedding: Product
         # Compared at every call: offloading puts tensors elsewhere without asking the layer.
         self._device = self.qweight.device
         if self._device.type == "meta":
@@ -211,7 +219,7 @@ class MixedLinear(nn.Module):
         exact = self.activations == "exact" and self._backend_name != "none"
         self._silu_mul: Product | None = chosen.silu_mul_linear if exact else None
         self._take_products(*chosen.products(self.activations))
-        self._dequantize = chosen.dequantize
+        self._dequantize, self._embedding = chosen.dequantize, chosen.embedding
 
     def _take_products(self, linear: Product, grouped: Product) -> None:
         """Keep the product that this layer calls."""

@@ -45,7 +45,7 @@ def trial_report(
 
     from .naming import own_names, packed_names, spared_transforms
 
-    names = packed_names(packing.modules)
+    names = packed_names({**packing.modules, **packing.floats})
     own = own_names(model, tensors, names)
     install_modules(model, packing, dtype)
     state = {name: torch.empty(shape, dtype=kind, device="meta") for name, (kind, shape) in tensors.items()}

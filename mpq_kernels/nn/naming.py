@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from ..checkpoint.config import PackedModule
+from ..checkpoint.config import Float8Module, PackedModule
 from ..dense.conversions import Table
 
 NEVER = "(?!)"  # a pattern that nothing fits
@@ -123,7 +123,7 @@ def spared_transforms(transforms: Iterable[Any], names: PackedNames, own: Collec
     return [names, *wrapped]
 
 
-def packed_names(modules: Mapping[str, PackedModule]) -> PackedNames:
+def packed_names(modules: Mapping[str, PackedModule | Float8Module]) -> PackedNames:
     """Names of the tensors of packed modules. modules: name in the files -> the module, with its name in the model.
 
     A model that is saved writes the names that its own config has.

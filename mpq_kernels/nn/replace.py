@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -12,29 +12,35 @@ from torch import nn
 from ..dense.experts import experts_modules, why_not_packable
 from ..dense.kinds import is_linear
 from ..dense.linears import DOWN, GATE_UP, PARTS
-from ..dense.names import list_linears
+from ..dense.names import list_packable
 from ..errors import FormatError
+from ..format.float8 import to_float8
 from ..format.weights import QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
 from ..plan.resolve import ResolvedWeight, resolve
 from ..progress import Progress
-from ..quantize import quantize_weight, require_no_calibration
+from ..quantize import check_weight, quantize_weight, require_no_calibration
+from .embedding import MixedEmbedding, TiedEmbedding, TiedLinear
 from .experts import GroupedLinear, PackedExperts
+from .float8 import Float8Linear
 from .fused import FusedLinear, FusedMember
 from .linear import MixedLinear, PackedOptions
 from .mlp import fuse_gates
 
-# Linears of transformers' state space mixers that are not called: the mixer multiplies by their `weight` or hands it to
-# a kernel, some in training only. Type of the mixer -> their names.
+# Linears that are not called: their owner multiplies by their `weight`, or hands it to a kernel, some in training only.
+# Type of the owner -> their names.
 READ_WEIGHTS = {
     "BambaMixer": ("out_proj",),
     "FalconH1Mixer": ("out_proj",),
     "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
     "GraniteMoeHybridMambaLayer": ("out_proj",),
     "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
     "Mamba2Mixer": ("out_proj",),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
     "NemotronHMamba2Mixer": ("out_proj",),
     "Zamba2MambaMixer": ("out_proj",),
 }
@@ -64,7 +70,7 @@ def replace_linears(
     by an error in the plan.
     """
     require_no_calibration(quantizer)
-    linears = list_linears(model)
+    linears = list_packable(model)
     resolved = resolve(plan, linears)
     report = ReplaceReport(left=dict(resolved.kept))
     placed: list[str] = []
@@ -77,15 +83,27 @@ def replace_linears(
             parts[weight.name.rpartition(".")[2]] = layer
             if len(parts) == len(PARTS):  # the dense experts are needed until both are quantized
                 place_experts(model, weight.experts.module, parts)
+        elif isinstance(layer, MixedEmbedding) and weight.embedding is not None:
+            names = place_embedding(model, weight.name, layer, weight.embedding.shared)
+            placed += names
         else:
             names = place(model, weight.name, layer)
             placed += names
         report.replaced.update({name: f"{weight.name}: {layer.extra_repr()}" for name in names})
         if progress is not None:
             progress(done, len(resolved.weights), weight.name)
+    for name, spec in resolved.floats.items():
+        linear = _linear(model, name)
+        dense = spec.weight_of(linear.weight.detach())
+        check_weight(dense, name)
+        float8 = Float8Linear.from_tensors(*to_float8(dense), linear.bias, dense.dtype)
+        model.set_submodule(name, float8)
+        report.replaced[name] = f"{name}: {float8.extra_repr()}"
+        placed.append(name)
     untie(model, placed)
+    keep_scales(model)
     fuse_gates(model)
-    known = {spec.name for spec in linears}
+    known = {spec.name for spec in linears if not spec.embedding} | report.left.keys()
     known |= {spec.expert.module for spec in linears if spec.expert is not None}
     experts = experts_modules(model)
     for name, module in model.named_modules():
@@ -103,6 +121,8 @@ def quantize_modules(
     """Packed layer over the nn.Linear modules, or the linears of experts, that one resolved weight names."""
     if weight.experts is not None:
         return _quantize_experts(model, weight, quantizer, options)
+    if weight.embedding is not None:
+        return _quantize_embedding(model, weight, quantizer, options)
     linears = [_linear(model, member.spec.name) for member in weight.members]
     quantized = []
     for member, linear in zip(weight.members, linears, strict=True):
@@ -134,6 +154,47 @@ def _quantize_experts(
     bias = torch.cat(biases) if biases else None
     count = weight.experts.count if weight.experts is not None else 0
     return GroupedLinear.from_stacked(packed, count, bias, **options)
+
+
+def _quantize_embedding(
+    model: nn.Module, weight: ResolvedWeight, quantizer: str, options: PackedOptions
+) -> MixedEmbedding:
+    """Packed layer over one embedding."""
+    member, held = weight.members[0], model.get_submodule(weight.name)
+    perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
+    values = held.get_parameter("weight").detach()
+    packed = pack_weight(quantize_weight(values, member.layout, perm, quantizer, name=weight.name)).to(values.device)
+    options.setdefault("dtype", values.dtype)
+    layer = MixedEmbedding.like(held, member.layout, device="meta", **options)
+    layer.assign(packed)
+    return layer
+
+
+def place_embedding(model: nn.Module, name: str, layer: MixedEmbedding, shared: Iterable[str]) -> list[str]:
+    """Put a packed embedding into the model, and its users where the modules stood that share its weight. Returns the
+    names of all.
+    """
+    for other in shared:
+        held = model.get_submodule(other)
+        model.set_submodule(other, TiedLinear(layer, held) if is_linear(held) else TiedEmbedding(layer, held))
+    model.set_submodule(name, layer)
+    return [name, *shared]
+
+
+def tied_to(model: nn.Module, name: str, packed: Container[str], known: Iterable[str]) -> list[str]:
+    """Modules that share the weight of an embedding: the known ones, and those that this model ties to it besides.
+
+    packed: modules with a packed weight of their own. What a checkpoint was packed from may have had fewer: a head that
+    another class of the model adds.
+    """
+    weight, out = f"{name}.weight", dict.fromkeys(known)
+    for path, module in model.named_modules():
+        lead = f"{path}." if path else ""
+        for to, source in (getattr(module, "all_tied_weights_keys", None) or {}).items():
+            pair = {lead + to, lead + source}
+            if weight in pair:
+                out.update(dict.fromkeys(other.removesuffix(".weight") for other in pair - {weight}))
+    return [other for other in out if other not in packed]
 
 
 def place_experts(model: nn.Module, name: str, layers: Mapping[str, GroupedLinear]) -> None:
@@ -172,6 +233,16 @@ def place(model: nn.Module, name: str, layer: MixedLinear) -> list[str]:
     for index, member in enumerate(names):
         model.set_submodule(member, FusedMember(layer, index))
     return names
+
+
+def keep_scales(model: nn.Module) -> None:
+    """Stop a model from dividing weights in place when it is evaluated, and hidden states with them (RWKV).
+
+    The quotient of both is the same without; it keeps fp16 from overflowing in models of many blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            module.config.rescale_every = 0  # type: ignore[union-attr]  # of a transformers model
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:

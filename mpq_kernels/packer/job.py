@@ -21,20 +21,22 @@ from ..calibrate.auto_round import LearnedRounding
 from ..calibrate.experts import in_walk_order
 from ..calibrate.hessians import Calibrator
 from ..calibrate.trial import check_walk
-from ..checkpoint.config import IMPORT_FIRST, WEIGHTS_KEY, PackedModule, PackingConfig
+from ..checkpoint.config import IMPORT_FIRST, WEIGHTS_KEY, Float8Module, PackedModule, PackingConfig
 from ..checkpoint.packed import PackedCheckpoint
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.conversions import Origin
+from ..dense.decoded import DecodedTensor
 from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, QuantizeError
 from ..files.safetensors import Spec, nbytes
+from ..format.float8 import FLOAT8, float8_error, to_float8
 from ..format.reference import dequantize, weight_error
 from ..format.weights import TORCH_DTYPES, PackedWeight, QuantizedWeight
 from ..format.words import pack_weight
 from ..plan.plan import Plan
-from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, resolve
+from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, float8_shape, resolve
 from ..progress import Progress
-from ..quantize import QUANTIZERS, quantize_weight
+from ..quantize import QUANTIZERS, check_weight, quantize_weight
 from ..quantize.gptq import activation_order
 from ..version import VERSION
 from .journal import Finished
@@ -69,12 +71,14 @@ class PackJob:
         members = [member for weight in resolved.weights for member in weight.members]
         self.total = sum(nbytes((kept.dtype, kept.shape)) for kept in self.kept.values())
         self.total += sum(self._weight_bytes(member.spec) for member in members)
+        self.total += sum(self._weight_bytes(spec) for spec in resolved.floats.values())
 
     def shards(self, max_bytes: int) -> list[Shard]:
-        """Packed modules in model order, then kept tensors by name, in files of at most `max_bytes` of tensors."""
+        """Packed modules in model order, those in float8, kept tensors by name: in files of `max_bytes` of tensors."""
         together = isinstance(self.calibrator, LearnedRounding)
         self.before = hashlib.sha256(repr(self.resolved.weights).encode() if together else b"")
         units = [self._packed_unit(weight) for weight in self.resolved.weights]
+        units += [self._float8_unit(spec) for spec in self.resolved.floats.values()]
         units += [self._kept_unit(name, kept) for name, kept in sorted(self.kept.items())]
         try:
             return into_shards(units, max_bytes)
@@ -88,6 +92,8 @@ class PackJob:
         tunes all of them together.
         """
         text = f"{[(name, count) for name, (_, count) in places.items()]} {bias} {member}".encode()
+        if member.spec.embedding:  # quantized without the text, and not on the way of the calibration
+            return hashlib.sha256(text).hexdigest()
         if isinstance(self.calibrator, Calibrator):
             self.before.update(text)
         return hashlib.sha256(self.before.digest() + text).hexdigest()
@@ -128,12 +134,35 @@ class PackJob:
             self._advance(size, name)
 
         def make() -> Made:
-            made = Made({name: self.source.made(kept)}, digests())
+            value = self.source.made(kept)
+            made = Made({name: value}, {kept.tensor: digest([value])})
             self._advance(size, name)
             return made
 
         places, spec = {name: (0, math.prod(kept.shape))}, (kept.dtype, kept.shape)
         return Unit({name: spec}, (Part(f"kept {name}", f"{kept.tensor} {spec}", places, make, restore, digests),))
+
+    def _float8_unit(self, spec: LinearSpec) -> Unit:
+        specs: dict[str, Spec] = {f"{spec.name}.{key}": s for key, s in float8_shape(spec).tensor_specs().items()}
+        if spec.bias_tensor is not None:
+            specs[f"{spec.name}.bias"] = (self.source.tensors[spec.bias_tensor].dtype, (spec.out_features,))
+
+        def restore(tensors: Mapping[str, torch.Tensor], done: Finished) -> None:
+            self._note(spec, 0.0 if done.error is None else done.error, 0)
+
+        def make() -> Made:
+            dense, bias = self.source.weight(spec), self.source.bias(spec)
+            check_weight(dense, str(self.source.tensors[spec.tensor]))
+            codes, scales = to_float8(dense)
+            error = float8_error(dense, codes, scales)[0]
+            tensors = {f"{spec.name}.qweight": codes, f"{spec.name}.scales": scales}
+            tensors |= {} if bias is None else {f"{spec.name}.bias": bias}
+            self._note(spec, error, 0)
+            return Made(tensors, self._digests(spec, dense), error)
+
+        places = {name: (0, math.prod(shape)) for name, (_, shape) in specs.items()}
+        digests, key = partial(self._digests, spec), f"{FLOAT8} {specs}"
+        return Unit(specs, (Part(f"float8 {spec.name}", key, places, make, restore, digests),))
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
@@ -165,7 +194,7 @@ class PackJob:
         spec = member.spec
         if f"{weight.name}.perm" in tensors:
             self.perm = (weight.name, tensors[f"{weight.name}.perm"])
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             keys = [key for key in member.layout.tensor_specs() if key != "perm"]
             own = {key: tensors[f"{weight.name}.{key}"] for key in keys}
             if member.layout.permuted:
@@ -194,7 +223,10 @@ class PackJob:
         spec = member.spec
         perm = None if member.perm is None else torch.tensor(member.perm, dtype=torch.int32)
         try:
-            if isinstance(self.calibrator, LearnedRounding):
+            if spec.embedding:  # rows are looked up: there are no inputs to calibrate on
+                method = QUANTIZERS[self.quantizer].for_embeddings or self.quantizer
+                quantized = quantize_weight(weight, member.layout, perm, method, spec.name)
+            elif isinstance(self.calibrator, LearnedRounding):
                 quantized = self.calibrator.weight(spec.name)
             else:
                 hessian = None if self.calibrator is None else self.calibrator.hessian(spec.name)
@@ -205,7 +237,7 @@ class PackJob:
             raise QuantizeError(f"{self.source.tensors[spec.tensor]}: {error}") from error
         if quantized.layout != member.layout:
             raise QuantizeError(f"{spec.name}: quantizer {self.quantizer!r} made another layout than the plan asks for")
-        if isinstance(self.calibrator, Calibrator):
+        if isinstance(self.calibrator, Calibrator) and not spec.embedding:
             self.calibrator.set_weight(spec.name, dequantize(quantized))
         return quantized, weight_error(weight, quantized).relative
 
@@ -230,9 +262,18 @@ class PackJob:
         for weight in self.resolved.weights:
             members = weight.member_rows() if weight.fused else None
             modules[weight.name] = PackedModule(
-                weight.name, weight.layout, self._bias_dtype(weight) is not None, members, weight.experts
+                weight.name,
+                weight.layout,
+                self._bias_dtype(weight) is not None,
+                members,
+                weight.experts,
+                weight.embedding,
             )
-        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}")
+        floats = {
+            name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
+            for name, spec in self.resolved.floats.items()
+        }
+        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}", floats)
 
     def config(self) -> dict[str, Any]:
         """config.json of the output: that of the source, and how its weights are packed."""
@@ -253,7 +294,10 @@ class PackJob:
         return PackReport(
             out_dir=str(out),
             quantizer=self.quantizer,
-            modules=tuple(self._module_report(weight) for weight in self.resolved.weights),
+            modules=(
+                *(self._module_report(weight) for weight in self.resolved.weights),
+                *(self._float8_report(spec) for spec in self.resolved.floats.values()),
+            ),
             kept=dict(self.resolved.kept),
             packed=size.packed,
             kept_bytes=size.kept,
@@ -264,8 +308,15 @@ class PackJob:
             copied=tuple(carried),
             left=self.source.left_files(),
             unused=tuple(unused),
+            decoded=tuple(
+                name
+                for name, origin in self.kept.items()
+                if any(isinstance(self.source.tensors[stored], DecodedTensor) for stored in origin.tensors)
+            ),
             large=large_parameters(self.source, self.resolved, self.kept),
-            parts=len(self.kept) + sum(len(weight.members) for weight in self.resolved.weights),
+            parts=len(self.kept)
+            + len(self.resolved.floats)
+            + sum(len(weight.members) for weight in self.resolved.weights),
             resumed=resumed,
             unreached=tuple(self.calibrator.unreached) if isinstance(self.calibrator, Calibrator) else (),
             zero_groups=self.zero_groups,
@@ -282,6 +333,10 @@ class PackJob:
             size.total_bytes,
             {name: self.errors[name] for name in names},
         )
+
+    def _float8_report(self, spec: LinearSpec) -> ModuleReport:
+        size, name = float8_shape(spec).size(), spec.name
+        return ModuleReport(name, (name,), 8.0, size.bits_per_weight, size.total_bytes, {name: self.errors[name]})
 
 
 def prepare(
@@ -306,7 +361,7 @@ def prepare(
     """
     if not allow_dense:
         check_recognised(source)
-    resolved, row = resolve(plan, source.linears()), QUANTIZERS[quantizer]
+    resolved, row = resolve(plan, source.packable()), QUANTIZERS[quantizer]
     if row.whole_model:
         auto_round.check_plan(resolved, source)
     if not calibrated or not resolved.weights:
@@ -321,12 +376,14 @@ def in_free_order(resolved: ResolvedPlan) -> ResolvedPlan:
 
     Its sizes are exact: a permutation takes K integers, whatever they are. Weights with a permutation in the plan, and
     those whose columns differ in width or kind, stay as they are: there the plan says which column is which. So do
-    experts: those of one module are stored with one order of K, and each reads inputs of its own.
+    experts: those of one module are stored with one order of K, and each reads inputs of its own; and embeddings, which
+    read none.
     """
 
     def free(weight: ResolvedWeight) -> bool:
         return (
             weight.experts is None
+            and weight.embedding is None
             and not weight.layout.permuted
             and all(len(band) == 1 for band in weight.layout.bands())
         )

@@ -17,12 +17,14 @@ from ..plan.resolve import ResolvedPlan
 def kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, Origin]:
     """Name in the output -> where the tensor comes from, of every tensor that is not packed.
 
-    The tied embedding always stays: it is looked up by row even where the head is packed.
+    A tied embedding stays, also where the head is packed, unless it is packed itself: it is looked up by row.
     """
     model = source.model_map
-    specs = [member.spec for weight in resolved.weights for member in weight.members]
+    specs = [member.spec for weight in resolved.weights for member in weight.members] + [*resolved.floats.values()]
+    shared = {name for weight in resolved.weights if weight.embedding for name in weight.embedding.shared}
     modules = {spec.name if spec.expert is None else spec.expert.module for spec in specs}
     packed = {parameter for parameter in model.origins if parameter.rpartition(".")[0] in modules}
+    packed |= {f"{name}.weight" for name in shared}  # a tied head keeps its bias
     owners = modules | {weight.name for weight in resolved.weights}
     kept = {name: Origin((name,), tensor.shape, tensor.dtype) for name, tensor in source.tensors.items()}
     fed: dict[str, list[str]] = {}
@@ -37,6 +39,9 @@ def kept_tensors(source: DenseCheckpoint, resolved: ResolvedPlan) -> dict[str, O
             del kept[name]
         if apart or (left and beside and name not in left):
             kept |= {parameter: model.origins[parameter] for parameter in left}
+    looked_up = {spec.tensor for spec in specs if spec.embedding}
+    if model.tied_source in looked_up:
+        return kept
     if model.tied_target is not None and model.tied_target not in kept:  # it is stored as the head's alone
         origin = model.origins[model.tied_target]
         kept = {name: other for name, other in kept.items() if name not in origin.tensors}

@@ -111,7 +111,10 @@ def _identity(
 
     Under ARRANGEMENT: what it need not share, because parts have keys of their own.
     """
-    files = {file.name: file.stat() for file in source.files.files}
+    try:
+        files = {file.name: file.stat() for file in source.files.files}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); was it removed?") from error
     return {
         "mpq_kernels": VERSION,
         "torch": torch.__version__,

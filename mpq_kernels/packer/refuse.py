@@ -59,7 +59,9 @@ def check_loads(source: DenseCheckpoint, packing: PackingConfig, tensors: Mappin
 def _check_beside(source: DenseCheckpoint, packing: PackingConfig, tensors: Iterable[str]) -> None:
     """Raise CheckpointError for a tensor beside a packed weight that the model lacks: it may belong to the weight."""
     own = {name for module in packing.modules.values() for name in module.tensor_names}
+    own.update(*(module.tensor_names for module in packing.floats.values()))
     places = {place: module.name for module in packing.modules.values() for place in (module.name, *module.replaced())}
+    places |= {name: name for name in packing.floats}
     for name in tensors:
         owner, _, last = name.rpartition(".")
         if name not in own and (owner in places or last == "qweight"):

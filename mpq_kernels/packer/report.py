@@ -10,6 +10,7 @@ from typing import Any
 from ..dense.checkpoint import DenseCheckpoint
 from ..dense.conversions import Origin
 from ..dense.experts import PARAMETERS
+from ..dense.kinds import SCALED_EMBEDDING
 from ..dense.linears import DOWN, GATE_UP, PARTS
 from ..format.layout import SizeBreakdown
 from ..plan.resolve import ResolvedPlan
@@ -50,6 +51,7 @@ class PackReport:
     packed module. bias_bytes: biases of packed modules. file_bytes: safetensors files with headers.
     source_bytes: tensors of the dense checkpoint. copied: files carried along, relative to out_dir. left: file, or
     folder with "/" behind it -> why it was not. unused: tensors that were kept and that the model does not use.
+    decoded: tensors that were kept, and that the source stores in fp8 or mxfp4: they take 16 bits now.
     large: every parameter of more than LARGE elements that was not packed, and why. resumed: how many of `parts`, the
     linears that were packed and the tensors that were kept, an earlier run had finished. unreached: experts that no
     calibration token was routed to; they were calibrated on all tokens that their module reads. zero_groups: packed
@@ -70,6 +72,7 @@ class PackReport:
     copied: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    decoded: tuple[str, ...] = ()
     large: tuple[LargeParameter, ...] = ()
     parts: int = 0
     resumed: int = 0
@@ -118,4 +121,6 @@ def large_parameters(
 def _why_not_linear(kind: str | None) -> str:
     if kind is None:
         return "has another name in the model, where it is not the weight of a linear"
-    return "is looked up by row (Embedding)" if kind == "Embedding" else f"{kind} is not a linear that is known here"
+    if kind == "Embedding" or kind.endswith(SCALED_EMBEDDING):
+        return f"is looked up by row ({kind}), and no rule names it"
+    return f"{kind} is not a linear that is known here"

@@ -60,7 +60,7 @@ def _take_over(part: Part, done: Finished, file: NewFile, source: DenseCheckpoin
     tensors = {name: file.read(name, *place) for name, place in part.places.items()}
     if digest(tensors.values()) != done.output:
         raise CheckpointError(f"{file.path}: {part.name} is not as its run left it; start over (--restart)")
-    touched = [name for name in done.inputs if source.tensors[name].file.name in work.touched]
+    touched = [name for name in done.inputs if any(f.name in work.touched for f in source.tensors[name].files)]
     if touched:
         if part.digests() != done.inputs:
             raise CheckpointError(

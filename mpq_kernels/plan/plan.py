@@ -121,7 +121,8 @@ class WeightPlan(_Rules):
 
     group_size: codes along K that share a scale, -1 for all of K. zero: how zero points of an asymmetric weight are
     stored. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
-    packed column j is column perm[j] of the weight, and segments cut the packed columns.
+    packed column j is column perm[j] of the weight, and segments cut the packed columns. dtype: with 8 bits, the float
+    type that the weight is stored in instead of codes, with a scale for each row; the other fields are then unused.
     """
 
     bits: Annotated[int, Field(strict=True, json_schema_extra={"enum": [*range(1, 9), KEPT_BITS]})]
@@ -131,6 +132,7 @@ class WeightPlan(_Rules):
     scale_dtype: ScaleDtype = "float16"
     segments: tuple[SegmentPlan, ...] | None = None
     perm: tuple[StrictInt, ...] | None = None
+    dtype: Literal["float8_e4m3fn"] | None = None
 
     @field_validator("bits")
     @classmethod
@@ -149,6 +151,8 @@ class WeightPlan(_Rules):
         if self.kept and (self.segments is not None or self.perm is not None):
             extra = "segments" if self.segments is not None else "perm"
             raise ValueError(f"bits={KEPT_BITS} keeps the weight as it is, so it cannot have {extra}")
+        if self.dtype is not None and (self.bits != 8 or self.segments is not None or self.perm is not None):
+            raise ValueError(f"dtype={self.dtype!r} takes 8 bits, and has neither segments nor perm")
         if self.segments is not None and not self.segments:
             raise ValueError("segments is an empty list; leave it out for one width over the whole weight")
         if self.symmetric and self.zero == "float":
@@ -215,24 +219,39 @@ class Plan(_Rules):
         scale_dtype: ScaleDtype = "float16",
         lm_head: int = KEPT_BITS,
         towers: int = KEPT_BITS,
+        embeddings: int = KEPT_BITS,
     ) -> Plan:
         """One rule for every linear, experts too, and the output head in `lm_head` bits (16: kept). Routers are kept.
 
-        model: a Hugging Face directory, or its linears. towers: bits of vision and audio towers and of projectors, 16
-        to keep them; where group_size does not divide the K of one, its groups are smaller. Raises PlanError for a bad
-        rule, CheckpointError for a bad directory. Whether group_size divides every other K is checked by `resolve`.
+        towers: bits of vision and audio towers and of projectors, 16 to keep them; where group_size does not divide the
+        K of one, its groups are smaller.
+        embeddings: bits of the token embeddings, those with at least half as many rows as the one with most (16: kept).
+        A head that is tied to one, and whose own bits are 16 or the same, shares its packed weight.
+        model: a Hugging Face directory, or what `packable` lists of it. Raises PlanError for a bad rule,
+        CheckpointError for a bad directory. Whether group_size divides every other K is checked by `resolve`.
         """
         rule = WeightPlan(bits=bits, group_size=group_size, symmetric=symmetric, zero=zero, scale_dtype=scale_dtype)
         if isinstance(model, (str, os.PathLike)):
             from ..dense.checkpoint import DenseCheckpoint  # needs torch; plans as such do not
 
-            model = DenseCheckpoint.open(model).linears()
-        if not model:
+            model = DenseCheckpoint.open(model).packable()
+        if all(spec.embedding for spec in model):
             raise PlanError("the model has no linear layers, so there is nothing to quantize")
         head = rule.model_copy(update={"bits": WeightPlan(bits=lm_head).bits})
         rules = {spec.name: head for spec in model if spec.is_head}
         rules |= {spec.name: WeightPlan(bits=KEPT_BITS) for spec in model if spec.router}
-        return cls(default=rule, modules=rules | tower_rules(model, rule.model_copy(update={"bits": towers})))
+        rules |= tower_rules(model, rule.model_copy(update={"bits": towers}))
+        if embeddings != KEPT_BITS:
+            most = max((spec.out_features for spec in model if spec.embedding), default=0)
+            if not most:
+                raise PlanError(f"embeddings={embeddings}: the model has no embedding that can be packed")
+            looked_up = rule.model_copy(update={"bits": WeightPlan(bits=embeddings).bits})
+            for spec in model:
+                if spec.embedding and 2 * spec.out_features >= most:
+                    rules[spec.name] = looked_up
+                    if lm_head in (KEPT_BITS, embeddings):
+                        rules = {name: given for name, given in rules.items() if name not in spec.shared}
+        return cls(default=rule, modules=rules)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:

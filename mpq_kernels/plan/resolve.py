@@ -2,20 +2,23 @@
 
     Plan + [LinearSpec ...] --resolve--> ResolvedPlan(weights, kept)
 
+Embeddings are packed where a plan names them; what is tied to one (an output head) shares its packed weight.
+
 Everything that can be wrong between a plan and a model is refused here, with the module, the numbers and the cure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..dense.linears import PARTS
 from ..errors import FormatError, PlanError
 from ..files.strict import close_names
 from ..format.codes import KEPT_BITS, TILE_K, TILE_N
-from ..format.layout import Experts, Member, Segment, SizeBreakdown, WeightLayout
+from ..format.float8 import Float8Shape
+from ..format.layout import Embedding, Experts, Member, Segment, SizeBreakdown, WeightLayout
 from .patterns import Clock, compile_pattern
 from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan
 
@@ -37,12 +40,16 @@ class ResolvedMember:
 
 @dataclass(frozen=True)
 class ResolvedWeight:
-    """One packed weight: a linear, or the linears of a fuse group above each other along N, or those of all experts."""
+    """One packed weight: a linear, or the linears of a fuse group above each other along N, or those of all experts.
+
+    embedding: of one that is looked up by row, which other modules use it.
+    """
 
     name: str
     members: tuple[ResolvedMember, ...]
     layout: WeightLayout
     fused: bool = False
+    embedding: Embedding | None = None
 
     @property
     def experts(self) -> Experts | None:
@@ -63,41 +70,68 @@ class ResolvedWeight:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """weights: packed weights in model order. kept: name -> reason of every linear that stays as it is."""
+    """weights: packed weights in model order. kept: name -> reason of every linear that stays as it is.
+
+    floats: linears that are stored in float8 with a scale for each row (format/float8.py), by name.
+    """
 
     weights: tuple[ResolvedWeight, ...]
     kept: dict[str, str]
+    floats: dict[str, LinearSpec] = field(default_factory=dict)
 
     def size(self) -> SizeBreakdown:
-        """Stored bits of all packed weights by purpose, exactly as they will be on disk."""
-        return sum((weight.layout.size() for weight in self.weights), SizeBreakdown())
+        """Stored bits of all packed weights by purpose, those in float8 too, exactly as they will be on disk."""
+        packed = sum((weight.layout.size() for weight in self.weights), SizeBreakdown())
+        return sum((float8_shape(spec).size() for spec in self.floats.values()), packed)
+
+
+def float8_shape(spec: LinearSpec) -> Float8Shape:
+    """The shape of a linear that is stored in float8."""
+    return Float8Shape(spec.out_features, spec.in_features)
 
 
 def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
-    """Layouts of all linears under a plan. `linears` in model order. Raises PlanError."""
+    """Layouts of all linears under a plan, and of the embeddings that it names. `linears`: both, each in model order.
+
+    Raises PlanError.
+    """
     specs = {spec.name: spec for spec in linears}
     if len(specs) != len(linears):
         raise PlanError("the list of linears repeats a name")
-    rules = _rules(plan, specs)
+    rules, named = _rules(plan, specs)
     members: dict[str, ResolvedMember] = {}
     kept: dict[str, str] = {}
+    floats: dict[str, LinearSpec] = {}
     for name, spec in specs.items():
         rule = rules[name]
-        if rule is None or rule.kept:
-            kept[name] = NO_RULE if rule is None else PLANNED
-        else:
+        if rule is not None and rule.dtype is not None:
+            floats[name] = _check_float8(spec, rule)
+        elif rule is not None and not rule.kept:
             members[name] = resolve_member(spec, rule)
-    groups = _fuse_groups(plan.fuse, specs, members, kept) | _expert_groups(specs, members, kept)
+        elif not spec.embedding or name in named:  # embeddings that no rule names are not spoken of
+            kept[name] = NO_RULE if rule is None else PLANNED
+    embeddings = {
+        name: Embedding(_sharing(member, members, kept, named))
+        for name, member in members.items()
+        if member.spec.embedding
+    }
+    for embedding in embeddings.values():
+        for name in embedding.shared:
+            members.pop(name, None)
+            kept.pop(name, None)
+            floats.pop(name, None)
+    unfused = kept | {name: str(rule.dtype) for name, rule in rules.items() if name in floats and rule is not None}
+    groups = _fuse_groups(plan.fuse, specs, members, unfused) | _expert_groups(specs, members, kept)
     weights: dict[str, ResolvedWeight] = {}
     for name, member in members.items():
         if name not in groups:
-            weights[name] = ResolvedWeight(name, (member,), member.layout)
+            weights[name] = ResolvedWeight(name, (member,), member.layout, embedding=embeddings.get(name))
             continue
         fused, names = groups[name]
         if fused not in weights:  # a group stands where the model has the first of its members
             parts = tuple(members[other] for other in names)
             weights[fused] = ResolvedWeight(fused, parts, stack_layouts([p.layout for p in parts]), fused=True)
-    return ResolvedPlan(tuple(weights.values()), kept)
+    return ResolvedPlan(tuple(weights.values()), kept, floats)
 
 
 def resolve_member(spec: LinearSpec, rule: WeightPlan) -> ResolvedMember:
@@ -136,9 +170,43 @@ def stack_layouts(layouts: Sequence[WeightLayout]) -> WeightLayout:
     return replace(layouts[0], out_features=row, segments=tuple(segments))
 
 
-def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> dict[str, WeightPlan | None]:
-    """The rule of every module. Raises PlanError for a rule that matches none."""
-    chosen: dict[str, WeightPlan | None] = dict.fromkeys(specs, plan.default)
+def _check_float8(spec: LinearSpec, rule: WeightPlan) -> LinearSpec:
+    """The linear, if it can be stored in float8. Raises PlanError."""
+    if spec.embedding or spec.expert is not None:
+        what = "an embedding" if spec.embedding else "an expert's linear"
+        raise PlanError(f"{spec.name}: dtype={rule.dtype!r} is for linears alone, and this is {what}; give it bits")
+    return spec
+
+
+def _sharing(
+    embedding: ResolvedMember, members: Mapping[str, ResolvedMember], kept: Mapping[str, str], named: Collection[str]
+) -> tuple[str, ...]:
+    """The modules that use the packed weight of an embedding: all that are tied to it, but for a linear that the plan
+    names and gives another layout. Raises PlanError for one that is to be kept: it would need the dense weight.
+    """
+    spec, out = embedding.spec, []
+    for name in spec.shared:
+        if name in named and name in kept:
+            raise PlanError(
+                f"{name} is kept ({kept[name]}) and shares its weight with {spec.name}, which is packed: leave {name} "
+                f"out of the plan, then both use one packed weight, or keep {spec.name} too"
+            )
+        own = members.get(name) if name in named else None
+        if name in named and name not in members and name not in kept:  # in float8
+            continue
+        if own is None or (own.layout, own.perm) == (embedding.layout, embedding.perm):
+            out.append(name)
+    return tuple(out)
+
+
+def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> tuple[dict[str, WeightPlan | None], set[str]]:
+    """(the rule of every module, those that a name or a regex gave one). PlanError for a rule that matches none.
+
+    The default is for linears alone, and so is a regex that matches any: plans from before embeddings could be packed
+    mean what they meant.
+    """
+    chosen = {name: None if spec.embedding else plan.default for name, spec in specs.items()}
+    named: set[str] = set()
     exact: list[str] = []
     clock = Clock()
     for key, rule in plan.modules.items():
@@ -147,19 +215,21 @@ def _rules(plan: Plan, specs: Mapping[str, LinearSpec]) -> dict[str, WeightPlan 
             continue
         pattern = compile_pattern(key.removeprefix(REGEX), f"modules[{key!r}]", clock)
         matched = [name for name in specs if pattern.fullmatch(name)]
+        matched = [name for name in matched if not specs[name].embedding] or matched
         if not matched:
             raise PlanError(
                 f"modules[{key!r}]: matches none of the model's {len(specs)} linears; a regex must match the whole "
                 f"name, such as {next(iter(specs), '')!r}"
             )
         chosen.update(dict.fromkeys(matched, rule))
+        named.update(matched)
     unknown = [key for key in exact if key not in specs]
     if unknown:
-        named = "\n  ".join(f"modules[{key!r}]{close_names(key, list(specs))}" for key in unknown[:10])
+        listed = "\n  ".join(f"modules[{key!r}]{close_names(key, list(specs))}" for key in unknown[:10])
         more = f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise PlanError(f"the model has no linear of this name (is the plan for another model?):\n  {named}{more}")
+        raise PlanError(f"the model has no linear of this name (is the plan for another model?):\n  {listed}{more}")
     chosen.update({key: plan.modules[key] for key in exact})
-    return chosen
+    return chosen, named.union(exact)
 
 
 def _check_perm(spec: LinearSpec, perm: Sequence[int]) -> None:

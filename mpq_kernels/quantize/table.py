@@ -50,6 +50,8 @@ class Quantizer:
     alone: (finite weight [n, k], spec, steps) -> codes of a rectangle, without a text.
     on_text: (finite weight [N, K], layout, perm, Hessian, name, steps) -> codes; None for one that has no use for it.
     needs_calibration: it cannot do without a text. act_order: it may choose the order of the columns on it.
+    for_embeddings: name of the method that quantizes embeddings, whose rows are looked up, so that they have no inputs
+    and no Hessian; None for itself.
     whole_model: it sees all weights at once and is run by `pack` alone.
     exempt: names of PROPERTIES that it does not have -> the reason, with which its tests are skipped.
     """
@@ -62,6 +64,7 @@ class Quantizer:
     needs_calibration: bool = False
     act_order: bool = False
     whole_model: bool = False
+    for_embeddings: str | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ QUANTIZERS: dict[str, Quantizer] = {
             on_text=quantize_with_hessian,
             needs_calibration=True,
             act_order=True,
+            for_embeddings="hqq",
             exempt={"any threads": "its products with the Hessian are torch's, whose sums depend on the threads"},
         ),
         Quantizer(
@@ -99,6 +103,7 @@ QUANTIZERS: dict[str, Quantizer] = {
             None,
             needs_calibration=True,
             whole_model=True,
+            for_embeddings="hqq",
         ),
     )
 }

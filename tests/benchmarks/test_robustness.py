@@ -16,11 +16,21 @@ from benchmarks.robustness.kinds import KINDS
 from mpq_kernels.errors import FormatError
 
 SEED = 52  # with which sixteen cases end in all ways
-SAMPLES = {"models": 20}  # the others: 200
+SAMPLES = {"models": 20, "faults": 6, "texts": 30, "operators": 60, "numbers": 60, "values": 60}  # the others: 200
 
 
+@pytest.fixture
+def threadless():
+    """A forked process cannot use the threads that torch had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("name", KINDS)
-def test_a_sample_of_each_kind_ends_well(name, tmp_path, monkeypatch):
+def test_a_sample_of_each_kind_ends_well(name, tmp_path, monkeypatch, threadless):
     kind, count = KINDS[name], SAMPLES.get(name, 200)
     (tmp_path / "cases").mkdir()
     monkeypatch.chdir(tmp_path / "cases")
@@ -51,14 +61,6 @@ def end(how):
         except MemoryError as error:
             raise FormatError("typed") from error
     return "right"
-
-
-@pytest.fixture
-def threadless():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -100,6 +100,25 @@ void check_dequantize(Model& model, Isa isa, DType dtype, bool odd, const std::s
   }
 }
 
+void check_embedding(Model& model, DType dtype, bool odd, const std::string& label) {
+  const std::string name = label + " embedding";
+  const int64_t row = model.K * bytes_of(dtype);
+  std::vector<int64_t> ids{model.N - 1, 0};
+  for (int i = 0; i < 9; ++i) ids.push_back(below(static_cast<int>(model.N)));
+  const auto count = static_cast<int64_t>(ids.size());
+  Buffer out(static_cast<size_t>(count * row), odd);
+  check(embedding(model.weight(), ids.data(), count, out.data(), dtype, kThreads) == kOk, name, "error code");
+  check(out.intact(), name, "wrote outside");
+  for (int64_t i = 0; i < count * model.K; ++i) {
+    unsigned char want[4];
+    encode(model.w[ids[i / model.K] * model.K + i % model.K], dtype, want);
+    check(!std::memcmp(out.data() + i * bytes_of(dtype), want, bytes_of(dtype)), name, "not the bits of W");
+  }
+  for (const int64_t bad : {int64_t{-1}, model.N}) {
+    check(embedding(model.weight(), &bad, 1, out.data(), dtype, kSerial) == kErrorId, name, "an id outside");
+  }
+}
+
 const int64_t kTokens[] = {1, 2, 4, 5, 7, 17};
 const int64_t kRows[] = {1, 63, 65, 172, 640};
 
@@ -109,6 +128,7 @@ void check_model(const std::vector<BandSpec>& bands, int seed, const std::string
   for (const Isa isa : kIsas) {
     if (supported(isa)) check_int8(model, isa, kDTypes[seed % 3], kTokens[(seed / 3) % 6], bias, odd, label);
   }
+  check_embedding(model, kDTypes[seed / 3 % 3], odd, label);
   for (const Isa isa : kExactIsas) {
     if (!supported(isa)) continue;
     check_dequantize(model, isa, kDTypes[seed / 3 % 3], odd, label);

@@ -175,7 +175,7 @@ MALFORMED = {
     "float size": ({"t": GOOD | {"shape": [2.0]}}, "is not a list of at most"),
     "bool size": ({"t": GOOD | {"shape": [True, 2]}}, "is not a list of at most"),
     "rank": ({"t": GOOD | {"shape": [1] * 40 + [2]}}, "is not a list of at most 32"),
-    "overflow": ({"t": GOOD | {"shape": [2**62, 2**62, 4]}}, "takes"),
+    "overflow": ({"t": GOOD | {"shape": [2**62, 2**62, 4]}}, "sizes out of range"),
     "offsets": ({"t": GOOD | {"data_offsets": [8, 0]}}, r"are not \[begin, end\]"),
     "three offsets": ({"t": GOOD | {"data_offsets": [0, 4, 8]}}, r"are not \[begin, end\]"),
     "beyond": ({"t": GOOD | {"shape": [4], "data_offsets": [0, 16]}}, "truncated"),

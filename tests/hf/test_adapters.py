@@ -286,6 +286,23 @@ def test_other_adapters_of_experts_are_refused(mixture):
                 peft.get_peft_model(mpq.load(mixture.packed), method(targets))
 
 
+def test_a_packed_embedding_takes_none_and_the_head_that_is_tied_to_it_does(tmp_path):
+    tiny_model("qwen2", tmp_path / "dense", tied=True)
+    plan = mpq.Plan.uniform(tmp_path / "dense", bits=4, group_size=-1, embeddings=4)
+    mpq.pack(tmp_path / "dense", tmp_path / "packed", plan, quantizer="rtn")
+    with pytest.raises(mpq.UnsupportedError, match="its rows are looked up by number"):
+        peft.get_peft_model(mpq.load(tmp_path / "packed"), lora(["embed_tokens"]))
+    base = mpq.load(tmp_path / "packed")
+    plain, head = logits(base), base.lm_head
+    model = peft.get_peft_model(base, lora(["lm_head"])).eval()
+    fill(model)
+    assert model.base_model.model.lm_head.get_base_layer() is head
+    assert not close(logits(model), plain, within=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert "lm_head" not in adapted(peft.get_peft_model(mpq.load(tmp_path / "packed"), lora("all-linear")))
+
+
 def test_a_weight_that_the_model_reads_itself_takes_no_adapter(dirs):
     model = mpq.load(dirs.packed)
     model.model.layers[0].mlp.down_proj.weight_is_read = True

@@ -126,3 +126,33 @@ def test_what_cannot_be_made_dense(tmp_path):
     with pytest.raises(mpq.UnsupportedError, match=r"up_proj\.0 is no linear of a LlamaForCausalLM"):
         model.dequantize()
     assert packed_modules(model)
+
+
+@pytest.mark.parametrize(("family", "lm_head"), [("llama", 16), ("gemma", 16), ("llama", 6)])
+def test_packed_embeddings(family, lm_head, tmp_path):
+    """A head that shares the packed weight of the embedding shares the dense one; one of its own stays apart."""
+    tiny_model(family, tmp_path / "dense", tied=True)
+    plan = mpq.Plan.uniform(tmp_path / "dense", bits=5, group_size=-1, embeddings=4, lm_head=lm_head)
+    mpq.pack(tmp_path / "dense", tmp_path / "packed", plan, quantizer="rtn")
+    model = mpq.load(tmp_path / "packed")
+    with pytest.raises(mpq.UnsupportedError, match=r"embed_tokens.* is packed with"):
+        model.resize_token_embeddings(7)
+    before = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for each in (model, again):
+        assert (logits(each) - before).norm() <= 1e-5 * before.norm()
+        assert (each.lm_head.weight is each.model.embed_tokens.weight) == (lm_head == 16)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_float8(tmp_path):
+    tiny_model("qwen2", tmp_path / "dense")
+    rule = {"bits": 8, "dtype": "float8_e4m3fn"}
+    plan = mpq.Plan.from_dict({"version": 1, "modules": {"re:.*self_attn.*": rule}})
+    mpq.pack(tmp_path / "dense", tmp_path / "packed", plan, quantizer="rtn")
+    model = mpq.load(tmp_path / "packed")
+    before = logits(model)
+    model.dequantize()
+    assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert torch.equal(logits(model), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
+from mpq_kernels.dense.experts import experts_modules
 from mpq_kernels.nn.experts import GroupedLinear, PackedExperts
 from mpq_kernels.nn.fused import FusedLinear, FusedMember
 from mpq_kernels.nn.linear import MixedLinear
@@ -18,6 +19,7 @@ def dequantized_twin(model, source, auto=AutoModelForCausalLM):
     auto: the class whose from_pretrained reads it.
     """
     dense = auto.from_pretrained(source, experts_implementation="eager").eval()
+    experts_modules(dense)  # says of classes that do not say it themselves how they hold their experts
     head = dense.get_output_embeddings()
     if head is not None and isinstance(model.get_output_embeddings(), MixedLinear):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())  # a packed head is not the embedding

@@ -190,7 +190,7 @@ def test_large_parameters_that_stay_are_named(tmp_path, monkeypatch):
     assert named == {
         "model.layers.1.mlp.experts.gate_up_proj": (3 * 2 * 96 * 64, "no rule"),
         "model.layers.1.mlp.experts.down_proj": (3 * 96 * 64, "no rule"),
-        "model.embed_tokens.weight": (160 * 64, "is looked up by row (Embedding)"),
+        "model.embed_tokens.weight": (160 * 64, "is looked up by row (Embedding), and no rule names it"),
         "lm_head.weight": (160 * 64, "no rule"),
     }
     assert report.to_dict()["large"][0]["reason"] == "no rule"
@@ -202,7 +202,7 @@ def test_a_packed_head_leaves_the_embedding_named(tmp_path, monkeypatch):
     plan = mpq.Plan.from_dict({"version": 1, "modules": {"lm_head": {"bits": 4}}})
     report = mpq.pack(tmp_path / "m", tmp_path / "out", plan, quantizer="rtn")
     named = {parameter.name: parameter.reason for parameter in report.large}
-    assert named.pop("model.embed_tokens.weight") == "is looked up by row (Embedding)"
+    assert named.pop("model.embed_tokens.weight") == "is looked up by row (Embedding), and no rule names it"
     assert set(named.values()) == {"no rule"} and "model.layers.0.mlp.down_proj.weight" in named
 
 

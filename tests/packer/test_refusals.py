@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import mpq_kernels.packer.output
+import mpq_kernels.packer.pack
 from mpq_kernels.errors import CheckpointError, PlanError, QuantizeError
 from mpq_kernels.packer import pack as pack_model
 from mpq_kernels.packer.pack import pack
@@ -169,3 +170,16 @@ def test_space_asked_for_is_what_is_written(llama, tmp_path, monkeypatch):
     pack(llama, tmp_path / "out", mixed_plan(llama), quantizer="rtn", max_shard_bytes=50_000)
     sizes = [file.stat().st_size for file in (tmp_path / "out").iterdir()]
     assert asked == [(sum(sizes), len(sizes))]
+
+
+def test_a_source_that_is_removed_once_it_was_opened(llama, tmp_path, monkeypatch):
+    """The campaign of faults found a FileNotFoundError here."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    checked = mpq_kernels.packer.pack.check_loads
+    monkeypatch.setattr(
+        mpq_kernels.packer.pack, "check_loads",
+        lambda *args: (checked(*args), (model / "model.safetensors").unlink())[0],
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read .*removed"):
+        pack(model, tmp_path / "out", UNIFORM, quantizer="rtn")
+    assert not (tmp_path / "out").exists()

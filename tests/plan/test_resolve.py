@@ -6,7 +6,7 @@ import pytest
 
 from mpq_kernels.dense.checkpoint import LinearSpec
 from mpq_kernels.errors import PlanError
-from mpq_kernels.format.layout import SizeBreakdown
+from mpq_kernels.format.layout import Embedding, SizeBreakdown
 from mpq_kernels.plan.plan import Plan
 from mpq_kernels.plan.resolve import ResolvedPlan, resolve
 
@@ -187,6 +187,48 @@ def test_experts_are_ordinary_names() -> None:
     )
     bits = {w.name: [m.layout.segments[0].bits for m in w.members] for w in resolved.weights}
     assert bits == {f"layers.0.experts.{e}.w13": [4 if e == 1 else 2, 2] for e in range(3)}
+
+
+def with_embedding(**plan: object) -> ResolvedPlan:
+    """The linears behind an embedding of 512 rows that the head and a second embedding share."""
+    shared = ("lm_head", "decoder.embed")
+    return applied([LinearSpec("embed", 512, 256, "embed.weight", embedding=True, shared=shared), *linears()], **plan)
+
+
+def test_embeddings_are_packed_where_a_plan_names_them() -> None:
+    for modules in ({}, {"re:.*": {"bits": 4}}, {"re:embed|lm_head": {"bits": 4}}, {"re:.*": {"bits": 16}}):
+        resolved = with_embedding(default=THREE, modules=modules)
+        assert all(weight.embedding is None for weight in resolved.weights) and "embed" not in resolved.kept
+    for modules in ({"embed": {"bits": 4}}, {"re:emb.*": {"bits": 4}}):
+        first, *others = with_embedding(default=THREE, modules=modules).weights
+        assert (first.name, first.embedding) == ("embed", Embedding(("lm_head", "decoder.embed")))
+        assert first.layout.segments[0].bits == 4 and "lm_head" not in {weight.name for weight in others}
+    resolved = with_embedding(modules={"embed": {"bits": 16}})
+    assert resolved.kept["embed"] == "plan: 16 bits" and not resolved.weights
+
+
+def test_a_tied_head_has_a_rule_of_its_own_where_the_plan_names_it() -> None:
+    for rule, shares in (({"bits": 4}, True), ({"bits": 8}, False), ({"bits": 4, "group_size": 32}, False)):
+        resolved = with_embedding(modules={"embed": {"bits": 4}, "re:lm_.*": rule})
+        names = [weight.name for weight in resolved.weights]
+        assert names == (["embed"] if shares else ["embed", "lm_head"])
+        users = resolved.weights[0].embedding
+        assert users is not None and users.shared == (("lm_head",) if shares else ()) + ("decoder.embed",)
+    with pytest.raises(PlanError, match=r"lm_head is kept \(plan: 16 bits\) and shares its weight with embed"):
+        with_embedding(modules={"embed": {"bits": 4}, "lm_head": {"bits": 16}})
+
+
+def test_float8_has_its_exact_size_and_its_own_list() -> None:
+    rule = {"bits": 8, "dtype": "float8_e4m3fn"}
+    resolved = applied(default=THREE, modules={DOWN0: rule})
+    assert list(resolved.floats) == [DOWN0] and DOWN0 not in {weight.name for weight in resolved.weights}
+    codes = sum((weight.layout.size() for weight in resolved.weights), SizeBreakdown())
+    assert resolved.size().total_bytes - codes.total_bytes == 256 * 640 + 4 * 256
+    tied = with_embedding(modules={"embed": {"bits": 4}, "lm_head": rule})
+    users = tied.weights[0].embedding
+    assert list(tied.floats) == ["lm_head"] and users is not None and users.shared == ("decoder.embed",)
+    with pytest.raises(PlanError, match="q_proj is kept .float8_e4m3fn. and others are not"):
+        applied(default=THREE, modules={Q0: rule}, fuse=[QKV])
 
 
 def down(segments: list[dict[str, object]]) -> dict[str, object]:

@@ -121,23 +121,9 @@ struct DequantizeJob {
   DType dtype;
 };
 
-// Writes one row of `count` columns from k on: `values` are fp32 in column order.
-void write_columns(const DequantizeJob& job, int64_t row, int64_t k, int64_t count, const float* values) {
-  const Weight& weight = *job.weight;
-  const int64_t width = dtype_bytes(job.dtype);
-  char* out = job.out + row * weight.K * width;
-  if (!weight.perm) return from_f32_partial(values, job.dtype, count, out + k * width);
-  alignas(64) char raw[256];
-  from_f32_64(values, job.dtype, raw);
-  for (int64_t i = 0; i < count; ++i) {
-    int32_t column;
-    __builtin_memcpy(&column, weight.perm + k + i, sizeof column);
-    __builtin_memcpy(out + column * width, raw + i * width, static_cast<size_t>(width));
-  }
-}
-
 void dequantize_items(void* ctx, int64_t begin, int64_t end) {
   const DequantizeJob& job = *static_cast<const DequantizeJob*>(ctx);
+  const int64_t row_bytes = job.weight->K * dtype_bytes(job.dtype);
   alignas(64) float tile[64 * 64];  // [column in chunk order][row position]
   alignas(64) float rows[64 * 64];  // [row][column]
   for (int64_t item = begin; item < end; ++item) {
@@ -156,7 +142,7 @@ void dequantize_items(void* ctx, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < block.rows; ++n) {
           float* row = rows + 64 * n;
           for (int v = 0; v < 64; v += kLanes) store(row + v, add(load(row + v), zeros_f()));  // -0 becomes +0
-          write_columns(job, block.row + n, k, count, row);
+          write_columns(job.weight->perm, k, count, row, job.dtype, job.out + (block.row + n) * row_bytes);
         }
       }
     }

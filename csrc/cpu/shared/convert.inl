@@ -57,6 +57,20 @@ inline void from_f32_partial(const float* src, DType dtype, int64_t count, void*
   __builtin_memcpy(dst, raw, static_cast<size_t>(count * dtype_bytes(dtype)));
 }
 
+// Columns [k, k + count) of a row of K values: `values` are 64 fp32 in packed order, of which `perm` may be a
+// permutation.
+inline void write_columns(const int32_t* perm, int64_t k, int64_t count, const float* values, DType dtype, char* row) {
+  const int64_t width = dtype_bytes(dtype);
+  if (!perm) return from_f32_partial(values, dtype, count, row + k * width);
+  alignas(64) char raw[256];
+  from_f32_64(values, dtype, raw);
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t column;
+    __builtin_memcpy(&column, perm + k + i, sizeof column);
+    __builtin_memcpy(row + column * width, raw + i * width, static_cast<size_t>(width));
+  }
+}
+
 // fp32 scales and zeros of one group, 64 rows of a tile in position order.
 struct GroupParams {
   alignas(64) float scales[64];

@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 
+from ...format.lookup import lookup
+from ...format.weights import PackedWeight
 from .. import ops
 from ..base import Backend
+from ..operands import on_weight
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
@@ -42,10 +45,16 @@ def _later(name: str) -> Callable[..., torch.Tensor]:
     return run
 
 
+@on_weight(torch.ops.mpq.embedding.default)
+def _embedding(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return lookup(weight, ids, dtype)  # in torch: a handful of rows, for which no kernel is worth its compilation
+
+
 for _name, _run, _fake in (
     ("linear", _later("linear"), ops.linear_fake),
     ("grouped_linear", _later("grouped"), ops.grouped_linear_fake),
     ("dequantize", _later("dequantize"), ops.dequantize_fake),
+    ("embedding", _embedding, ops.embedding_fake),
 ):
     # The schema of mpq::, which stands in csrc/torch, under this name.
     LIBRARY.define(str(getattr(torch.ops.mpq, _name).default._schema).partition("::")[2])
@@ -88,5 +97,6 @@ BACKEND = Backend(
     linear=torch.ops.mpq_triton.linear.default,
     grouped=torch.ops.mpq_triton.grouped_linear.default,
     dequantize=torch.ops.mpq_triton.dequantize.default,
+    embedding=torch.ops.mpq_triton.embedding.default,
     why_unavailable=why_unavailable,
 )

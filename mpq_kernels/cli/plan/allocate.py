@@ -57,6 +57,7 @@ def command(
     least: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the least width of these linears.")] = None,
     most: Annotated[list[str] | None, typer.Option(help="REGEX=BITS: the largest width of these linears.")] = None,
     latency: Annotated[Path | None, typer.Option(metavar="FILE", help="Table of `mpq plan latency`, for us.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Allocate token embeddings too.")] = False,
     refine: Annotated[int, typer.Option(min=0, help="Rounds of measuring around the plan; needs a text.")] = 0,
     towers: TowersOption = 16,
     as_json: JsonFlag = False,
@@ -78,9 +79,14 @@ def command(
         raise typer.BadParameter(
             f"--method {chosen} looks at activations: give a text (--calibration FILE), or one of {fit}"
         )
+    if embeddings and not row.embeddings:
+        fit = ", ".join(name for name, other in METHODS.items() if other.embeddings)
+        raise typer.BadParameter(f"--embeddings: --method {chosen} looks at inputs, which they do not have; use {fit}")
     if method is None and calibration is None:
         note(f"no text to run the model on (--calibration FILE), so the method is {chosen}: {row.summary}", quiet)
-    setting = Setting(model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span)
+    setting = Setting(
+        model, granularity, bits, group_sizes, quantizer, calibration, calibration_tokens, span, embeddings
+    )
     with progress(chosen, hidden=as_json or quiet) as report:
         study, _ = setting.study(_limits(least, most), report)
 

@@ -27,7 +27,13 @@ def command(
     one, linears, itemsize = resolve_file(first, model)
     other, _, _ = resolve_file(second, model)
     plans = [_treatments(resolved) for resolved in (one, other)]
-    kept = [kept_bytes(resolved, linears, itemsize) for resolved in (one, other)]
+    # Embeddings count where one of the plans packs them.
+    linears = [spec for spec in linears if not spec.embedding or any(spec.name in plan for plan in plans)]
+    kept = [
+        kept_bytes(resolved, linears, itemsize)
+        | {s.name: s.out_features * s.in_features * itemsize for s in linears if s.embedding and s.name not in plan}
+        for resolved, plan in zip((one, other), plans, strict=True)
+    ]
     changes = []
     for spec in linears:
         a, b = (treatment.get(spec.name, KEPT) for treatment in plans)
@@ -47,11 +53,20 @@ def command(
 
 
 def _treatments(resolved: ResolvedPlan) -> dict[str, dict[str, Any]]:
-    """Packed linear -> what a plan does with it. Bytes leave out the permutation, which fused members share."""
+    """Packed linear or embedding -> what a plan does with it. Bytes leave out a permutation, which members share."""
+    from ...format.float8 import Float8Shape
+
     out: dict[str, dict[str, Any]] = {}
     for weight in resolved.weights:
         for member in weight.members:
             out[member.spec.name] = _treatment(member, weight.name if weight.fused else None)
+        if weight.embedding is not None:  # a tied head takes no bytes of its own
+            out |= dict.fromkeys(weight.embedding.shared, out[weight.name] | {"bytes": 0})
+    for name, spec in resolved.floats.items():
+        whole = [[0, spec.out_features, 0, spec.in_features]]
+        size = Float8Shape(spec.out_features, spec.in_features).size()
+        out[name] = {"bits": "fp8", "group": "row", "zeros": "none", "scales": "float32", "cuts": whole}
+        out[name] |= {"permuted": False, "perm": None, "fused": None, "bytes": size.total_bytes}
     return out
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError
 from ...format.codes import KEPT_BITS
+from ...format.layout import WeightLayout
 
 if TYPE_CHECKING:
     from ...dense.checkpoint import LinearSpec
-    from ...format.layout import WeightLayout
     from ...plan.resolve import ResolvedPlan
 
 OTHER = "other"  # column of linears that stand in no numbered layer
@@ -61,6 +61,12 @@ class Picture:
     def of(cls, resolved: ResolvedPlan, linears: Sequence[LinearSpec]) -> Picture:
         """The picture of a plan that was resolved for these linears."""
         layouts = {member.spec.name: member.layout for weight in resolved.weights for member in weight.members}
+        for weight in resolved.weights:
+            if weight.embedding is not None:
+                layouts |= dict.fromkeys(weight.embedding.shared, weight.layout)
+        for name, spec in resolved.floats.items():
+            layouts[name] = WeightLayout.uniform(spec.out_features, spec.in_features, 8, zero="none")
+        linears = [spec for spec in linears if not spec.embedding or spec.name in layouts]
         members: dict[tuple[str, str], list[LinearSpec]] = {}
         for spec, place in zip(linears, _places([spec.name for spec in linears]), strict=True):
             members.setdefault(place, []).append(spec)

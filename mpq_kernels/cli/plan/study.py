@@ -27,6 +27,7 @@ class Setting:
     calibration: Path | None
     calibration_tokens: int
     span: int = 128
+    embeddings: bool = False
 
     @property
     def groups(self) -> list[int]:
@@ -37,12 +38,12 @@ class Setting:
         """(study over the dense model in fp32, its tokenizer). Raises MPQError."""
         from ...allocate import make_choices, make_units
         from ...allocate.study import Study
-        from ...dense.names import list_linears
+        from ...dense.names import list_linears, list_packable
         from ...evaluate.perplexity import token_windows
 
         choices = make_choices(whole_numbers(self.bits, "--bits"), self.groups)
         model, tokenizer = open_model(self.model, "cpu", "float32", None)
-        linears = list_linears(model)
+        linears = list_packable(model) if self.embeddings else list_linears(model)
         units = make_units(linears, self.granularity, choices, span=self.span, limits=limits)
         rows = None
         if self.calibration is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import (
+    EmbeddingsOption,
     GroupOption,
     HeadOption,
     OutputOption,
@@ -35,6 +36,7 @@ def command(
     scale_dtype: ScaleOption = "float16",
     lm_head: HeadOption = 16,
     towers: TowersOption = 16,
+    embeddings: EmbeddingsOption = 16,
     output: OutputOption = None,
     quiet: QuietFlag = False,
 ) -> None:
@@ -42,7 +44,8 @@ def command(
     from ...plan.resolve import resolve
 
     linears, _ = model_linears(model)
-    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, lm_head, towers)
+    kept = {"lm_head": lm_head, "towers": towers, "embeddings": embeddings}
+    plan = uniform_plan(linears, bits, group_size, symmetric, zero, scale_dtype, **kept)
     resolve(plan, linears)  # refuses a group size that does not divide some K
     if output is None:
         print(plan.to_json(), end="")
@@ -58,11 +61,13 @@ def uniform_plan(
     symmetric: bool,
     zero: str,
     scale_dtype: str,
-    lm_head: int,
-    towers: int,
+    **kept: int,
 ) -> Plan:
-    """Plan.uniform from command-line words, which Plan itself checks. Raises PlanError, CheckpointError."""
+    """Plan.uniform from command-line words, which Plan itself checks. Raises PlanError, CheckpointError.
+
+    kept: bits of what is kept unless they say otherwise: lm_head, towers, embeddings.
+    """
     from ...plan.plan import Plan
 
-    words: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype, "lm_head": lm_head, "towers": towers}
+    words: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype, **kept}
     return Plan.uniform(model, bits=bits, group_size=group_size, symmetric=symmetric, **words)

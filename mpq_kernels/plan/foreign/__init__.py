@@ -102,7 +102,7 @@ def read_foreign(
         from ...dense.checkpoint import DenseCheckpoint  # needs torch
 
         model = DenseCheckpoint.open(model).linears()
-    draft = Draft.of(document.where, model)
+    draft = Draft.of(document.where, [spec for spec in model if not spec.embedding])
     FORMATS[name].read(document, draft, options)
     return Imported(draft.plan(options.kept_experts), name, tuple(draft.notes))
 

@@ -100,6 +100,20 @@ def test_integer_sums_are_exact(int8_isas, bits, k, group_size):
         assert torch.equal(product(x[:count], packed).long(), expected[:count]), isa
 
 
+def test_groups_with_a_scale_of_zero_add_nothing(int8_isa):
+    """Whatever their codes and zeros are."""
+    for bits, zero in itertools.product(BITS, ("int", "none", "float")):
+        block = random_weight(70, 256, bits, 64, zero).blocks[0][2]
+        block.scales[::2] = 0
+        block.scales[1::4, 1] = 0
+        packed = pack_weight(QuantizedWeight.uniform(block))
+        for tokens in (1, 9):
+            x = torch.randn(tokens, 256)
+            y = product(x, packed)
+            near, bound = reference_int8.linear_int8(x, packed), reference_int8.accumulation_bound(x, packed)
+            assert not y[:, ::2].any() and ((y.double() - near).abs() <= bound).all()
+
+
 def test_ties_go_to_even(int8_isa):
     k = 128
     weight = integer_weight(1, k, 128, torch.ones(4, k, dtype=torch.uint8))

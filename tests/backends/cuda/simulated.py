@@ -69,6 +69,16 @@ class DequantizeArgs(ctypes.Structure):
     _fields_ = [("weight", Weight), ("out", ctypes.c_void_p), ("out_dtype", ctypes.c_int32)]
 
 
+class EmbeddingArgs(ctypes.Structure):
+    _fields_ = [
+        ("weight", Weight),
+        ("ids", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int32),
+    ]
+
+
 H200 = Device(0, 90, 132, 232448)
 SMALL = Device(0, 90, 5, 232448)  # few blocks, so that small weights are shared and owned
 NARROW = Device(0, 89, 7, 101376)  # shared memory of a consumer card
@@ -260,6 +270,21 @@ def dequantize(packed, dtype, device=SMALL):
     allow(lib, out, WRITABLE, "out")
     args = DequantizeArgs(place.weight, address(out), DTYPES[dtype])
     check(lib, lib.mpq_dequantize(ctypes.byref(args), ctypes.byref(device), None))
+    return out
+
+
+def embedding(packed, ids, dtype, device=SMALL):
+    """Rows of mpq_embedding."""
+    lib = library()
+    lib.mpq_sim_reset()
+    place = packed if isinstance(packed, Packed) else Packed(packed)
+    ids = aligned(ids)
+    out = aligned(torch.full((len(ids), place.shape[1]), float("nan"), dtype=dtype))
+    place.allow(lib)
+    allow(lib, ids, INPUT, "ids")
+    allow(lib, out, WRITABLE, "out")
+    args = EmbeddingArgs(place.weight, address(ids), len(ids), address(out), DTYPES[dtype])
+    check(lib, lib.mpq_embedding(ctypes.byref(args), ctypes.byref(device), None))
     return out
 
 

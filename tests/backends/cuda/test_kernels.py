@@ -193,6 +193,32 @@ def test_dequantize_every_kind(bits, zero, scale_dtype):
     assert torch.equal(simulated.dequantize(pack_weight(weight), torch.float32), reference.dequantize(weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_embedding_is_the_reference_bit_for_bit(dtype, permuted):
+    for weight in (
+        mixed_weight(permuted=permuted),
+        bands([20] * 16, BITS, (64, 32, 16, 64)),  # more bands than one launch takes
+        random_weight(65, 172, 3, 43),
+    ):
+        dense = reference.dequantize(weight, dtype)
+        ids = torch.tensor([0, len(dense) - 1, 64, 7, 7, 33, 18])
+        assert torch.equal(simulated.embedding(pack_weight(weight), ids, dtype), dense[ids])
+
+
+@pytest.mark.parametrize(("bits", "zero", "scale_dtype"), support_matrix())
+def test_embedding_every_kind(bits, zero, scale_dtype):
+    weight, ids = random_weight(65, 96, bits, 24, zero, scale_dtype), torch.arange(64, -1, -5)
+    found = simulated.embedding(pack_weight(weight), ids, torch.float32)
+    assert torch.equal(found, reference.dequantize(weight)[ids])
+
+
+@pytest.mark.parametrize("bad", [-1, 65, 2**40])
+def test_an_id_outside_stops_the_kernel(bad):
+    with pytest.raises(simulated.SimulatorError, match="an id is outside of the rows"):
+        simulated.embedding(pack_weight(random_weight(65, 64, 4, 64)), torch.tensor([1, bad]), torch.float32)
+
+
 def experts(count, rows, k, seed):
     """Stacked experts, each of two bands of its own widths."""
     blocks = []

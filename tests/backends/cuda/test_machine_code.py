@@ -26,6 +26,7 @@ REGISTERS = {
     ("grouped_kernel", 4): 255,
     ("generic_kernel", 1): 168,
     ("dequantize_kernel", 1): 176,
+    ("embedding_kernel", 1): 64,
     ("table_kernel", 1): 16,
 }
 MULTIPLY = ("linear_kernel", "grouped_kernel")
@@ -121,7 +122,7 @@ def check_costs(kernel):
 
 def test_every_kernel_is_there(kernels):
     names = {f"{stem}<{b}, {n}>" for stem in MULTIPLY for b in ("false", "true") for n in (1, 2, 4)}
-    names |= {"generic_kernel<false>", "generic_kernel<true>", "dequantize_kernel", "table_kernel"}
+    names |= {"generic_kernel<false>", "generic_kernel<true>", "dequantize_kernel", "embedding_kernel", "table_kernel"}
     for arch in {k.arch for k in kernels}:
         assert {k.name for k in kernels if k.arch == arch} == names
 

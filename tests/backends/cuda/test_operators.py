@@ -73,6 +73,19 @@ def test_dequantize(ops, dtype):
     assert torch.equal(ops.dequantize(*rest[:4], *rest[5:], dtype), reference.dequantize(weight, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_embedding(ops, dtype):
+    weight = mixed_weight(permuted=True)
+    rest = arguments(weight)
+    dense = reference.dequantize(weight, dtype)
+    for ids in (
+        torch.tensor([[3, 199, 0], [70, 69, 3]]),
+        torch.tensor(5, dtype=torch.int32),
+        torch.zeros(0, dtype=torch.long),
+    ):
+        assert torch.equal(ops.embedding(ids, *rest[:4], *rest[5:], dtype), dense[ids.long()])
+
+
 def test_grouped_linear(ops):
     rows, k, counts = 72, 192, (0, 3, 9, 0, 1)
     blocks = [(e * rows, 0, random_block(rows, k, 1 + e, 64, "int", "float16", e)) for e in range(5)]

@@ -54,6 +54,19 @@ def test_the_interpreter_runs_these():
     assert launch.INTERPRETED and TRITON.why_unavailable() is None
 
 
+@pytest.mark.parametrize("zero", ZEROS)
+def test_groups_with_a_scale_of_zero_add_nothing(zero):
+    """Whatever their codes and zeros are, beside the least scales that fp16 has."""
+    block = random_weight(64, 128, 3, 64, zero).blocks[0][2]
+    block.scales[::2] = 0
+    block.scales[1::4] = torch.tensor([1.0, -3.0]).mul_(2.0**-24).half()
+    packed = pack_weight(QuantizedWeight.uniform(block))
+    x = torch.randn(3, 128).half()
+    y = linear(x, packed)
+    check(y, x, packed)
+    assert not y[:, ::2].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("bits", FORMATS)
