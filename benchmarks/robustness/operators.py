@@ -27,7 +27,7 @@ DTYPES = (*FLOATS, torch.float64, torch.int32, torch.uint8, torch.int64, torch.b
 INTS = (0, 1, -1, 2, 63, 64, 65, 128, 2**31 - 1, 2**31, 2**32, 2**32 + 3, 2**32 + 64, -(2**32), 2**33, 2**62, 2**63 - 1,
         -(2**63), 10**12)  # fmt: skip
 REFUSED = (RuntimeError, TypeError, ValueError, IndexError, OverflowError, NotImplementedError)
-NAMES = ("linear", "linear_int8", "grouped_linear", "grouped_linear_int8", "dequantize")
+NAMES = ("linear", "linear_int8", "grouped_linear", "grouped_linear_int8", "dequantize", "embedding")
 WEIGHT = ("qweight", "scales", "zeros", "perm")
 
 
@@ -59,6 +59,10 @@ def good_call(chance: Random, name: str) -> dict[str, Any]:
     if name == "dequantize":
         return args | {"dtype": chance.choice(FLOATS)}
     tokens = chance.choice((0, 1, 2, 3, 5, 17, 33))
+    if name == "embedding":
+        kind = chance.choice((torch.int64, torch.int32))
+        args["ids"] = torch.randint(layout.out_features, (tokens, 3), generator=generator).to(kind)
+        return args | {"dtype": chance.choice(FLOATS)}
     shape = (tokens, layout.in_features)
     if experts == 1 and not name.startswith("grouped"):
         shape = chance.choice((shape, (2, tokens, layout.in_features), (layout.in_features,)))
@@ -95,7 +99,7 @@ def _wide(chance: Random, t: torch.Tensor) -> torch.Tensor:
 
 def _values(chance: Random, t: torch.Tensor) -> torch.Tensor:
     out = t.clone()
-    if out.numel() and out.dtype in (torch.int32, torch.uint8):
+    if out.numel() and out.dtype in (torch.int32, torch.int64, torch.uint8):
         value = chance.choice((0, 1, 255) if out.dtype == torch.uint8 else (-1, 0, 1, 2**31 - 1, -(2**31), 64))
         out.view(-1)[chance.randrange(out.numel())] = value
     return out
@@ -177,6 +181,9 @@ def check(name: str, args: dict[str, Any], y: torch.Tensor) -> None:
         return  # right whatever else was given: a bias is not looked at
     if name == "dequantize":
         assert torch.equal(y, reference.dequantize(weight, args["dtype"]))
+        return
+    if name == "embedding":
+        assert torch.equal(y, reference.dequantize(weight, args["dtype"])[args["ids"].long()])
         return
     x, bias = args["x"].detach().resolve_neg(), args["bias"]
     bias = None if bias is None else bias.detach().resolve_neg().reshape(-1)

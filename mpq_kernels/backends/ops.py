@@ -94,5 +94,5 @@ def dequantize_fake(*args: Any, **given: Any) -> torch.Tensor:
 @torch.library.register_fake("mpq::embedding")
 def embedding_fake(*args: Any, **given: Any) -> torch.Tensor:
     """Rows (..., K) of W for ids (...), of the dtype asked for, without values."""
-    named = by_name(torch.ops.mpq.embedding.default, args, given)
+    named = _same_device(torch.ops.mpq.embedding.default, args, given)
     return named["qweight"].new_empty(*named["ids"].shape, named["in_features"], dtype=named["dtype"])

@@ -89,7 +89,8 @@ class Pass:
     def start(self, model: Any) -> None:
         """Run up to the first block."""
         threads = torch.get_num_threads()
-        threading.Thread(target=_forward, args=(model, self.inputs, self.asks, self.answers), daemon=True).start()
+        args = (model, self.inputs, self.asks, self.answers)
+        threading.Thread(target=_forward, args=args, name="calibration pass", daemon=True).start()
         try:
             self._wait()
         finally:

@@ -38,10 +38,10 @@ from ..format.float8 import Float8Shape
 from ..format.layout import Embedding, Experts, Member, WeightLayout, check_experts
 
 QUANT_METHOD = "mpq"
+OPTIONAL_KEYS = ("float8",)
 WEIGHTS_KEY = "transformers_weights"
 # transformers ends its error with it: no file can have this name, and none is looked for.
 IMPORT_FIRST = "packed by mpq_kernels: `import mpq_kernels` before the model is loaded"
-OPTIONAL_KEYS = ("float8",)
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count

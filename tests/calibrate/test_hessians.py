@@ -197,8 +197,8 @@ def test_real_model_is_better_than_hqq(tmp_path):
 
 
 BAD_OPTIONS = {
-    "none": ({}, "either text or tokens"),
-    "both": ({"text": "a", "tokens": TOKENS}, "either text or tokens"),
+    "none": ({}, "either text, tokens or samples"),
+    "both": ({"text": "a", "tokens": TOKENS}, "either text, tokens or samples"),
     "bytes": ({"text": b"a"}, "must be a str, not bytes"),
     "one dimension": ({"tokens": TOKENS[0]}, r"must be int64 \[n, sequence\]"),
     "floats": ({"tokens": TOKENS.float()}, "must be int64.*float32"),

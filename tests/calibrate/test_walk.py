@@ -273,7 +273,7 @@ def test_blocks_that_write_into_their_arguments_are_run_on_copies():
 def test_threads_end_with_the_walk(tmp_path):
     """A pass computes with one thread, or each would hold as many as its caller has."""
     tiny_model("llama", tmp_path / "m")
-    before, count, seen = threading.active_count(), torch.get_num_threads(), []
+    before, count, seen = set(threading.enumerate()), torch.get_num_threads(), []
     torch.set_num_threads(2)
     dense = StoredModel(DenseCheckpoint.open(tmp_path / "m"), torch.device("cpu"))
     embedding = dense.model.get_input_embeddings()
@@ -281,17 +281,17 @@ def test_threads_end_with_the_walk(tmp_path):
     norm = dense.model.model.norm
     norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     walk = BlockWalk(dense.model, token_batches(TOKENS), torch.device("cpu"), dense.load)
-    assert threading.active_count() == before + 3
+    passes = [thread for thread in threading.enumerate() if thread not in before and thread.name == "calibration pass"]
+    assert len(passes) == 3
     walk.advance()
     walk.advance()
     assert torch.get_num_threads() == 2 and seen == [1] * 6
     torch.set_num_threads(count)
-    waiting = [thread for thread in threading.enumerate() if thread.daemon]
     del walk
     gc.collect()
-    for thread in waiting:
+    for thread in passes:
         thread.join(10)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in passes)
 
 
 def test_blocks_are_those_of_every_stack():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mpq_kernels.backends import BACKENDS
+from mpq_kernels.errors import FormatError
 from mpq_kernels.format import reference
 from mpq_kernels.format.lookup import lookup
 from mpq_kernels.format.words import pack_weight
@@ -100,3 +101,16 @@ def test_opcheck_and_compile():
     for count in (3, 7):
         ids = torch.arange(count)
         assert torch.equal(compiled(ids), lookup(packed, ids, torch.bfloat16) + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("absent", ["ids", "qweight", "scales", "zeros", "perm"])
+def test_tensors_of_several_devices_are_refused(way, absent):
+    """A weight without values must not become memory that nobody wrote."""
+    packed = pack_weight(mixed_weight(permuted=True))
+    given = {name: getattr(packed, name) for name in ("qweight", "scales", "zeros", "perm")}
+    given |= {"ids": torch.arange(3)}
+    given[absent] = given[absent].to("meta")
+    shape = packed.layout.segment_ints(), packed.layout.out_features, packed.layout.in_features
+    with pytest.raises((RuntimeError, FormatError), match="device|on meta"):
+        WAYS[way](given["ids"], given["qweight"], given["scales"], given["zeros"], given["perm"], *shape, torch.float32)

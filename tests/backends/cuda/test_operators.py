@@ -139,7 +139,7 @@ REFUSALS = {
     "group size": (5, lambda s: [*s[:5], 0, s[6]], "group_size=0 does not divide"),
     "bits": (5, lambda s: [*s[:4], 9, *s[5:]], "bits=9 is not 1..8"),
     "rows": (6, 71, "do not cover 71 x 320"),
-    "columns": (7, 0, "positive"),
+    "columns": (7, 0, "must be 1"),
 }
 
 
