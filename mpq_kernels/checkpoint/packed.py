@@ -231,9 +231,12 @@ def guards(modules: Mapping[str, PackedModule], files: TensorFiles) -> list[str]
 
 
 def guard_names(modules: Mapping[str, PackedModule]) -> list[str]:
-    """Names that a guard can have, in model order: those of packed weights that are tensors of the dense model too."""
-    linears = (module for module in modules.values() if module.experts is None)
-    return [f"{name}.weight" for module in linears for name in module.replaced()]
+    """Names that a guard can have, in model order: those of packed weights that are tensors of the dense model too.
+
+    Embeddings come last: programs look at theirs for the size of the vocabulary.
+    """
+    apart = sorted((module for module in modules.values() if module.experts is None), key=lambda m: bool(m.embedding))
+    return [f"{name}.weight" for module in apart for name in module.replaced()]
 
 
 def _check_tensor(

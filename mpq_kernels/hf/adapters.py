@@ -24,12 +24,15 @@ from torch import nn
 
 from ..dense.experts import parameters_of
 from ..errors import UnsupportedError
-from ..nn.embedding import MixedEmbedding
+from ..nn.embedding import MixedEmbedding, TiedEmbedding, TiedLinear
 from ..nn.experts import GroupedLinear, PackedExperts
+from ..nn.float8 import Float8Linear
 from ..nn.fused import FusedLinear, FusedMember
 from ..nn.linear import MixedLinear
 from .adapter_layers import NO_MERGE, PackedAdapter, PackedExpertsLora, PackedIA3, PackedLora, PackedOFT
 
+# Linears as a model calls them, whose subclasses may be something else: _why_no_adapters.
+LINEARS = (MixedLinear, FusedMember, Float8Linear, TiedLinear)
 ALL_LINEAR = "all-linear"  # peft's word, which it understands as every nn.Linear
 
 
@@ -147,7 +150,7 @@ def register() -> None:
 
 def is_packed(layer: nn.Module) -> bool:
     """Whether a layer, or what stands under its adapters, is packed."""
-    return isinstance(_base(layer), (MixedLinear, FusedMember, PackedExperts))
+    return isinstance(_base(layer), (*LINEARS, TiedEmbedding, PackedExperts))
 
 
 def spell_out_all_linear(config: Any, model: nn.Module) -> None:
@@ -171,11 +174,11 @@ def _why_no_adapters(layer: nn.Module) -> str | None:
     """None when an adapter can stand beside a packed layer, else the reason why it cannot."""
     if isinstance(layer, (GroupedLinear, PackedExperts)):
         return "its rows belong to different experts, to which only LoRA comes, by target_parameters as in peft"
-    if isinstance(layer, MixedEmbedding):
+    if isinstance(layer, (MixedEmbedding, TiedEmbedding)):
         return "its rows are looked up by number"
     if isinstance(layer, FusedLinear):
         return f"name the projections that it holds instead: {', '.join(m.name for m in layer.members)}"
-    if isinstance(layer, MixedLinear) and layer.weight_is_read:
+    if getattr(layer, "weight_is_read", False):
         return "the model multiplies by its weight and does not call it, so that the adapter would do nothing"
     return None
 
@@ -189,7 +192,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
         base = _base(module)
-        if isinstance(base, (nn.Linear, MixedLinear, FusedMember)) and _why_no_adapters(base) is None:
+        if isinstance(base, (nn.Linear, *LINEARS)) and _why_no_adapters(base) is None:
             yield name, module
 
 

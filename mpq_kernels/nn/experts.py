@@ -187,7 +187,7 @@ class PackedExperts(nn.Module):
     def stand_in(self, leaf: str) -> torch.Tensor:
         """The family's own parameter of GATE_UP or DOWN by shape, dtype and device, as `MixedLinear.weight`."""
         layer = self.gate_up if leaf == GATE_UP else self.down
-        stacked = layer.weight.unflatten(0, (self.num_experts, layer.rows))
+        stacked = layer.stand_in(layer.out_features).unflatten(0, (self.num_experts, layer.rows))
         return stacked.transpose(1, 2) if self.is_transposed else stacked
 
     def forward(

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mpq_kernels as mpq
+from mpq_kernels.nn.float8 import Float8Linear
 from tests.made.checkpoints import tiny_model
 from tests.made.twins import dequantized_twin
 
@@ -284,6 +285,37 @@ def test_other_adapters_of_experts_are_refused(mixture):
         for method in METHODS.values():
             with pytest.raises(mpq.UnsupportedError, match="its rows belong to different experts"):
                 peft.get_peft_model(mpq.load(mixture.packed), method(targets))
+
+
+def test_a_packed_embedding_takes_none_and_the_head_that_is_tied_to_it_does(tmp_path):
+    tiny_model("qwen2", tmp_path / "dense", tied=True)
+    plan = mpq.Plan.uniform(tmp_path / "dense", bits=4, group_size=-1, embeddings=4)
+    mpq.pack(tmp_path / "dense", tmp_path / "packed", plan, quantizer="rtn")
+    with pytest.raises(mpq.UnsupportedError, match="its rows are looked up by number"):
+        peft.get_peft_model(mpq.load(tmp_path / "packed"), lora(["embed_tokens"]))
+    base = mpq.load(tmp_path / "packed")
+    plain, head = logits(base), base.lm_head
+    model = peft.get_peft_model(base, lora(["lm_head"])).eval()
+    fill(model)
+    assert model.base_model.model.lm_head.get_base_layer() is head
+    assert not close(logits(model), plain, within=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert "lm_head" not in adapted(peft.get_peft_model(mpq.load(tmp_path / "packed"), lora("all-linear")))
+
+
+def test_float8_linears_take_adapters(tmp_path):
+    tiny_model("qwen2", tmp_path / "dense", tied=False)
+    rules = {"re:.*_proj": {"bits": 8, "dtype": "float8_e4m3fn"}}
+    mpq.pack(tmp_path / "dense", tmp_path / "packed", mpq.Plan.from_dict({"version": 1, "modules": rules}))
+    base = mpq.load(tmp_path / "packed")
+    assert isinstance(base.model.layers[0].self_attn.q_proj, Float8Linear)
+    plain = logits(base)
+    model = peft.get_peft_model(base, lora("all-linear")).eval()
+    fill(model)
+    assert adapted(model) == LINEARS and not close(logits(model), plain, within=1e-3)
+    with pytest.raises(mpq.UnsupportedError, match="merge it into the dense model and pack that"):
+        model.merge_and_unload()
 
 
 def test_a_weight_that_the_model_reads_itself_takes_no_adapter(dirs):
