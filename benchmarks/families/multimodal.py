@@ -135,24 +135,22 @@ def images() -> list[Case]:
 
 def sound() -> list[Case]:
     """What MODEL_FOR_MULTIMODAL_LM_MAPPING has besides those."""
-    from transformers.models.auto import modeling_auto as tables
-
-    auto = "AutoModelForMultimodalLM"
-    make = media.inputs_with(auto, media.SOUND, media.SOUND_TOKENS, "get_audio_features")
-    known = tables.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    names = [name for name in tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if name not in known]
-    return _cases("sound", names, auto, make)
+    make = ("AutoModelForMultimodalLM", media.SOUND, media.SOUND_TOKENS, "get_audio_features")
+    return _besides("sound", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", *make)
 
 
 def speech() -> list[Case]:
     """What MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING has besides both."""
+    make = ("AutoModelForSpeechSeq2Seq", media.SPEECH, media.SOUND_TOKENS, "get_audio_features")
+    return _besides("speech", "SPEECH_SEQ_2_SEQ", "MULTIMODAL_LM", *make)
+
+
+def _besides(kind: str, table: str, known: str, auto: str, *inputs: Any) -> list[Case]:
+    """The families of one of transformers' tables that another one lacks."""
     from transformers.models.auto import modeling_auto as tables
 
-    auto = "AutoModelForSpeechSeq2Seq"
-    make = media.inputs_with(auto, media.SPEECH, media.SOUND_TOKENS, "get_audio_features")
-    known = tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    names = [name for name in tables.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES if name not in known]
-    return _cases("speech", names, auto, make)
+    of, others = (getattr(tables, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in (table, known))
+    return _cases(kind, [name for name in of if name not in others], auto, media.inputs_with(auto, *inputs))
 
 
 KINDS = {

@@ -143,6 +143,7 @@ class PackJob:
         return Unit({name: spec}, (Part(f"kept {name}", f"{kept.tensor} {spec}", places, make, restore, digests),))
 
     def _float8_unit(self, spec: LinearSpec) -> Unit:
+        """A linear that the plan keeps in float8."""
         specs: dict[str, Spec] = {f"{spec.name}.{key}": s for key, s in float8_shape(spec).tensor_specs().items()}
         if spec.bias_tensor is not None:
             specs[f"{spec.name}.bias"] = (self.source.tensors[spec.bias_tensor].dtype, (spec.out_features,))

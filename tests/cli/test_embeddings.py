@@ -1,14 +1,11 @@
 """Every command on packed embeddings: plan uniform, check, show, size, diff, allocate; pack, inspect, verify, bench."""
 
 import json
-import shutil
 
 import pytest
-import torch
 
 from mpq_kernels.cli import main
-from tests.made.checkpoints import tiny_model
-from tests.made.commands import EXAMPLES, HEAD, Runner
+from tests.made.commands import EXAMPLES, Runner, dense_with_tokenizer
 
 NAME = "model.embed_tokens"
 DENSE = 2 * 2048 * 128  # bytes of the embedding in bf16
@@ -18,9 +15,7 @@ DENSE = 2 * 2048 * 128  # bytes of the embedding in bf16
 def tied(tmp_path_factory):
     """A tied model with a tokenizer, packed with 4-bit embeddings, and two plans."""
     root = tmp_path_factory.mktemp("tied")
-    tiny_model("llama", root / "dense", tied=True, dtype=torch.bfloat16, sizes=HEAD)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLES / "gutenberg-6m" / name, root / "dense")
+    dense_with_tokenizer(root / "dense", tied=True)
     uniform = ["plan", "uniform", str(root / "dense"), "--bits", "3"]
     assert main([*uniform, "-o", str(root / "kept.json"), "--quiet"]) == 0
     assert main([*uniform, "--embeddings", "4", "-o", str(root / "plan.json"), "--quiet"]) == 0

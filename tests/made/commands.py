@@ -53,13 +53,18 @@ class Runner:
         return " ".join(done.err.replace("\u2502", " ").split())
 
 
+def dense_with_tokenizer(path, tied):
+    """A tiny model whose vocabulary is that of a real tokenizer, which stands beside it."""
+    tiny_model("llama", path, tied=tied, dtype=torch.bfloat16, sizes=HEAD)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLES / "gutenberg-6m" / name, path)
+
+
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     """A tiny dense model with a real tokenizer, packed in 4 bits and under a plan with segments and a fused group."""
     root = tmp_path_factory.mktemp("cli")
-    tiny_model("llama", root / "dense", tied=False, dtype=torch.bfloat16, sizes=HEAD)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLES / "gutenberg-6m" / name, root / "dense")
+    dense_with_tokenizer(root / "dense", tied=False)
     (root / "plan.json").write_text(json.dumps(FUSED))
     (root / "text.txt").write_text(
         (EXAMPLES / "gutenberg_val.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8"
