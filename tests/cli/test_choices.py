@@ -12,7 +12,8 @@ from mpq_kernels.backends import ACTIVATIONS, BACKENDS
 from mpq_kernels.cli import plan
 from mpq_kernels.cli.choices import choices
 from mpq_kernels.dense.checkpoint import COMPUTE_DTYPES
-from mpq_kernels.format.codes import SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.plan.foreign import FORMATS
 from mpq_kernels.quantize import QUANTIZERS
 

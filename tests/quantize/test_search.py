@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mpq_kernels.errors import FormatError, QuantizeError
-from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import Segment, WeightLayout
 from mpq_kernels.format.reference import dequantize, dequantize_block
 from mpq_kernels.format.weights import TORCH_DTYPES, QuantizedBlock

@@ -108,8 +108,9 @@ void multiply_span(const PairTile& span, float* sums) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       float* out = sums + 64 * m + kLanes * v;
-      const F centered = fnma(load(span.params.zeros + kLanes * v), x_sum, acc[m][v]);
-      store(out, fma(load(span.params.scales + kLanes * v), centered, load(out)));
+      const F scale = load(span.params.scales + kLanes * v), zero = load(span.params.zeros + kLanes * v);
+      store(out, span.params.min ? add_group<true>(load(out), acc[m][v], x_sum, scale, zero)
+                                 : add_group<false>(load(out), acc[m][v], x_sum, scale, zero));
     }
   }
 }

@@ -15,7 +15,8 @@ from mpq_kernels.backends.triton import configs, launch
 from mpq_kernels.backends.triton.configs import Config
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.format import reference
-from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.nn.linear import packed_modules
 from tests.backends.cuda import simulated
 from tests.made.checkpoints import tiny_model
