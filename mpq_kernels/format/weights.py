@@ -91,6 +91,12 @@ class QuantizedBlock:
         """What the codes mean."""
         return KINDS[self.zero]
 
+    @property
+    def zero_groups(self) -> int:
+        """How many groups of rows are zeros because their scale is 0, and their minimum if they have one."""
+        empty = self.scales == 0
+        return int((empty & (self.zeros == 0) if self.zero == "min" else empty).sum())
+
     def part(self, rows: slice) -> QuantizedBlock:
         """Some of its rows, as views."""
         zeros = None if self.zeros is None else self.zeros[rows]

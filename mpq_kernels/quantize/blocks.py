@@ -208,11 +208,11 @@ def storable(scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> tuple[
     return scale.to(dtype).float(), zero
 
 
-def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+def checked_scale(scale: torch.Tensor, spec: BlockSpec, what: str = "scale") -> torch.Tensor:
     """Scales [G, 1] rounded to the stored dtype, and 0 where nothing is left of them: a group of zeros.
 
     What is below the normal numbers of fp32 counts as nothing, whatever the dtype. Raises QuantizeError when a scale is
-    too large for its dtype.
+    too large for its dtype. what: what messages call it.
     """
     info = torch.finfo(TORCH_DTYPES[spec.scale_dtype])
     stored = scale.to(TORCH_DTYPES[spec.scale_dtype]).float()
@@ -224,5 +224,5 @@ def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     if spec.scale_dtype == "float16":
         cure = "use scale_dtype='bfloat16' or 'float32' for this module"
     raise QuantizeError(
-        f"a scale of {float(scale[bad][0]):.4g} overflows {spec.scale_dtype} (limit {info.max:.4g}): {cure}"
+        f"a {what} of {float(scale[bad][0]):.4g} overflows {spec.scale_dtype} (limit {info.max:.4g}): {cure}"
     )
