@@ -64,7 +64,7 @@ class Kernel:
     def token_tiles(self) -> int:
         """Blocks of 8 tokens; 1 for kernels without this argument."""
         arguments = self.name.partition("<")[2].rstrip(">").split(", ")
-        return int(arguments[1]) if len(arguments) == 2 else 1
+        return int(arguments[1]) if len(arguments) > 1 else 1
 
     @cached_property
     def opcodes(self) -> Counter[str]:

@@ -113,7 +113,7 @@ int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream)
   if (int status = place(a, launch, how, 0, params)) return status;
   const bool bf16 = a.x_dtype == MPQ_BF16;
   if (launch.generic) return launched(launch_generic(bf16, how, params));
-  if (launch.shape.token_tiles < 4) return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
+  if (launch.decode) return launched(launch_decode(bf16, launch.shape.token_tiles, launch.side, launch.width, how, params));
   return launched(launch_medium(bf16, how, params));
 }
 
@@ -148,7 +148,7 @@ int prepare_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearL
   typical.tokens = std::max<int64_t>(1, ceil_div(a.linear.tokens, a.num_experts));
   if (typical.tokens > 16) typical.tokens = 32;
   if (typical.tokens <= 16) typical.tokens = typical.tokens <= 8 ? 8 : 16;
-  if (int status = prepare_linear(typical, device, launch, params.linear)) return status;
+  if (int status = prepare_linear(typical, device, launch, params.linear, false)) return status;
   params.linear.in.tokens = int32_t(a.linear.tokens);
   params.linear.out.row_stride = a.linear.y_row_stride;
   params.num_experts = a.num_experts;

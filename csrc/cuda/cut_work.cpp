@@ -42,7 +42,8 @@ class Cutter {
         rest -= tiles * cost_of_tile;
         continue;
       }
-      const int64_t tile = (rest / cost_of_tile) >> log2_unit(s, max_unit_) << log2_unit(s, max_unit_);
+      const int log2 = std::max(log2_unit(s, max_unit_), int(pairs(s)));
+      const int64_t tile = (rest / cost_of_tile) >> log2 << log2;
       return {uint32_t(first_group_ + group), uint32_t(s.k0 / kTileK + tile), 0, 0};
     }
     return {uint32_t(first_group_ + group + 1), 0, 0, 0};

@@ -1,20 +1,40 @@
 // Up to 16 tokens: bound by the bytes of the weights.
 
+#include <initializer_list>
+
+#include "decode.cuh"
 #include "launch.h"
-#include "linear.cuh"
 
 namespace mpq::cuda {
 
-int launch_decode(bool bf16, int token_tiles, const dev::Launch& how, const LinearParams& params) {
-  if (token_tiles == 1) return dev::launch(bf16 ? linear_kernel<true, 1> : linear_kernel<false, 1>, how, params);
-  return dev::launch(bf16 ? linear_kernel<true, 2> : linear_kernel<false, 2>, how, params);
+namespace {
+
+using Kernel = void (*)(LinearParams);
+
+// [up to 2, 8, 16 tokens]; a kernel for each width, and two for weights of several segments.
+template <bool kBf16, int kWidth>
+constexpr Kernel kOfWidth[3] = {decode_kernel<kBf16, 1, 4, kWidth>, decode_kernel<kBf16, 1, 1, kWidth>,
+                                decode_kernel<kBf16, 2, 1, kWidth>};
+template <bool kBf16>
+constexpr const Kernel* kKernels[10] = {kOfWidth<kBf16, -1>, kOfWidth<kBf16, 0>, kOfWidth<kBf16, 1>, kOfWidth<kBf16, 2>,
+                                       kOfWidth<kBf16, 3>, kOfWidth<kBf16, 4>, kOfWidth<kBf16, 5>,
+                                       kOfWidth<kBf16, 6>, kOfWidth<kBf16, 7>, kOfWidth<kBf16, 8>};
+
+}  // namespace
+
+int launch_decode(bool bf16, int token_tiles, int side, int width, const dev::Launch& how, const LinearParams& params) {
+  const Kernel* kernels = (bf16 ? kKernels<true> : kKernels<false>)[1 + width];
+  return dev::launch(kernels[side > 1 ? 0 : token_tiles], how, params);
 }
 
 int warmup_decode() {
-  if (int error = dev::load(linear_kernel<false, 1>)) return error;
-  if (int error = dev::load(linear_kernel<false, 2>)) return error;
-  if (int error = dev::load(linear_kernel<true, 1>)) return error;
-  if (int error = dev::load(linear_kernel<true, 2>)) return error;
+  for (const auto* of_dtype : {&kKernels<false>, &kKernels<true>}) {
+    for (const Kernel* kernels : *of_dtype) {
+      for (int i = 0; i < 3; ++i) {
+        if (int error = dev::load(kernels[i])) return error;
+      }
+    }
+  }
   return 0;
 }
 

@@ -26,19 +26,16 @@ struct Target {
   int row_of_column0;  // row of W that column 0 of y belongs to: the expert's first
 };
 
+MPQ_DEVICE float load_bias(const Output& out, int64_t row) {
+  if (out.bias_dtype == kDtypeF32) return dev::ld_constant(static_cast<const float*>(out.bias) + row);
+  const uint16_t bits = dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row);
+  return out.bias_dtype == kDtypeF16 ? dev::f16_to_float(bits) : dev::bf16_to_float(bits);
+}
+
 template <bool kBf16>
 MPQ_DEVICE void write_output(const Output& out, const Target& target, int token, int row_of_group, float v) {
   const int64_t row = target.rows.n0 + row_of_group;
-  if (out.bias) {
-    float bias;
-    if (out.bias_dtype == kDtypeF32)
-      bias = dev::ld_constant(static_cast<const float*>(out.bias) + row);
-    else if (out.bias_dtype == kDtypeF16)
-      bias = dev::f16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
-    else
-      bias = dev::bf16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
-    v = dev::add(v, bias);
-  }
+  if (out.bias) v = dev::add(v, load_bias(out, row));
   dev::st_global(
       static_cast<uint16_t*>(out.y) + (target.first_token + token) * out.row_stride + (row - target.row_of_column0),
       from_float<kBf16>(v));
@@ -94,18 +91,14 @@ MPQ_DEVICE void store_rows(const LinearParams& p, uint32_t base, const Target& t
 
 // Blocks first .. last have a part of K each; true in the block that is the last to get here. Whole block.
 MPQ_DEVICE bool arrive_last(const LinearParams& p, uint32_t base, uint32_t first, uint32_t last) {
-  dev::thread_fence();
   dev::block_sync();
   uint32_t* counter = p.counters + dev::block_y() * dev::grid_x() + first;
   if (dev::thread_index() == 0) {
-    const bool is_last = dev::atomic_add(counter, 1) == last - first;
-    if (is_last) dev::st_global(counter, 0u);  // for the next launch
+    const bool is_last = dev::count_arrival(counter, last - first) == last - first;  // 0 again for the next launch
     dev::st_shared(base + p.shared.flag, uint32_t(is_last));
   }
   dev::block_sync();
-  const bool is_last = dev::ld_shared<uint32_t>(base + p.shared.flag);
-  dev::thread_fence();
-  return is_last;
+  return dev::ld_shared<uint32_t>(base + p.shared.flag);
 }
 
 // A part of K was in this block: to the workspace, and from there to y once all parts are there.

@@ -13,6 +13,9 @@ namespace mpq::cuda {
 
 // One launch of the kernels of linear.
 struct LinearLaunch {
+  bool decode;   // up to 16 tokens: decode.cuh
+  int side;      // of it: groups side by side, 4 or 1
+  int width;     // of it: kWidth of decode_kernel
   bool generic;  // groups that tensor cores cannot take: one slower kernel for all of them
   Shape shape;
   int max_unit;  // tiles that a warp may copy at a time
@@ -39,6 +42,8 @@ class TableReader {
 };
 
 // Fills `params` but for the addresses inside the workspace, and `launch`. Arguments must have been checked.
-int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params);
+// decode: decode_kernel may serve it.
+int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params,
+                   bool decode = true);
 
 }  // namespace mpq::cuda

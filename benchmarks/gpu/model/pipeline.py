@@ -208,7 +208,7 @@ class Multiprocessor:
         if finished:
             self.live -= 1
             self.run.cycles = max(self.run.cycles, cycle)
-        warp.at_barrier = step.latency == "barrier"
+        warp.at_barrier = step.latency == "barrier" and taken
         if not warp.at_barrier:
             self._look_ahead(w)
         return (warp.at_barrier or finished) and self._open_barrier(cycle)

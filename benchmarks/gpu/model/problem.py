@@ -70,6 +70,8 @@ class Plan:
     grid: tuple[int, int]
     warps: int
     token_tiles: int
+    side: int  # groups side by side of decode_kernel, 0 for another one
+    width: int  # of a weight of one segment, else 0
     group_rows: int
     cuts: tuple[Cut, ...]
     params: bytes
@@ -78,7 +80,10 @@ class Plan:
     @property
     def kernel(self) -> str:
         """Name as in sass_files.py."""
-        return f"linear_kernel<{str(self.bf16).lower()}, {self.token_tiles}>"
+        bf16 = str(self.bf16).lower()
+        if self.side:
+            return f"decode_kernel<{bf16}, {self.token_tiles}, {self.side}, {self.width}>"
+        return f"linear_kernel<{bf16}, {self.token_tiles}>"
 
     def shares_last_group(self, block: int) -> bool:
         """Whether the block begins a row group that a later one ends."""
@@ -143,6 +148,6 @@ def prepare(problem: Problem, machine: Machine) -> Plan:
     head, _, params = done.stdout.partition(b"\n")
     facts: dict[str, Any] = json.loads(head)
     return Plan(
-        grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"],
+        grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"], side=facts["side"], width=facts["width"],
         group_rows=facts["group_rows"], cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params, bf16=problem.bf16,
     )  # fmt: skip
