@@ -112,8 +112,10 @@ int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
 size_t linear_workspace_bytes(const LinearArgs& args) {
   if (args.M < 1 || args.weight.K < 1) return 0;
   const int64_t tokens = args.M < kTokenChunk ? args.M : kTokenChunk;
-  const int64_t bytes = args.x_dtype == DType::kBF16 ? 6 : 4;  // fp32, and bf16 for products of pairs
-  return static_cast<size_t>(tokens * padded_k(args.weight.K) * bytes + kAlignment);
+  const int64_t columns = padded_k(args.weight.K);
+  const bool paired = args.x_dtype == DType::kBF16;  // then there are bf16 and, beyond decode, sums beside fp32
+  const int64_t sums = paired && args.M > kPairedDecodeTokens ? columns / 16 * kTokenChunk * 4 : 0;
+  return static_cast<size_t>(tokens * columns * (paired ? 6 : 4) + sums + 2 * kAlignment);  // whole vectors of sums
 }
 
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel) {

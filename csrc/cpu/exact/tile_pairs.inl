@@ -79,17 +79,8 @@ struct PairTile {
   const GroupParams& params;
   const uint32_t* x;
   int64_t stride;
+  const float* x_sums;  // of each token
 };
-
-// Sum of x over the words of one token.
-MPQ_INLINE float sum_words(const uint32_t* x, int64_t words) {
-  F sum = zeros_f();
-  for (int64_t w = 0; w < words; w += 16) {
-    const __mmask16 mask = words - w < 16 ? 0xff : 0xffff;
-    sum = dot_pairs(sum, _mm512_maskz_loadu_epi32(mask, x + w), set1_i(0x3f803f80));  // times 1
-  }
-  return _mm512_reduce_add_ps(sum);
-}
 
 // sums[T][64] += x[T] @ the span.
 template <int T>
@@ -102,14 +93,15 @@ void multiply_span(const PairTile& span, float* sums) {
   }
   add_places(acc, span.tile, span.x, span.stride, span.words,
              [](F sum, I w, I x) __attribute__((always_inline)) { return dot_pairs(sum, w, x); });
-#pragma GCC unroll 8
-  for (int m = 0; m < T; ++m) {
-    const F x_sum = set1(sum_words(span.x + m * span.stride, span.words));
+  const float* x_sums = span.x_sums;
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
+  for (int v = 0; v < kTileVectors; ++v) {
+    const F zeros = load(span.params.zeros + kLanes * v);
+    const F scales = load(span.params.scales + kLanes * v);
+#pragma GCC unroll 8
+    for (int m = 0; m < T; ++m) {
       float* out = sums + 64 * m + kLanes * v;
-      const F centered = fnma(load(span.params.zeros + kLanes * v), x_sum, acc[m][v]);
-      store(out, fma(load(span.params.scales + kLanes * v), centered, load(out)));
+      store(out, fma(scales, fnma(zeros, set1(x_sums[m]), acc[m][v]), load(out)));
     }
   }
 }
@@ -120,20 +112,40 @@ constexpr MultiplySpan kMultiplySpan[kTokenBlock + 1] = {
     nullptr, multiply_span<1>, multiply_span<2>, multiply_span<3>, multiply_span<4>, multiply_span<5>, multiply_span<6>,
 };
 
+// out[m] = the sum of x over the chunks [begin, end), for each token.
+inline void sum_span(const float* sums, int64_t begin, int64_t end, int64_t tokens, float* out) {
+  for (int64_t m = 0; m < tokens; m += kLanes) {
+    F sum = load(sums + begin * kTokenChunk + m);
+    for (int64_t chunk = begin + 1; chunk < end; ++chunk) sum = add(sum, load(sums + chunk * kTokenChunk + m));
+    store(out + m, sum);
+  }
+}
+
+// Asks for the x of the next span, for which the hardware does not look: 48 tokens 92 and 80 us each, 192 tokens 79 and
+// 77 us, without and with, one thread of an AMD EPYC (Zen 5), 4096 x 4096, 4 bits, groups of 64.
+MPQ_INLINE void prefetch_next_span(const uint32_t* x, int64_t words, int64_t tokens, int64_t stride) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    for (int64_t w = words; w < 2 * words; w += 16) __builtin_prefetch(x + m * stride + w, 0, 2);
+  }
+}
+
 // sums[tokens][64] += W[row tile of this segment] @ x.
 void tile_pairs(const Segment& segment, DType scale_dtype, int64_t row_tile, const Tokens& x, int64_t tokens,
                 float* sums) {
   alignas(64) uint32_t tile[kSpanChunks * 512];
   const Stripe stripe = stripe_of(segment, row_tile);
-  const uint32_t* columns = at_column(x, segment.k0).pairs;
+  alignas(64) float x_sums[kTokenChunk];
+  const Tokens columns = at_column(x, segment.k0);
   const int64_t rounds = ceil_div(tokens, kTokenBlock);  // of equal size, as nearly as can be
   for_each_span(segment, scale_dtype, row_tile, [&](int64_t begin, int64_t end, const GroupParams& params) {
     kUnpackSpan[segment.bits](stripe, begin, end, tile);
+    sum_span(columns.sums, begin, end, tokens, x_sums);
     for (int64_t r = 0; r < rounds; ++r) {
       const int64_t first = tokens * r / rounds;
       const int64_t count = tokens * (r + 1) / rounds - first;
-      const uint32_t* words = columns + first * (x.stride / 2) + 8 * begin;
-      kMultiplySpan[count]({tile, 8 * (end - begin), params, words, x.stride / 2}, sums + 64 * first);
+      const uint32_t* words = columns.pairs + first * (x.stride / 2) + 8 * begin;
+      prefetch_next_span(words, 8 * (end - begin), count, x.stride / 2);
+      kMultiplySpan[count]({tile, 8 * (end - begin), params, words, x.stride / 2, x_sums + first}, sums + 64 * first);
     }
   });
 }
