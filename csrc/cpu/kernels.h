@@ -16,7 +16,8 @@ constexpr int64_t kDecodeTokens = 4;  // up to here codes are multiplied directl
 // The same for pairs of bf16. With 4 tokens the tile is as fast at 1 to 4 bits and faster above: 500 and 380 us at 8
 // bits, 4096 x 4096 in the third-level cache, two threads of an AMD EPYC (Zen 5).
 constexpr int64_t kPairedDecodeTokens = 3;
-constexpr int64_t kAlignment = 64;  // bytes; the workspace is aligned up to it
+constexpr int64_t kTileTokens = 16;  // of a product on tile registers
+constexpr int64_t kAlignment = 64;   // bytes; the workspace is aligned up to it
 // Bits of 2^-100 as fp32: sums of smaller x times codes could come near the subnormal numbers, which some instructions
 // take for 0.
 constexpr uint32_t kSmallestPaired = 27u << 23;
@@ -40,6 +41,7 @@ using TileSegment = void (*)(const Segment& segment, DType scale_dtype, int64_t 
 // How segments whose groups are whole chunks are multiplied: decode[bits][M] up to decode_tokens, else tile.
 struct Products {
   int64_t decode_tokens;
+  int64_t pass_tokens;  // that the tile takes at a time
   DecodeSegment decode[9][5];
   TileSegment tile;
 };
@@ -61,9 +63,9 @@ void embedding_rows(const Weight& weight, const int64_t* ids, int64_t count, voi
                     const Parallel& parallel);
 
 // exact_avx2(), int8_avx2() and so on: what the files of cpu/instances define, each the function of its name.
-#define MPQ_DECLARE(name, choice, exact, pairs, int8, ...) \
-  Kernels exact_##exact();                                 \
-  const Products* pairs_##pairs();                         \
+#define MPQ_DECLARE(name, exact, pairs, int8, ...) \
+  Kernels exact_##exact();                         \
+  const Products* pairs_##pairs();                 \
   LinearInt8 int8_##int8();
 MPQ_CPU_ISAS(MPQ_DECLARE, MPQ_DECLARE)
 #undef MPQ_DECLARE

@@ -128,9 +128,9 @@ constexpr void set_decode(Products& out) {
 }
 
 template <class Math>
-constexpr Products products_of(TileSegment tile) {
+constexpr Products products_of(int64_t pass_tokens, TileSegment tile) {
   static_assert(Math::kDecode <= kDecodeTokens && kDecodeTokens == 4);
-  Products out{Math::kDecode, {}, tile};
+  Products out{Math::kDecode, pass_tokens, {}, tile};
   set_decode<Math, 1>(out);
   set_decode<Math, 2>(out);
   set_decode<Math, 3>(out);

@@ -102,7 +102,7 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
-constexpr Products kFloatProducts = products_of<FloatMath>(tile_segment);
+constexpr Products kFloatProducts = products_of<FloatMath>(kTokenBlock, tile_segment);
 
 void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Products* pairs) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
@@ -113,7 +113,8 @@ void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Produ
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     job.token0 = args.M * chunk / chunks;
     job.tokens = args.M * (chunk + 1) / chunks - job.token0;
-    const int64_t most = ceil_div(job.tokens, 2 * kTokenBlock);
+    const int64_t pass = pairs ? pairs->pass_tokens : kTokenBlock;
+    const int64_t most = ceil_div(job.tokens, 2 * pass);  // so that no range is shorter than a pass
     const int64_t wanted = ceil_div(kFewBlocks, job.row_blocks);
     job.splits = job.tokens <= kDecodeTokens ? 1 : (wanted < most ? wanted : most);
     const int64_t values = job.tokens * padded_k(args.weight.K);
