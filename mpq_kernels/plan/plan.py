@@ -131,9 +131,10 @@ class WeightPlan(_Rules):
     """How one weight is quantized. bits 1..8, or 16 to keep it as it is.
 
     group_size: codes along K that share a scale, -1 for all of K. zero: the storage kind (format/kinds.py). symmetric:
-    none, whatever `zero` says, or half if it says so. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
-    packed column j is column perm[j] of the weight, and segments cut the packed columns. dtype: with 8 bits, the float
-    type that the weight is stored in instead of codes, with a scale for each row; the other fields are then unused.
+    none, or half if `zero` says so. segments: rectangles that tile the weight, each of its own width (`bits` is then
+    unused). perm: K integers; packed column j is column perm[j] of the weight, and segments cut the packed columns.
+    dtype: with 8 bits, the float type that the weight is stored in instead of codes, with a scale for each row; the
+    other fields are then unused.
     """
 
     bits: Annotated[int, Field(strict=True, json_schema_extra={"enum": [*range(1, 9), KEPT_BITS]})]

@@ -1,6 +1,7 @@
 // Decode, M = 1..4 tokens: codes are multiplied as they come out of the words, without a dequantized copy.
 //
-//   y[n] = sum over groups of scale * (sum code * x  -  zero * sum x)       kind min: scale * sum code * x + zero * sum x
+//   y[n] = sum over groups of scale * (sum code * x  -  zero * sum x)
+//          kind min:          scale * sum code * x  +  zero * sum x
 //
 // All sums are kept per lane until the end, the sum of x included: for a one-hot x the one lane that is not zero then
 // computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. Scale and zero come last, to a sum of
