@@ -273,7 +273,7 @@ REFUSALS = [
     ({"bias": torch.zeros(9)}, "out_features=10 elements"),
     ({"bias": torch.zeros(10, dtype=torch.float64)}, "bias must be float32"),
     ({"segments": [0, 10, 0, 64, 4, 64]}, "7 integers"),
-    ({"segments": [0, 10, 0, 64, 4, 64, 3]}, "unknown kind of zeros"),
+    ({"segments": [0, 10, 0, 64, 4, 64, 5]}, "unknown kind of zeros"),
     ({"segments": [0, 9, 0, 64, 4, 64, 2]}, "segments cover 9 of 10 rows"),
 ]
 
