@@ -15,6 +15,7 @@
 
 #include "cpu/inline.h"
 #include "cpu/int8/amx.h"
+#include "cpu/int8/round_x.inl"
 #include "cpu/int8/tile.inl"
 #include "cpu/shared/codes.inl"
 #include "cpu/simd/simd.h"
