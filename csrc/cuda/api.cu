@@ -113,7 +113,8 @@ int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream)
   if (int status = place(a, launch, how, 0, params)) return status;
   const bool bf16 = a.x_dtype == MPQ_BF16;
   if (launch.generic) return launched(launch_generic(bf16, how, params));
-  if (launch.decode) return launched(launch_decode(bf16, launch.shape.token_tiles, launch.side, launch.width, how, params));
+  if (launch.decode)
+    return launched(launch_decode(bf16, launch.shape.token_tiles, launch.side, launch.width, how, params));
   return launched(launch_medium(bf16, how, params));
 }
 

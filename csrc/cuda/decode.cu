@@ -17,8 +17,8 @@ constexpr Kernel kOfWidth[3] = {decode_kernel<kBf16, 1, 4, kWidth>, decode_kerne
                                 decode_kernel<kBf16, 2, 1, kWidth>};
 template <bool kBf16>
 constexpr const Kernel* kKernels[10] = {kOfWidth<kBf16, -1>, kOfWidth<kBf16, 0>, kOfWidth<kBf16, 1>, kOfWidth<kBf16, 2>,
-                                       kOfWidth<kBf16, 3>, kOfWidth<kBf16, 4>, kOfWidth<kBf16, 5>,
-                                       kOfWidth<kBf16, 6>, kOfWidth<kBf16, 7>, kOfWidth<kBf16, 8>};
+                                        kOfWidth<kBf16, 3>,  kOfWidth<kBf16, 4>, kOfWidth<kBf16, 5>, kOfWidth<kBf16, 6>,
+                                        kOfWidth<kBf16, 7>,  kOfWidth<kBf16, 8>};
 
 }  // namespace
 

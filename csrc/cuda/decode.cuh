@@ -1,5 +1,6 @@
 // y = x W^T + bias for up to 16 tokens, bound by the bytes of W. Eight warps a block, `1 << log2_group_rows` row tiles
-// side by side, each with its share of the warps; a block has a part of K of one row group, or some row groups (params.h).
+// side by side, each with its share of the warps; a block has a part of K of one row group, or some row groups
+// (params.h).
 //
 //     warp:    copies of its tiles ahead (feed.cuh) | products of a unit | scales of a group (group_sums.cuh)
 //     block:   x to shared memory once ... at the end of a row group: add warps, add blocks (gather.cuh)
@@ -114,14 +115,22 @@ MPQ_DEVICE void multiply_parts(Feed& f, int tile, const Tokens<kTokenTiles>& at,
 template <class Body>
 MPQ_DEVICE void for_width(int bits, const Body& body) {
   switch (bits) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-    case 7: return body(std::integral_constant<int, 7>{});
-    case 8: return body(std::integral_constant<int, 8>{});
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    case 3:
+      return body(std::integral_constant<int, 3>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    case 5:
+      return body(std::integral_constant<int, 5>{});
+    case 6:
+      return body(std::integral_constant<int, 6>{});
+    case 7:
+      return body(std::integral_constant<int, 7>{});
+    case 8:
+      return body(std::integral_constant<int, 8>{});
   }
 }
 
@@ -186,26 +195,37 @@ class Decoder {
 
   // One segment in a band, one part of one row group, x all at once: the same, without what may be different.
   MPQ_DEVICE void run_once() {
-    const Cut &begin = p_.cuts[dev::block_x()], &end = p_.cuts[dev::block_x() + 1];
-    const int first = int(begin.tile), stop = end.group == begin.group ? int(end.tile) : p_.k_tiles;
+    const Once what = find_once(dev::block_x());
+    float y[4][kTokenTiles][4] = {};
+    run_segment(p_.inline_segments[what.band], (what.group << p_.log2_group_rows) + row_,
+                p_.inline_bands[what.band].row_tiles, what.first, what.end, what.end, y);
+    // Found again: kept, it would take registers from the products.
+    const Once now = find_once(dev::block_x_again());
+    const Band& b = p_.inline_bands[now.band];
+    const int before = now.group * (kTileN << p_.log2_group_rows);
+    const Target target{{b.n0 + before, b.rows - before}, 0, p_.in.tokens, 0};
+    gather<kBf16, kTokenTiles, kSide>(p_, base_, target, now.first, now.end, y);
+  }
+
+ private:
+  static constexpr bool kOnce = kWidth != 0;
+  static constexpr bool kParts = !kOnce && kSide == 1;
+
+  // The one part of a block: row group of a band, tiles along K.
+  struct Once {
+    int band, group, first, end;
+  };
+  MPQ_DEVICE Once find_once(uint32_t block) const {
+    const Cut &begin = p_.cuts[block], &end = p_.cuts[block + 1];
     int band = 0;
     if constexpr (kWidth < 0) {
       MPQ_UNROLL for (int i = 1; i < kOnceBands; ++i) {
         if (i < p_.num_bands && uint32_t(p_.inline_bands[i].first_group) <= begin.group) band = i;
       }
     }
-    const Band& b = p_.inline_bands[band];
-    const int group = int(begin.group) - b.first_group;
-    float y[4][kTokenTiles][4] = {};
-    run_segment(p_.inline_segments[band], (group << p_.log2_group_rows) + row_, b.row_tiles, first, stop, stop, y);
-    const int before = group * (kTileN << p_.log2_group_rows);
-    const Target target{{b.n0 + before, b.rows - before}, 0, p_.in.tokens, 0};
-    gather<kBf16, kTokenTiles, kSide>(p_, base_, target, first, stop, y);
+    return {band, int(begin.group) - p_.inline_bands[band].first_group, int(begin.tile),
+            end.group == begin.group ? int(end.tile) : p_.k_tiles};
   }
-
- private:
-  static constexpr bool kOnce = kWidth != 0;
-  static constexpr bool kParts = !kOnce && kSide == 1;
 
   // body(width, whether units are of two tiles), as constants.
   template <class Body>
@@ -219,7 +239,7 @@ class Decoder {
         body(width, std::false_type{});
     };
     if constexpr (kWidth > 0)
-      with_width(std::integral_constant<int, kWidth>{});
+      body(std::integral_constant<int, kWidth>{}, std::bool_constant<(kWidth <= 4)>{});
     else
       mpq::cuda::for_width(bits, with_width);
   }
@@ -235,6 +255,7 @@ class Decoder {
     if (stop > last - s.tile0) stop = last - s.tile0;
     if (stop > s.tiles) stop = s.tiles;
     if (row_tile >= row_tiles) stop = 0;
+    stop = dev::held(stop);
     if (!kOnce) dev::warp_sync();  // the last segment's scales have been read
     Feed f;
     for_width(bits, pairs, [&](auto width, auto of_pairs) {
@@ -294,8 +315,9 @@ class Decoder {
   int panel_begin_ = -1, panel_end_ = -1;
 };
 
-// kWidth: of a weight of one segment, whose groups are not narrower than a tile, of which no block has more than one part,
-// with x in one piece. -1: the same of up to kOnceBands row bands of one segment each, of any width. 0: anything.
+// kWidth: of a weight of one segment, of units of two tiles up to 4 bits, of which no block has more than one part,
+// with x in one piece. -1: the same of up to kOnceBands row bands of one segment each, of any width and groups of whole
+// tiles. 0: anything.
 template <bool kBf16, int kTokenTiles, int kSide, int kWidth>
 MPQ_KERNEL_BESIDE(256, kTokenTiles == 1 && kWidth != 0 ? 2 : 1)
 decode_kernel(const MPQ_GRID_CONSTANT LinearParams p) {

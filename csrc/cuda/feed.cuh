@@ -2,7 +2,8 @@
 // asynchronous copies. A lane copies the very 16 bytes that it will read, so that codes need no barrier, and a slot is
 // filled again as soon as its lanes have read it.
 //
-//     part of a warp:  | scales, zeros of unit 0 | of unit 1 | ...   | slot 0: plane 0, 1, 2 of a tile, of the next | ...
+//     part of a warp:  | scales, zeros of unit 0 | of unit 1 | ...   | slot 0: plane 0, 1, 2 of a tile, of the next |
+//     ...
 //
 // Units: one supertile, or two up to 4 bits where groups of scales are of whole pairs of them (segments.h); a unit lies
 // in one group unless groups are narrower than a tile. The warps of one row tile take its units in turn.
@@ -24,28 +25,29 @@ constexpr int kWidth = kPlaneWidth[kBits][kPlane];  // devices have no table
 
 // What a warp copies of one segment.
 struct Feed {
-  const char* planes[3];       // this lane's 16 bytes of tile 0 of the row tile
-  const char* scales;          // this lane's 16 bytes of the scales or the zeros of group 0
-  bool copies_scales;          // this lane does
-  uint32_t scales_step;        // bytes from one group to the next, for this lane
-  uint32_t group_factor;       // params.h
-  uint32_t scales_end;         // bytes of the scales of all units on their way
-  uint32_t unit_scales;        // of one unit
-  uint32_t codes, scales_to;   // where the lane's first slot and its scales are
-  uint32_t slot, scale_slot;   // byte offsets of what is copied next
-  int next, end, step;         // first tile of the next unit to copy; tiles end here; tiles to the warp's next unit
-  int log2_parts, groups;      // groups in a tile, where they are narrower than that, else 0; of the segment
+  const char* planes[3];      // this lane's 16 bytes of tile 0 of the row tile
+  const char* scales;         // this lane's 16 bytes of the scales or the zeros of group 0
+  bool copies_scales;         // this lane does
+  uint32_t scales_step;       // bytes from one group to the next, for this lane
+  uint32_t group_factor;      // params.h
+  uint32_t scales_end;        // bytes of the scales of all units on their way
+  uint32_t unit_scales;       // of one unit
+  uint32_t codes, scales_to;  // where the lane's first slot and its scales are
+  uint32_t slot, scale_slot;  // byte offsets of what is copied next
+  int next, end, step;        // first tile of the next unit to copy; tiles end here; tiles to the warp's next unit
+  int log2_parts, groups;     // groups in a tile, where they are narrower than that, else 0; of the segment
 };
 
-// What warp `phase` of `phases` of a row tile copies of tiles [first, end) of a segment into its `part` of shared memory.
-// `side`: units whose scales are used at the same time.
+// What warp `phase` of `phases` of a row tile copies of tiles [first, end) of a segment into its `part` of shared
+// memory. `side`: units whose scales are used at the same time.
 template <int kBits, bool kPairs>
-MPQ_DEVICE void begin_feed(Feed& f, const LinearParams& p, const Segment& s, uint32_t row_tile, uint32_t part, int first,
-                           int end, int phase, int phases, int side) {
+MPQ_DEVICE void begin_feed(Feed& f, const LinearParams& p, const Segment& s, uint32_t row_tile, uint32_t part,
+                           int first, int end, int phase, int phases, int side) {
   const uint32_t lane = dev::thread_index() % 32, tiles = row_tile * uint32_t(s.tiles);
   const char* codes = static_cast<const char*>(p.qweight) + 16 * lane;
   const auto plane = [&](int i, int width) {
-    f.planes[i] = width ? dev::held(codes + uint64_t{s.planes[i]} * 16 + uint64_t{tiles} * uint32_t(512 * width)) : codes;
+    f.planes[i] =
+        width ? dev::held(codes + uint64_t{s.planes[i]} * 16 + uint64_t{tiles} * uint32_t(512 * width)) : codes;
   };
   plane(0, kWidth<kBits, 0>), plane(1, kWidth<kBits, 1>), plane(2, kWidth<kBits, 2>);
   const int zero = int(s.shape >> shape::kZeroKind & 15);
@@ -74,8 +76,8 @@ template <int kBits, int kTile, int kPlane>
 MPQ_DEVICE void copy_plane(const Feed& f, uint32_t& to, bool there) {
   constexpr int kPieces = kWidth<kBits, kPlane>;
   const char* from = f.planes[kPlane] + uint64_t{uint32_t(f.next)} * (512 * kPieces);
-  MPQ_UNROLL for (int i = 0; i < kPieces; ++i) dev::cp_async16_if(there, to + 512 * i,
-                                                                 from + 512 * (kTile * kPieces + i));
+  MPQ_UNROLL for (int i = 0; i < kPieces; ++i)
+      dev::cp_async16_if(there, to + 512 * i, from + 512 * (kTile * kPieces + i));
   to += 512 * kPieces;
 }
 template <int kBits, int kTile>

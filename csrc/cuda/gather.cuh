@@ -68,7 +68,8 @@ MPQ_DEVICE float4* pieces_of(const LinearParams& p, uint32_t block, int slot) {
   return reinterpret_cast<float4*>(p.partials) + (uint64_t{block} * 2 + uint32_t(slot)) * pieces;
 }
 
-// Adds the parts of blocks first .. last of a row group, four pieces of four parts at a time, and writes y. Whole block.
+// Adds the parts of blocks first .. last of a row group, four pieces of four parts at a time, and writes y. Whole
+// block.
 template <bool kBf16, int kTokenTiles, int kSide>
 MPQ_DEVICE void add_blocks(const LinearParams& p, const Target& target, uint32_t first, uint32_t last, int pieces) {
   constexpr int kTogether = kSide > 1 ? 1 : 4, kBatch = 4;
@@ -96,12 +97,23 @@ MPQ_DEVICE void add_blocks(const LinearParams& p, const Target& target, uint32_t
   }
 }
 
+// The pieces of as many warps, `step` bytes apart, in the order of their numbers.
+template <int kWarps>
+MPQ_DEVICE float4 add_phases(uint32_t at, uint32_t step) {
+  float4 v[kWarps];
+  MPQ_UNROLL for (int i = 0; i < kWarps; ++i) v[i] = dev::ld_shared<float4>(at + uint32_t(i) * step);
+  float4 sum = v[0];
+  MPQ_UNROLL for (int i = 1; i < kWarps; ++i) sum = add(sum, v[i]);
+  return sum;
+}
+
 // The end of a row group, or of the block's part of one. The shared memory of a warp's weights is free for its sums.
 // Whole block.
 template <bool kBf16, int kTokenTiles, int kSide>
 MPQ_DEVICE void gather(const LinearParams& p, uint32_t base, const Target& target, int first_tile, int end_tile,
                        const float (&y)[4][kTokenTiles][4]) {
   constexpr int kOf = kPieces<kTokenTiles, kSide>;
+  const uint32_t block = dev::block_x_again();
   const uint32_t lane = dev::thread_index() % 32, warp = dev::thread_index() / 32, ring = base + p.shared.ring;
   const uint32_t mine = ring + warp * p.shared.stage_bytes + 16 * lane;
   dev::warp_sync();
@@ -109,7 +121,7 @@ MPQ_DEVICE void gather(const LinearParams& p, uint32_t base, const Target& targe
     dev::st_shared(mine, add_sides(y, lane));
   } else {
     MPQ_UNROLL for (int i = 0; i < kOf; ++i) {
-      const float(&v)[4] = y[i & 3][i >> 2];
+      const float (&v)[4] = y[i & 3][i >> 2];
       dev::st_shared(mine + 512 * uint32_t(i), float4{v[0], v[1], v[2], v[3]});
     }
   }
@@ -118,16 +130,23 @@ MPQ_DEVICE void gather(const LinearParams& p, uint32_t base, const Target& targe
   const int pieces = (32 * kOf) << p.log2_group_rows, threads = int(dev::thread_count());
   const int phases = 8 >> p.log2_group_rows;
   const uint32_t phase_bytes = p.shared.stage_bytes << p.log2_group_rows;
-  float4* to = pieces_of<kTokenTiles, kSide>(p, dev::block_x(), begun_before ? 0 : 1);
+  float4* to = pieces_of<kTokenTiles, kSide>(p, block, begun_before ? 0 : 1);
   MPQ_NO_UNROLL for (int number = int(dev::thread_index()); number < pieces; number += threads) {
     const uint32_t of_warp = uint32_t(number) % (32 * kOf);
     const uint32_t at = ring + uint32_t(number) / (32 * kOf) * p.shared.stage_bytes + 16 * of_warp;
-    float4 v[8];
-    MPQ_UNROLL for (int phase = 0; phase < 8; ++phase) v[phase] =
-        dev::ld_shared<float4>(at + (phase < phases ? uint32_t(phase) * phase_bytes : 0));
-    float4 sum = v[0];
-    MPQ_UNROLL for (int phase = 1; phase < 8; ++phase) {
-      if (phase < phases) sum = add(sum, v[phase]);
+    float4 sum;
+    switch (phases) {
+      case 8:
+        sum = add_phases<8>(at, phase_bytes);
+        break;
+      case 4:
+        sum = add_phases<4>(at, phase_bytes);
+        break;
+      case 2:
+        sum = add_phases<2>(at, phase_bytes);
+        break;
+      default:
+        sum = add_phases<1>(at, phase_bytes);
     }
     if (whole)
       write_piece<kBf16, kTokenTiles, kSide>(p.out, target, number, sum);
@@ -135,7 +154,7 @@ MPQ_DEVICE void gather(const LinearParams& p, uint32_t base, const Target& targe
       dev::st_global(to + number, sum);
   }
   if (whole) return;
-  const Cut& cut = p.cuts[dev::block_x() + (begun_before ? 0 : 1)];
+  const Cut& cut = p.cuts[block + (begun_before ? 0 : 1)];
   const uint32_t first = cut.first, last = cut.last;
   if (arrive_last(p, base, first, last)) add_blocks<kBf16, kTokenTiles, kSide>(p, target, first, last, pieces);
 }

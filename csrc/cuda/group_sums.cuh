@@ -5,7 +5,8 @@
 //
 // code' = code * 2^-p is the masked field (unpack.cuh). With scales of fp16 y has that power too and loses it once, at
 // the end of a segment; other scales take it along, since they may be too small. The sum of x is one more product, with
-// ones. So a product with one-hot x is fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit.
+// ones. So a product with one-hot x is fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for
+// bit.
 #pragma once
 
 #include "device.cuh"
@@ -24,7 +25,9 @@ struct GroupSums {
 
 // code' = code * 2^-power_of(t, h)
 template <bool kBf16, int kBits>
-constexpr MPQ_DEVICE int power_of(int t, int h) { return kExponent<kBf16> - Unpack<kBits>::shift(t, h); }
+constexpr MPQ_DEVICE int power_of(int t, int h) {
+  return kExponent<kBf16> - Unpack<kBits>::shift(t, h);
+}
 
 // One k16 chunk. kFirst: nothing is in the sums yet. b: operand B, [token tile][2 for each chunk of a pair].
 template <int kBits, bool kBf16, int kTokenTiles, bool kFirst>
@@ -36,7 +39,8 @@ MPQ_DEVICE void multiply_chunk(GroupSums<kTokenTiles>& sums, const Words& words,
   uint32_t a[4][4];
   Unpack<kBits>::run(words, a);
   MPQ_UNROLL for (int n = 0; n < kTokenTiles; ++n) {
-    MPQ_UNROLL for (int t = 0; t < 4; ++t) mma<kBf16, kFirst>(sums.codes[t][n], a[t], b[n][2 * half], b[n][2 * half + 1]);
+    MPQ_UNROLL for (int t = 0; t < 4; ++t)
+        mma<kBf16, kFirst>(sums.codes[t][n], a[t], b[n][2 * half], b[n][2 * half + 1]);
     mma<kBf16, kFirst>(sums.x[n], ones, b[n][2 * half], b[n][2 * half + 1]);
   }
 }

@@ -199,7 +199,8 @@ MPQ_DEVICE void load_rows_of_x(const Input& in, const SharedMap& map, uint32_t b
 template <bool kBf16, int kSide, class Between>
 MPQ_DEVICE void load_x(const Input& in, const SharedMap& map, uint32_t base, int first_tile, int tiles,
                        const Between& between) {
-  constexpr int kBatch = kSide > 1 ? 4 : 8, kThreads = 256, kPieces = kSide > 1 ? kBatch : 1, kRows = kSide > 1 ? 1 : kBatch;
+  constexpr int kBatch = kSide > 1 ? 4 : 8, kThreads = 256, kPieces = kSide > 1 ? kBatch : 1,
+                kRows = kSide > 1 ? 1 : kBatch;
   const bool simple = in.vector_loads && !in.gate && in.columns % 8 == 0;
   const int thread = int(dev::thread_index());
   const int pieces = tiles * (kTileK / 8), there = in.columns / 8 - first_tile * (kTileK / 8);  // in memory

@@ -80,7 +80,7 @@ struct SharedMap {
   uint32_t flag;
   uint32_t descriptors, ring, stage_bytes;
   uint32_t zero_row, scale_bytes;  // decode.cuh: zeros as long as a row of two tiles; a warp's scales
-  int32_t panel_tiles;  // tiles that units of one panel may begin in; kMaxUnit - 1 more are loaded
+  int32_t panel_tiles;             // tiles that units of one panel may begin in; kMaxUnit - 1 more are loaded
   uint32_t total;
 };
 

@@ -29,6 +29,12 @@ using Stream = cudaStream_t;
 MPQ_DEVICE uint32_t thread_index() { return threadIdx.x; }
 MPQ_DEVICE uint32_t thread_count() { return blockDim.x; }
 MPQ_DEVICE uint32_t block_x() { return blockIdx.x; }
+// The same number, read again: no register has held it since the kernel began.
+MPQ_DEVICE uint32_t block_x_again() {
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+  return v;
+}
 MPQ_DEVICE uint32_t block_y() { return blockIdx.y; }
 MPQ_DEVICE uint32_t grid_x() { return gridDim.x; }
 MPQ_DEVICE uint32_t grid_y() { return gridDim.y; }
@@ -123,10 +129,9 @@ MPQ_DEVICE void cp_async16(uint32_t to, const void* from) {
 }
 // Nothing where `copies` is false: one predicate, no branch.
 MPQ_DEVICE void cp_async16_if(bool copies, uint32_t to, const void* from) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to),
-      "l"(__cvta_generic_to_global(from)), "r"(uint32_t(copies))
-      : "memory");
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(uint32_t(copies))
+               : "memory");
 }
 MPQ_DEVICE void cp_async8(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
@@ -223,8 +228,8 @@ MPQ_DEVICE void st_global(T* address, T v) {
 }
 MPQ_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t v) { return atomicAdd(address, v); }
 // Counts up to `most` and then back to 0; returns what was there. What this thread stored, or knows of through a
-// block_sync, is there for whoever counts later, and what was there for earlier ones is there for this thread, and behind
-// a block_sync for its block.
+// block_sync, is there for whoever counts later, and what was there for earlier ones is there for this thread, and
+// behind a block_sync for its block.
 MPQ_DEVICE uint32_t count_arrival(uint32_t* address, uint32_t most) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -272,10 +277,14 @@ MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) {
   asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
   return v;
 }
-// The same address, from where on the compiler keeps it in one pair of registers and does not add it up again each time.
+// The same value, which from here on the compiler keeps in registers and does not work out again each time.
 MPQ_DEVICE const char* held(const char* address) {
   asm("" : "+l"(address));
   return address;
+}
+MPQ_DEVICE int held(int v) {
+  asm("" : "+r"(v));
+  return v;
 }
 // Four of the bytes of b : a, chosen by the nibbles of `selector`, lowest first; 0 is the lowest byte of a.
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }

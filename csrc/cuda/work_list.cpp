@@ -89,7 +89,7 @@ int most_tiles(const LinearParams& params, uint32_t blocks) {
 // Shape, cuts and shared memory of decode_kernel. Two of its blocks are to fit on a multiprocessor, one of this kernel
 // and one of the next: row groups of more row tiles, and fewer columns, until they do. False where one does not fit.
 bool prepare_decode(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params,
-                   bool& split) {
+                    bool& split) {
   // x of more than 8 tokens is too large for that: there, what there is.
   const uint32_t most = args.tokens <= 8 ? 113 * 1024 : uint32_t(device.shared_bytes);
   const mpq_weight& w = args.weight;
@@ -111,7 +111,9 @@ bool prepare_decode(const mpq_linear_args& args, const mpq_device& device, Linea
     launch.grid_x = cut_work(w, shape.log2_group_rows, launch.max_unit, blocks, params, split);
     if (!map_decode(args, device, shape, most_tiles(params, launch.grid_x), launch.side, params)) return false;
     log2 = shape.log2_group_rows;
-    if ((params.shared.total <= most && params.shared.panel_tiles >= most_tiles(params, launch.grid_x)) || largest || log2 == 3) break;
+    if ((params.shared.total <= most && params.shared.panel_tiles >= most_tiles(params, launch.grid_x)) || largest ||
+        log2 == 3)
+      break;
   }
   launch.grid_y = 1;
   bool once = w.num_segments <= kOnceBands;
@@ -119,9 +121,11 @@ bool prepare_decode(const mpq_linear_args& args, const mpq_device& device, Linea
   for (uint32_t i = 0; i < launch.grid_x; ++i) {
     const Cut &begin = params.cuts[i], &end = params.cuts[i + 1];
     const int tiles = (end.group == begin.group ? int(end.tile) : params.k_tiles) - int(begin.tile);
-    once &= tiles <= params.shared.panel_tiles && (end.group == begin.group || (end.group == begin.group + 1 && end.tile == 0));
+    once &= tiles <= params.shared.panel_tiles &&
+            (end.group == begin.group || (end.group == begin.group + 1 && end.tile == 0));
   }
-  launch.width = !once ? 0 : w.num_segments == 1 ? w.segments[0].bits : -1;
+  const bool one = w.num_segments == 1 && (w.segments[0].bits > 4 || pairs(w.segments[0]));
+  launch.width = !once ? 0 : one ? w.segments[0].bits : -1;
   return true;
 }
 
@@ -141,8 +145,8 @@ void place_table(const mpq_weight& w, int num_bands, bool split, LinearLaunch& l
   }
   launch.partials_offset = bytes;
   if (split)
-    bytes += size_t{launch.grid_x} * launch.grid_y * 2 * (8 * launch.shape.token_tiles) * (kTileN << launch.shape.log2_group_rows) *
-             sizeof(float);
+    bytes += size_t{launch.grid_x} * launch.grid_y * 2 * (8 * launch.shape.token_tiles) *
+             (kTileN << launch.shape.log2_group_rows) * sizeof(float);
   launch.workspace_bytes = bytes;
 }
 

@@ -45,6 +45,7 @@ using Stream = void*;
 MPQ_DEVICE uint32_t thread_index() { return sim::place().thread; }
 MPQ_DEVICE uint32_t thread_count() { return sim::grid().threads; }
 MPQ_DEVICE uint32_t block_x() { return sim::place().block_x; }
+MPQ_DEVICE uint32_t block_x_again() { return block_x(); }
 MPQ_DEVICE uint32_t block_y() { return sim::place().block_y; }
 MPQ_DEVICE uint32_t grid_x() { return sim::grid().x; }
 MPQ_DEVICE uint32_t grid_y() { return sim::grid().y; }
@@ -151,6 +152,7 @@ MPQ_DEVICE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits
 MPQ_DEVICE uint32_t float_to_bits(float v) { return std::bit_cast<uint32_t>(v); }
 MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 MPQ_DEVICE const char* held(const char* address) { return address; }
+MPQ_DEVICE int held(int v) { return v; }
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t v = 0;

@@ -16,7 +16,7 @@ from benchmarks.gpu.model.emulator import Launch
 from benchmarks.gpu.model.expressions import UnknownInstruction
 from benchmarks.gpu.model.figures import LIBRARY, figure
 from benchmarks.gpu.model.machines import MACHINES, PIPES
-from benchmarks.gpu.model.phases import PHASES
+from benchmarks.gpu.model.phases import ONE_LOOP
 from benchmarks.gpu.model.pipeline import simulate
 from benchmarks.gpu.model.problem import Problem, ProblemError, prepare
 from benchmarks.gpu.sass_files import find_tool, run, sections
@@ -208,7 +208,7 @@ def test_budgets_can_fail(built):
 
 def test_phases_and_what_bounds_them(built):
     f = figure(made("4096x4096", "4", 1), H200)
-    assert set(f.middle.waited) == {"prologue", "panel", "product", "flush", "copies", "reduction"}
+    assert set(f.middle.waited) == {"prologue", "product", "flush", "reduction"}
     # Nothing is lost: each warp's time is in its phases.
     for block in (f.middle, f.last):
         assert sum(sum(w.values()) for w in block.waited.values()) == sum(block.finished)
@@ -218,7 +218,7 @@ def test_phases_and_what_bounds_them(built):
     assert more == {"reduction"} and f.last.cycles > f.middle.cycles
     slow = figure(made("4096x4096", "4", 1), replace(H200, bandwidth=0.5e12, l2_bandwidth=0.5e12))
     assert slow.cycles > 1.5 * f.cycles and slow.floor_us == pytest.approx(8.6 * f.floor_us)
-    assert max(slow.middle.waited["copies"], key=slow.middle.waited["copies"].__getitem__) == "weights"
+    assert max(slow.middle.waited["product"], key=slow.middle.waited["product"].__getitem__) == "weights"
 
 
 @pytest.mark.parametrize("machine", [name for name in MACHINES if name != "h200"])
@@ -248,7 +248,7 @@ def test_command(built, capsys):
     assert f" {f.body_us:.1f} " in out and "Modelled from machine code, not measured" in out and "prologue" not in out
     main([*words, "1"])
     out = capsys.readouterr().out
-    assert all(f"\n  {phase} " in out for phase in PHASES)
+    assert all(f"\n  {phase} " in out for phase in ONE_LOOP)
     with pytest.raises(SystemExit, match="2048x2048 has not as many members as 4|3 has widths"):
         main([*words, "1", "--segments", "4|3"])
 
@@ -259,10 +259,10 @@ def test_command_on_a_cubin(built, capsys, tmp_path):
     plan = prepare(made("2048x2048", "4", 1), H200)
     values = ",".join(map(str, struct.unpack(f"{len(plan.params) // 8}Q", plan.params)))
     for cubin in sorted(tmp_path.glob("*.cubin")):
-        if any("linear_kernelILb0ELi1E" in name for name in sections(cubin.read_bytes())):
+        if any("decode_kernelILb0ELi1ELi4ELi4E" in name for name in sections(cubin.read_bytes())):
             break
     f = figure(made("2048x2048", "4", 1), H200)
-    words = ["--cubin", str(cubin), "--kernel", "linear_kernelILb0ELi1E", "--grid", str(plan.grid[0]), "--json"]
+    words = ["--cubin", str(cubin), "--kernel", "decode_kernelILb0ELi1ELi4ELi4E", "--grid", str(plan.grid[0]), "--json"]
     words += ["--threads", str(32 * plan.warps), "--block", str(f.block), "--bytes", str(f.floor_us * 4.3e6)]
     main([*words, "--params", f"{len(plan.params) // 8}Q:{values}"])
     found = json.loads(capsys.readouterr().out)

@@ -51,9 +51,11 @@ int main(int count, char** words) {
   if (launch.table || launch.generic) return fail("only launches without tables, on tensor cores, are modelled", 0);
   params.counters = static_cast<uint32_t*>(address(6));
   params.partials = static_cast<float*>(address(7));
-  printf("{\"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, \"side\": %d, \"width\": %d, \"group_rows\": %d, \"cuts\": [", launch.grid_x,
-         launch.grid_y, launch.shape.warps, launch.shape.token_tiles, launch.decode ? launch.side : 0,
-         launch.width, mpq::kTileN << launch.shape.log2_group_rows);
+  printf(
+      "{\"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, \"side\": %d, \"width\": %d, \"group_rows\": %d, "
+      "\"cuts\": [",
+      launch.grid_x, launch.grid_y, launch.shape.warps, launch.shape.token_tiles, launch.decode ? launch.side : 0,
+      launch.width, mpq::kTileN << launch.shape.log2_group_rows);
   for (uint32_t i = 0; i <= launch.grid_x; ++i) {
     const Cut& c = params.cuts[i];
     printf("%s[%u, %u, %u, %u]", i ? ", " : "", c.group, c.tile, unsigned(c.first), unsigned(c.last));

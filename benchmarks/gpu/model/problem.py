@@ -148,6 +148,7 @@ def prepare(problem: Problem, machine: Machine) -> Plan:
     head, _, params = done.stdout.partition(b"\n")
     facts: dict[str, Any] = json.loads(head)
     return Plan(
-        grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"], side=facts["side"], width=facts["width"],
-        group_rows=facts["group_rows"], cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params, bf16=problem.bf16,
+        grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"],
+        side=facts["side"], width=facts["width"], group_rows=facts["group_rows"],
+        cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params, bf16=problem.bf16,
     )  # fmt: skip
