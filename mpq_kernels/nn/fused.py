@@ -7,8 +7,8 @@ no tensor of its own:
     parent.q_proj    FusedMember    rows  ^^^^^^^^^^^^
 
 The first member that is called with an x runs the whole weight in one call and keeps the other members' rows until they
-ask for them with the same x; when that is not certain, a member runs its own rows, which gives the same bits. In a graph
-of torch.compile backends/rows.py sees to it that the whole is computed once; torch.export runs this very code.
+ask for them with the same x; when that is not certain, a member runs its own rows, which gives the same bits. In a
+graph of torch.compile backends/rows.py sees to it that the whole is computed once; torch.export runs this very code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`mpq generate`: the tokens of the model, streamed or as JSON, and what is refused."""
 
 import pytest
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer
 
 import mpq_kernels as mpq
@@ -19,6 +20,14 @@ def test_generate_is_greedy_generate(run):
     assert streamed.out.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert f"{data['new_tokens']} tokens in" in streamed.err
     assert run(*words, "--quiet").err == ""
+
+
+def test_a_compiled_step_gives_the_same_tokens(run, without_inductor):
+    words = ["generate", "mixed", "--prompt", "The old man", "--max-new-tokens", 7, "--json"]
+    eager = run(*words).json()["token_ids"]
+    assert counters["stats"]["unique_graphs"] == 0
+    assert run(*words, "--compile").json()["token_ids"] == eager
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_int8_activations_are_those_of_load(run):
