@@ -22,7 +22,7 @@ CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*
 # and torch are the same, and not installed again.
 LM_EVAL := $(VENV)/lm-eval
 
-.PHONY: install demo test test-lm-eval sanitize lint format docs bench clean
+.PHONY: install demo test test-lm-eval test-export sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -59,6 +59,10 @@ $(LM_EVAL)/.installed: | $(VENV)/.environment
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
+
+# Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
+test-export: install
+	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py $(PYTEST_FLAGS)
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, generate, inspect, kld, pack, plan, ppl, serve, tune, verify
+from . import bench, doctor, eval, generate, inspect, kld, pack, plan, ppl, serve, tune, verify
 from .choices import Command
 from .output import fail
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serve.command,
     "ppl": ppl.command,
     "kld": kld.command,
+    "eval": eval.command,
     "bench": bench.command,
     "tune": tune.command,
     "doctor": doctor.command,
