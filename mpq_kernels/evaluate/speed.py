@@ -169,7 +169,7 @@ def _check(model: Any, tests: Sequence[tuple[str, int]], batches: Sequence[int],
         raise MPQError(f"{test}{longest} is more than the model's {limit} positions (max_position_embeddings)")
 
 
-class _Eager:
+class EagerSteps:
     """The model itself, with a cache that grows."""
 
     def __init__(self, model: Any) -> None:
@@ -187,14 +187,14 @@ class _Eager:
         return self.before
 
 
-def stepper(model: Any, batch: int, tokens: int) -> _Eager | Decoder:
+def stepper(model: Any, batch: int, tokens: int) -> EagerSteps | Decoder:
     """What runs a model as `generate` would, with room for so many tokens of each sequence in its cache."""
-    return Decoder(model, batch, tokens) if is_compiled(model) else _Eager(model)
+    return Decoder(model, batch, tokens) if is_compiled(model) else EagerSteps(model)
 
 
 def _timed(
     model: Any,
-    run: _Eager | Decoder,
+    run: EagerSteps | Decoder,
     steps: int,
     ids: Callable[[int, Any], torch.Tensor],
     out: Any = None,
@@ -312,7 +312,7 @@ def generation_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 
     )
 
 
-def _timed_decode(model: Any, run: _Eager | Decoder, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def _timed_decode(model: Any, run: EagerSteps | Decoder, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """(seconds of the prompt's pass, seconds of `new_tokens` steps of one token each)."""
     out, prompt = _timed(model, run, 1, lambda step, before: ids)
     _, decode = _timed(model, run, new_tokens, lambda step, before: before.logits[:, -1:].argmax(-1), out)
