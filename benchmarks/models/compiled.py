@@ -2,9 +2,9 @@
 
     python benchmarks/models/compiled.py --models gutenberg-6m,llama-1b --json out.json
 
-Each figure is the median of a round's steps, of the best of several rounds, in which eager steps, compiled steps and the
-products alone take turns, so that a busy machine disturbs all three alike. Products alone are the same operators called
-one after the other; the rest of a token is its time without theirs.
+Each figure is the median of a round's steps, of the best of several rounds, in which eager steps, compiled steps and
+the products alone take turns, so that a busy machine disturbs all three alike. Products alone are the same operators
+called one after the other; the rest of a token is its time without theirs.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         rows.append(row)
-    about["load_average_after"] = load_average()
-    if args.json:
-        args.json.write_text(json.dumps(about | {"results": rows}, indent=1, allow_nan=False) + "\n")
+        about["load_average_after"] = load_average()
+        if args.json:
+            args.json.write_text(json.dumps(about | {"results": rows}, indent=1, allow_nan=False) + "\n")
     return 0
 
 

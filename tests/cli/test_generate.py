@@ -2,7 +2,7 @@
 
 import pytest
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 import mpq_kernels as mpq
 from tests.made.checkpoints import tiny_model
@@ -71,3 +71,11 @@ def test_a_model_without_tokenizer_is_refused(run, tmp_path):
 def test_the_default_backend_says_why_another_cannot(run):
     refused = run("generate", "mixed", "--prompt", "x", "--backend", "triton", code=1)
     assert "triton: " in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_pipelines_take_packed_folders(run):
+    """Of transformers, after `import mpq_kernels`."""
+    expected = run("generate", "mixed", "--prompt", "The old man", "--max-new-tokens", 7, "--json").json()
+    generator = pipeline("text-generation", "mixed", device="cpu")
+    (found,) = generator("The old man", max_new_tokens=7, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == expected["text"]
