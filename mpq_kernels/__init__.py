@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .backends.cuda import warmup
     from .calibrate.calibration import Calibration
     from .hf.load import load
+    from .imports.convert import import_checkpoint
     from .nn.linear import MixedLinear
     from .nn.replace import replace_linears
     from .packer.pack import pack
@@ -28,6 +29,7 @@ _LAZY = {
     "Calibration": "calibrate.calibration",
     "MixedLinear": "nn.linear",
     "Plan": "plan.plan",
+    "import_checkpoint": "imports.convert",
     "load": "hf.load",
     "pack": "packer.pack",
     "replace_linears": "nn.replace",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizeError",
     "UnsupportedError",
     "__version__",
+    "import_checkpoint",
     "load",
     "pack",
     "replace_linears",

@@ -61,7 +61,7 @@ class DenseCheckpoint:
         check_dense(path / CONFIG_FILE, config)
         files = TensorFiles.open_directory(path)
         check_layer_count(path / CONFIG_FILE, config, len(files.tensors))
-        dtype = _compute_dtype(path / CONFIG_FILE, config, files)
+        dtype = compute_dtype(path / CONFIG_FILE, config, files)
         return cls(path, config, dtype, files, decoded_tensors(path / CONFIG_FILE, config, files, dtype))
 
     @property
@@ -167,7 +167,7 @@ def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None
                 raise CheckpointError(f"{where}: {key}={count}, and the checkpoint holds only {tensors} tensors")
 
 
-def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
+def compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
     """config.json's dtype; without one, as transformers does, that of the first stored floating tensor, or bf16 where
     weights are quantized.
     """

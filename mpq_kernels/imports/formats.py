@@ -1,0 +1,52 @@
+"""The formats that are imported: how each is known, and its reader. A format is one row and one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from ..files.strict import close_names, short
+from . import awq, gptq
+from .stored import Stored
+from .weight import Found
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Format:
+    """recognises: whether a checkpoint is of it, by its config and the shapes of its tensors."""
+
+    summary: str
+    recognises: Callable[[Stored], bool]
+    read: Callable[[Stored], Found]
+
+
+FORMATS: dict[str, Format] = {
+    "gptq": Format("GPTQ v1, v2 and planar, 2 to 8 bits", gptq.is_gptq, gptq.read_gptq),
+    "auto-round": Format("auto-round's own and gptq exports", gptq.is_auto_round, gptq.read_auto_round),
+    "efficientqat": Format("EfficientQAT", gptq.is_efficient_qat, gptq.read_efficient_qat),
+    "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
+}
+
+# Methods that are known and not imported, and what to do.
+REFUSED = {
+    "mpq": "it is packed already",
+}
+
+
+def find_format(stored: Stored, name: str = AUTO) -> str:
+    """The name of the format of a checkpoint. Raises CheckpointError for an unknown one, and for none or several."""
+    if name != AUTO:
+        if name not in FORMATS:
+            raise CheckpointError(f"{short(name)} is not a known format{close_names(name, [*FORMATS])}")
+        return name
+    if stored.method in REFUSED:
+        raise CheckpointError(f"{stored.where('quant_method')}={stored.method!r}: {REFUSED[stored.method]}")
+    found = [key for key, form in FORMATS.items() if form.recognises(stored)]
+    if len(found) == 1:
+        return found[0]
+    why = f"could be {' or '.join(found)}" if found else f"is none of {', '.join(FORMATS)}"
+    said = f"quant_method={stored.method!r}" if stored.method else "has no quantization_config"
+    raise CheckpointError(f"{stored.path}: {why} ({said}); say which with --from (format=)")
