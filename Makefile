@@ -70,6 +70,7 @@ $(ORACLES)/.installed: pyproject.toml | $(VENV)/.environment
 	$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 		print(*extras["oracles"], sep="\n")' > $(ORACLES)/packages.txt
 	$(ORACLES)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $(ORACLES)/packages.txt
+	$(ORACLES)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) --target $(ORACLES)/old 'compressed-tensors==0.17.0'
 	touch $@
 
 # Makes the golden files of the importers again, with the libraries of the formats.

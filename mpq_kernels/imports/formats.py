@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..files.strict import close_names, short
-from . import awq, gptq
+from . import awq, compressed, gptq
 from .stored import Stored
 from .weight import Found
 
@@ -27,6 +27,9 @@ FORMATS: dict[str, Format] = {
     "gptq": Format("GPTQ v1, v2 and planar, 2 to 8 bits", gptq.is_gptq, gptq.read_gptq),
     "auto-round": Format("auto-round's own and gptq exports", gptq.is_auto_round, gptq.read_auto_round),
     "efficientqat": Format("EfficientQAT", gptq.is_efficient_qat, gptq.read_efficient_qat),
+    "compressed-tensors": Format(
+        "compressed-tensors, integers of 1 to 8 bits", compressed.is_compressed, compressed.read_compressed
+    ),
     "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
 }
 

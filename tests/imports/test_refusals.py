@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import mpq_kernels as mpq
 from mpq_kernels.errors import CheckpointError
-from tests.made.foreign_checkpoints import awq_checkpoint, gptq_checkpoint
+from tests.made.foreign_checkpoints import awq_checkpoint, compressed_checkpoint, gptq_checkpoint
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -22,6 +22,12 @@ def gptq(tmp_path):
 @pytest.fixture
 def awq(tmp_path):
     awq_checkpoint(tmp_path / "source", size=32)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def compressed(tmp_path):
+    compressed_checkpoint(tmp_path / "source", size=32)
     return tmp_path / "source"
 
 
@@ -135,6 +141,49 @@ def test_tensors_of_awq(case, awq):
     leaf, value, message = AWQ_TENSORS[case]
     change(awq, leaf, value)
     refused(awq, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"format": "float-quantized"}, r"format='float-quantized': weights in fp8 are no integers"),
+        ({"format": "nvfp4-pack-quantized"}, "weights in nvfp4 are no integers"),
+        ({"format": "marlin-24"}, "Marlin's kernel for sparse weights"),
+        ({"format": "another"}, r"format='another': is not known"),
+        ({"config_groups": {"a": {"targets": ["Linear"], "format": "mxfp8-quantized"}}}, r"config_groups\.a\.format="),
+        ({"config_groups": {"a": {"targets": "Linear"}}}, r"config_groups\.a: has no list of targets"),
+        ({"config_groups": {"a": {"targets": ["re:("]}}}, r"target 're:\('"),
+        ({"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 3}}}}, "are none of num_bits=3"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights are stored in a form of their own"),
+        ({"transform_config": {"a": 1}}, "its weights expect transformed inputs"),
+    ],
+)
+def test_words_of_compressed_tensors(words, message, compressed):
+    say(compressed, **words)
+    refused(compressed, message)
+
+
+COMPRESSED_TENSORS = {
+    "no scales": ("weight_scale", None, "no file holds '.*up_proj.weight_scale'"),
+    "blocks of rows": ("weight_scale", lambda t: t[:3], "blocks of rows cannot be imported"),
+    "integer scales": ("weight_scale", lambda t: t.int(), "scales are float16, bfloat16 or float32"),
+    "no shape": ("weight_shape", None, "no file holds '.*up_proj.weight_shape'"),
+    "another shape": ("weight_shape", torch.tensor([191, 64]), "has not the shape that .*weight_shape says"),
+    "a long shape": ("weight_shape", torch.tensor([192, 64, 1]), "a shape is two integers"),
+    "misshapen codes": ("weight_packed", lambda t: t[:, :-1], "7 words for 64 codes are none of num_bits=4"),
+    "misshapen zeros": ("weight_zero_point", lambda t: t[1:], "these are no zero points of"),
+    "float zeros": ("weight_zero_point", lambda t: t.float(), "these are no zero points of"),
+    "a group that is none": ("weight_g_idx", torch.arange(64) // 16, "names a group that is not one of 2"),
+    "few groups": ("weight_g_idx", torch.zeros(63).int(), "the groups of the columns are one integer for each"),
+    "fp8 beside": ("weight", torch.ones(192, 64).to(torch.float8_e4m3fn), "weights of this dtype are no integers"),
+}
+
+
+@pytest.mark.parametrize("case", COMPRESSED_TENSORS)
+def test_tensors_of_compressed_tensors(case, compressed):
+    leaf, value, message = COMPRESSED_TENSORS[case]
+    change(compressed, leaf, value)
+    refused(compressed, message)
 
 
 def test_formats(gptq):

@@ -150,3 +150,30 @@ def awq_checkpoint(path: Path, family: str = "llama", size: int = 32, symmetric:
 
     config = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": not symmetric, "version": "gemm"}
     return foreign_checkpoint(path, family, quantize, config, **words)
+
+
+def compressed_checkpoint(
+    path: Path, family: str = "llama", bits: Callable[[str], int] = lambda name: 4, size: int = 32, **words: Any
+) -> Tensors:
+    """In the form of compressed-tensors: packed where the width is not 8, else int8; a group for each width."""
+    groups: dict[int, list[str]] = {}
+
+    def quantize(module: str, weight: torch.Tensor, rng: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        width, cols = bits(module), weight.shape[1]
+        groups.setdefault(width, []).append(module)
+        codes, scales, zeros = random_codes(weight, width, size, False, rng)
+        half, dense = 2 ** (width - 1), meant(codes, scales, zeros, torch.arange(cols) // size)
+        if width == 8:
+            signed = {"weight": (codes - half).to(torch.int8), "weight_zero_point": (zeros - half).to(torch.int8)}
+            return signed | {"weight_scale": scales}, dense
+        packed = {"weight_packed": packed_bits(codes.T, width).T, "weight_zero_point": packed_bits(zeros, width)}
+        return packed | {"weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}, dense
+
+    config: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {}}
+    twin = foreign_checkpoint(path, family, quantize, config, **words)
+    for width, names in groups.items():
+        weights = {"num_bits": width, "type": "int", "symmetric": False, "strategy": "group", "group_size": size}
+        config["config_groups"][f"group_{width}"] = {"targets": names, "weights": weights}
+    said = json.loads((path / "config.json").read_text()) | {"quantization_config": config}
+    (path / "config.json").write_text(json.dumps(said))
+    return twin
