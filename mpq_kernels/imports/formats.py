@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..files.strict import close_names, short
-from . import awq, compressed, gptq
+from . import awq, compressed, gptq, hqq, torchao
 from .stored import Stored
 from .weight import Found
 
@@ -30,6 +30,8 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": Format(
         "compressed-tensors, integers of 1 to 8 bits", compressed.is_compressed, compressed.read_compressed
     ),
+    "hqq": Format("HQQ with axis=1", hqq.is_hqq, hqq.read_hqq),
+    "torchao": Format("torchao, int8 and int1 to int8", torchao.is_torchao, torchao.read_torchao),
     "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
 }
 

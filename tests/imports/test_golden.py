@@ -16,9 +16,9 @@ FILES = {path.stem: Golden.read(path.stem) for path in sorted(FOLDER.glob("*.saf
 CASES = [(name, case) for name, golden in FILES.items() for case in golden.cases]
 
 
-def written(path, tensors, config):
+def written(path, tensors, config, metadata):
     """A directory with these tensors, and what config.json says of them."""
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / "model.safetensors", metadata)
     (path / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
     return Stored.open(path)
 
@@ -26,7 +26,7 @@ def written(path, tensors, config):
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[": ".join(pair) for pair in CASES])
 def test_the_weight_is_that_of_its_library(name, case, tmp_path):
     row = FILES[name].cases[case]
-    stored = written(tmp_path, FILES[name].tensors[case], row["config"])
+    stored = written(tmp_path, FILES[name].tensors[case], row["config"], row.get("metadata"))
     found = FORMATS[find_format(stored)].read(stored)
     weight = found.weights["m"].read(stored.files)
     assert found.used == set(stored.tensors)

@@ -35,10 +35,20 @@ class Golden:
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, case: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], weight: torch.Tensor) -> None:
-        """One weight. config: quantization_config. weight: what the library dequantizes it to, [N, K]."""
+    def add(
+        self,
+        case: str,
+        tensors: dict[str, torch.Tensor],
+        config: dict[str, Any],
+        weight: torch.Tensor,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """One weight. config: quantization_config. weight: what the library dequantizes it to, [N, K].
+
+        metadata: of the file that holds it.
+        """
         dtype = str(weight.dtype).removeprefix("torch.")
-        self.cases[case] = {"config": config, "dtype": dtype, "sha256": digest(weight)}
+        self.cases[case] = {"config": config, "dtype": dtype, "sha256": digest(weight), "metadata": metadata}
         self.tensors[case] = tensors
 
     def save(self, name: str) -> None:
