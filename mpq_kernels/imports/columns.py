@@ -81,9 +81,12 @@ class Columns:
         return WeightLayout(rows, self.runs[-1].k1, segments, DTYPE_NAMES[scale_dtype], self.perm is not None)
 
     def weight(
-        self, bits: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+        self, bits: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, kind: str = ""
     ) -> QuantizedWeight:
-        """Of codes [N, K] in the source's order of columns, scales and zeros [N, groups] in that of its groups."""
+        """Of codes [N, K] in the source's order of columns, scales and zeros [N, groups] in that of its groups.
+
+        kind: of the zeros, where their dtype does not say it.
+        """
         if self.perm is not None:
             codes = codes[:, self.perm.long()]
         scales, zeros = scales[:, self.groups], None if zeros is None else zeros[:, self.groups]
@@ -93,7 +96,7 @@ class Columns:
             first = held.stop
             own = None if zeros is None else zeros[:, held].contiguous()
             part = codes[:, run.k0 : run.k1].contiguous()
-            blocks.append((0, run.k0, QuantizedBlock(bits, part, scales[:, held].contiguous(), own)))
+            blocks.append((0, run.k0, QuantizedBlock(bits, part, scales[:, held].contiguous(), own, kind)))
         return QuantizedWeight(tuple(blocks), self.perm)
 
     def in_words(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..files.strict import close_names, short
-from . import awq, compressed, gptq, hqq, torchao
+from . import awq, compressed, gguf, gptq, hqq, mlx, torchao
 from .stored import Stored
 from .weight import Found
 
@@ -32,6 +32,8 @@ FORMATS: dict[str, Format] = {
     ),
     "hqq": Format("HQQ with axis=1", hqq.is_hqq, hqq.read_hqq),
     "torchao": Format("torchao, int8 and int1 to int8", torchao.is_torchao, torchao.read_torchao),
+    "mlx": Format("MLX, affine, 2, 3, 4, 5, 6 and 8 bits", mlx.is_mlx, mlx.read_mlx),
+    "gguf": Format("GGUF: legacy and K types, MXFP4", gguf.is_gguf, gguf.read_gguf),
     "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
 }
 

@@ -14,9 +14,11 @@ from ..dense.checkpoint import CONFIG_FILE, check_layer_count
 from ..errors import CheckpointError
 from ..files.shards import StoredTensor, TensorFiles
 from ..files.strict import contained_file, read_json_object, short
+from .gguf_file import GgufFiles, has_gguf
 
 # Where older programs wrote what is now the quantization_config of config.json.
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -36,7 +38,7 @@ class Stored:
         if not path.is_dir():
             raise CheckpointError(f"{path}: is not a directory; give that of a quantized model")
         config = read_json_object(contained_file(path, CONFIG_FILE))
-        files = TensorFiles.open_directory(path)
+        files = GgufFiles.open_gguf(path) if has_gguf(path) else TensorFiles.open_directory(path)
         check_layer_count(path / CONFIG_FILE, config, len(files.tensors))
         said = _said(path, config)
         return cls(path, _without(config), said, files)
@@ -84,7 +86,7 @@ def check_matrix(tensor: StoredTensor, dtypes: tuple[torch.dtype, ...], what: st
 
 def _said(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for part in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in CONFIG_KEYS:
             found = part.get(key) if isinstance(part, dict) else None
             if isinstance(found, dict):
                 return found
@@ -97,9 +99,8 @@ def _said(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    drop = ("quantization_config", "compression_config")
-    out = {key: value for key, value in config.items() if key not in drop}
+    out = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     text = out.get("text_config")
     if isinstance(text, dict):
-        out["text_config"] = {key: value for key, value in text.items() if key not in drop}
+        out["text_config"] = {key: value for key, value in text.items() if key not in CONFIG_KEYS}
     return out
