@@ -203,7 +203,7 @@ E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the numbers of the type; the fourth bi
 def _mxfp4(blocks: torch.Tensor) -> Decoded:
     numbers = torch.tensor([16 + value for value in E2M1] + [16 - value for value in E2M1], dtype=torch.uint8)
     codes = numbers[_shifted(blocks[:, 1:], 16, 4).long()]
-    return Decoded(codes, torch.ldexp(torch.ones(()), blocks[:, :1].to(torch.int32) - 128))
+    return Decoded(codes, torch.ldexp(torch.ones(len(blocks), 1), blocks[:, :1].to(torch.int32) - 128))
 
 
 F16, F32 = torch.float16, torch.float32
