@@ -20,11 +20,11 @@ bool known(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF16 ||
 int check_segment(const Segment& s) {
   if (s.n0 < 0 || s.n1 <= s.n0 || s.k0 < 0 || s.k1 <= s.k0 || s.k0 % kTileK) return kErrorSegment;
   if (s.bits < 1 || s.bits > 8 || s.group_size < 1 || (s.k1 - s.k0) % s.group_size) return kErrorSegment;
-  if (s.zero_kind < kZeroNone || s.zero_kind > kZeroFloat) return kErrorSegment;
+  if (!is_zero_kind(s.zero_kind)) return kErrorSegment;
   for (int i = 0; i < kPlaneCount[s.bits]; ++i) {
     if (!s.planes[i]) return kErrorNull;
   }
-  if (!s.scales || (s.zero_kind != kZeroNone && !s.zeros)) return kErrorNull;
+  if (!s.scales || (stores_zeros(s.zero_kind) && !s.zeros)) return kErrorNull;
   return kOk;
 }
 

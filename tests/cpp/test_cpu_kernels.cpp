@@ -139,7 +139,7 @@ int check_uniform() {
   int cases = 0;
   for (int bits = 1; bits <= 8; ++bits) {
     for (const ColumnCase& columns : kColumnCases) {
-      for (int zero_kind = kZeroNone; zero_kind <= kZeroFloat; ++zero_kind) {
+      for (int zero_kind = 0; zero_kind < kZeroKinds; ++zero_kind) {
         const int64_t N = kRows[(cases + cases / 5) % 5];
         const std::string label = "bits=" + std::to_string(bits) + " N=" + std::to_string(N) +
                                   " K=" + std::to_string(columns.K) + " group=" + std::to_string(columns.group_size) +

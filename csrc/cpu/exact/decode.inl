@@ -1,10 +1,11 @@
 // Decode, M = 1..4 tokens: codes are multiplied as they come out of the words, without a dequantized copy.
 //
 //   y[n] = sum over groups of scale * (sum code * x  -  zero * sum x)
+//          kind min:          scale * sum code * x  +  zero * sum x
 //
 // All sums are kept per lane until the end, the sum of x included: for a one-hot x the one lane that is not zero then
-// computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. The zero is taken off last, from a sum
-// of codes that is exact there, whatever the number of pieces that a Math takes codes in.
+// computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. Scale and zero come last, to a sum of
+// codes that is exact there, whatever the number of pieces that a Math takes codes in.
 //
 // A Math has the products: Math::accumulate<Bits, M>(stripe, x, begin, end, g0, acc[G][2][M]) adds codes * x over the
 // chunks [begin, end) to the lanes (q, t), Math::kPrefetch<Bits> tells whether words are asked for ahead, and
@@ -35,7 +36,7 @@ MPQ_INLINE F sum_x(const float* chunks, int64_t begin, int64_t end) {
   return lane_sums(by_q);
 }
 
-// totals[m][2 g + h] += scale * (codes * x - zero * sum x) over a span of chunks inside one group.
+// totals[m][2 g + h] += the weights times x over a span of chunks inside one group.
 //
 // Not inlined: GCC would hoist the loads of scales and zeros out of the loop over spans and spill all of them.
 template <class Math, int Bits, int M>
@@ -53,16 +54,19 @@ __attribute__((noinline)) void add_span(const Stripe& stripe, const Tokens& x, i
       for (int m = 0; m < M; ++m) acc[i >> 1][i & 1][m] = zeros_f();
     }
     Math::template accumulate<Bits, M>(stripe, x, begin, end, g0, acc);
+    const auto add_sums = [&](auto min) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 2 * G; ++i) {
-      const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
-      const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
+      for (int i = 0; i < 2 * G; ++i) {
+        const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
+        const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const F centered = fnma(zero, xsum[m], acc[i >> 1][i & 1][m]);
-        totals[m][2 * g0 + i] = fma(scale, centered, totals[m][2 * g0 + i]);
+        for (int m = 0; m < M; ++m) {
+          F& total = totals[m][2 * g0 + i];
+          total = add_group<min.value>(total, acc[i >> 1][i & 1][m], xsum[m], scale, zero);
+        }
       }
-    }
+    };
+    params.min ? add_sums(Index<1>{}) : add_sums(Index<0>{});
   }
 }
 

@@ -97,16 +97,18 @@ void multiply_span(const PairTile& span, float* sums) {
   add_places(acc, span.tile, span.x, span.stride, span.words,
              [](F sum, I w, I x) __attribute__((always_inline)) { return dot_pairs(sum, w, x); });
   const float* x_sums = span.x_sums;
+  const auto add_sums = [&](auto min) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kTileVectors; ++v) {
-    const F zeros = load(span.params.zeros + kLanes * v);
-    const F scales = load(span.params.scales + kLanes * v);
+    for (int v = 0; v < kTileVectors; ++v) {
+      const F zeros = load(span.params.zeros + kLanes * v), scales = load(span.params.scales + kLanes * v);
 #pragma GCC unroll 8
-    for (int m = 0; m < T; ++m) {
-      float* out = sums + 64 * m + kLanes * v;
-      store(out, fma(scales, fnma(zeros, set1(x_sums[m]), acc[m][v]), load(out)));
+      for (int m = 0; m < T; ++m) {
+        float* out = sums + 64 * m + kLanes * v;
+        store(out, add_group<min.value>(load(out), acc[m][v], set1(x_sums[m]), scales, zeros));
+      }
     }
-  }
+  };
+  span.params.min ? add_sums(Index<1>{}) : add_sums(Index<0>{});
 }
 
 using MultiplySpan = void (*)(const PairTile&, float*);
@@ -132,15 +134,17 @@ void multiply_span_tiles(ItemTiles<Tiles>& item, const PairTile& span, int64_t t
     const int64_t first = done + Tiles::kTokens <= tokens ? done : tokens - Tiles::kTokens;
     alignas(64) uint32_t dots[Tiles::kTokens * 64];
     tile_dots<PairDot>(item.tiles, span.tile, span.words, span.x + first * span.stride, span.stride, dots);
-    for (int v = 0; v < kTileVectors; ++v) {
-      const F zeros = load(span.params.zeros + kLanes * v);
-      const F scales = load(span.params.scales + kLanes * v);
-      for (int64_t m = done; m < first + Tiles::kTokens; ++m) {
-        float* out = sums + 64 * m + kLanes * v;
-        const F dot = (F)load_i(dots + 64 * (m - first) + kLanes * v);
-        store(out, fma(scales, fnma(zeros, set1(span.x_sums[m]), dot), load(out)));
+    const auto add_sums = [&](auto min) __attribute__((always_inline)) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        const F zeros = load(span.params.zeros + kLanes * v), scales = load(span.params.scales + kLanes * v);
+        for (int64_t m = done; m < first + Tiles::kTokens; ++m) {
+          float* out = sums + 64 * m + kLanes * v;
+          const F dot = (F)load_i(dots + 64 * (m - first) + kLanes * v);
+          store(out, add_group<min.value>(load(out), dot, set1(span.x_sums[m]), scales, zeros));
+        }
       }
-    }
+    };
+    span.params.min ? add_sums(Index<1>{}) : add_sums(Index<0>{});
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/inline.h"
+#include "cpu/int8/round_x.inl"
 #include "cpu/int8/tile.inl"
 #include "cpu/simd/simd.h"
 #include "cpu/tiles/registers.inl"
@@ -33,7 +34,7 @@ void multiply_tiles(ItemTiles<Tiles>& item, const Int8Tile& block, int64_t token
       const F x_scale = set1(block.x.scales[m * block.x.blocks_stride]);
       const F x_sum = set1(block.x.sums[m * block.x.blocks_stride]);
       for (int row = 0; row < 64; row += kLanes) {
-        const I exact = load_i(dots + 64 * (m - first) + row);
+        const F exact = to_f(load_i(dots + 64 * (m - first) + row));
         add_dots(*block.params, row, exact, x_scale, x_sum, sums + 64 * m);
       }
     }
