@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..files.strict import close_names, short
-from . import awq, compressed, gguf, gptq, hqq, mlx, torchao
+from . import awq, compressed, gguf, gptq, hqq, mlx, quanto, torchao
 from .stored import Stored
 from .weight import Found
 
@@ -32,14 +32,29 @@ FORMATS: dict[str, Format] = {
     ),
     "hqq": Format("HQQ with axis=1", hqq.is_hqq, hqq.read_hqq),
     "torchao": Format("torchao, int8 and int1 to int8", torchao.is_torchao, torchao.read_torchao),
+    "quanto": Format("optimum-quanto, qint8", quanto.is_quanto, quanto.read_quanto),
     "mlx": Format("MLX, affine, 2, 3, 4, 5, 6 and 8 bits", mlx.is_mlx, mlx.read_mlx),
     "gguf": Format("GGUF: legacy and K types, MXFP4", gguf.is_gguf, gguf.read_gguf),
     "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
 }
 
 # Methods that are known and not imported, and what to do.
+DENSE_SOURCE = "`mpq pack` reads it as a dense model, and quantizes it"
 REFUSED = {
     "mpq": "it is packed already",
+    "fp8": DENSE_SOURCE,
+    "mxfp4": DENSE_SOURCE,
+    "bitsandbytes": "its int8 weights are two products in fp32, and its 4 bits name values of a table: neither is a "
+    "code times a scale; dequantize it in transformers, and pack that",
+    "exl2": "its scales are products of numbers of 4 bits and others; import a GPTQ or GGUF of the model",
+    "exl3": "its codes walk through a trellis; import a GPTQ or GGUF of the model",
+    "aqlm": "its codes name vectors; import a GPTQ or GGUF of the model",
+    "vptq": "its codes name vectors; import a GPTQ or GGUF of the model",
+    "quip": "its codes name vectors of a lattice; import a GPTQ or GGUF of the model",
+    "spqr": "it keeps single weights apart in 16 bits; import a GPTQ or GGUF of the model",
+    "higgs": "its codes name vectors, of weights that were rotated; import a GPTQ or GGUF of the model",
+    "quark": "AMD Quark's own packing is not read; export to compressed-tensors",
+    "modelopt": "ModelOpt's packing runs along N and is not read; export to compressed-tensors",
 }
 
 

@@ -115,9 +115,8 @@ def _make(
     rows = len(blocks)
     made = kind.decode(blocks.reshape(-1, form.size))
     mins = None if made.mins is None else made.mins.reshape(rows, -1)
-    return columns.weight(
-        kind.bits, made.codes.reshape(rows, -1), made.scales.reshape(rows, -1), mins, kind.zero if mins is not None else ""
-    )
+    codes, scales = made.codes.reshape(rows, -1), made.scales.reshape(rows, -1)
+    return columns.weight(kind.bits, codes, scales, mins, kind.zero)
 
 
 def _half(blocks: torch.Tensor, place: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A GGUF file's header, distrusted, and its tensors under the names that transformers has for them.
 
-    "GGUF" | u32 version | u64 tensors | u64 values | values: name, type, value | tensors: name, dimensions, type, offset
-    | padding | data, each tensor at a multiple of the alignment
+    "GGUF" | u32 version | u64 tensors | u64 values | values: name, type, value
+           | tensors: name, dimensions, type, offset | padding | data, each tensor at a multiple of the alignment
 
 Dimensions are innermost first. The experts of a layer are one tensor, and each is a piece of it, so that each has an
 entry of its own. What a name means depends on the architecture: ARCHITECTURES lists those that are known.
@@ -128,7 +128,7 @@ class GgufFiles(TensorFiles):
         for file, header in zip(files, headers, strict=True):
             for name, entry in header.tensors.items():
                 if name in tensors:
-                    raise CheckpointError(f"{file}: {short(name)} is also in {tensors[name].file}: keep one model there")
+                    raise CheckpointError(f"{file}: {short(name)} is also in {tensors[name].file}; keep one")
                 tensors[name] = StoredTensor(name, file, entry)
             types |= header.types
         dropped = tuple(name for header in headers for name in header.dropped)
@@ -239,8 +239,8 @@ class _Reader:
         kind, offset = self.number("I"), self.number("Q")
         if kind in OTHER_TYPES:
             raise CheckpointError(
-                f"{self.path}: {short(name)} is {OTHER_TYPES[kind]}: its codes are entries of a table, or have more than "
-                "one scale; such a weight cannot be had without quantizing it again"
+                f"{self.path}: {short(name)} is {OTHER_TYPES[kind]}: its codes are entries of a table, or have more "
+                "than one scale; such a weight cannot be had without quantizing it again"
             )
         if kind not in TYPES:
             raise self.fail(f"tensor {short(name)} of type {kind}")

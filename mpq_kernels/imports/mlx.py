@@ -71,9 +71,14 @@ def _weight(stored: Stored, name: str, codes: StoredTensor) -> ForeignWeight:
     if type(bits) is not int or bits not in BITS or type(size) is not int or size < 1:
         raise CheckpointError(f"{codes}: bits={short(bits)}, group_size={short(size)} are none of MLX's")
     cols = groups * size
-    if held != rows or words_for(cols, bits, "stream") != words or (biases.shape, biases.dtype) != (
-        scales.shape,
-        scales.dtype,
+    if (
+        held != rows
+        or words_for(cols, bits, "stream") != words
+        or (biases.shape, biases.dtype)
+        != (
+            scales.shape,
+            scales.dtype,
+        )
     ):
         raise CheckpointError(
             f"{codes}: with {scales} and {biases}, these are no words of {bits} bits in groups of {size}"
@@ -81,7 +86,9 @@ def _weight(stored: Stored, name: str, codes: StoredTensor) -> ForeignWeight:
     columns = Columns.uniform(cols, size, str(codes))
     layout = columns.layout(rows, bits, "min", scales.dtype)
     make = partial(_make, codes, scales, biases, bits, columns)
-    return ForeignWeight(name, (codes, scales, biases), columns, layout, f"mlx, {bits} bits, {columns.in_words()}", make)
+    return ForeignWeight(
+        name, (codes, scales, biases), columns, layout, f"mlx, {bits} bits, {columns.in_words()}", make
+    )
 
 
 def _make(

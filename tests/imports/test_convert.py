@@ -12,7 +12,13 @@ from mpq_kernels.errors import CheckpointError
 from mpq_kernels.format.reference import dequantize
 from mpq_kernels.packer.pack import pack
 from tests.made.checkpoints import tiny_model
-from tests.made.foreign_checkpoints import awq_checkpoint, compressed_checkpoint, gptq_checkpoint
+from tests.made.foreign_checkpoints import (
+    awq_checkpoint,
+    compressed_checkpoint,
+    gguf_checkpoint,
+    gptq_checkpoint,
+    mlx_checkpoint,
+)
 from tests.made.packed import digests
 from tests.made.resumed import Killed
 
@@ -43,6 +49,10 @@ CASES = {
     "bfloat16": (awq_checkpoint, "llama", {"dtype": torch.bfloat16}),
     "compressed-tensors": (compressed_checkpoint, "llama", {"bits": mixed}),
     "compressed-tensors of experts": (compressed_checkpoint, "mixtral", {"files": 2}),
+    "mlx": (mlx_checkpoint, "llama", {}),
+    "mlx, a tied head": (mlx_checkpoint, "qwen2", {"tied": True}),
+    "gguf": (gguf_checkpoint, "llama", {}),
+    "gguf of qwen2": (gguf_checkpoint, "qwen2", {"tied": True}),
     "mixtral": (gptq_checkpoint, "mixtral", {"bits": lambda name: 8 if "experts.1" in name else 4}),
     "qwen3_moe": (gptq_checkpoint, "qwen3_moe", MOE | {"symmetric": True}),
     "deepseek_v3": (awq_checkpoint, "deepseek_v3", MOE),

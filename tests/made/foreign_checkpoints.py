@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.made.checkpoints import tiny_model
+from tests.made.gguf_file import write_gguf
 
 KEPT = ("embed", "wte", "wpe", "lm_head", "norm", "ln_", "mlp.gate.", "moe.gate.", "router")
 SIZES = {"intermediate_size": 192}
@@ -58,18 +59,19 @@ def foreign_checkpoint(
     config: dict[str, Any] | None,
     sizes: Mapping[str, Any] = SIZES,
     files: int = 1,
+    kept: tuple[str, ...] = KEPT,
     **words: Any,
 ) -> Tensors:
     """Write a checkpoint whose linears are what `quantize` makes of them, and its dense twin, whose tensors it gives.
 
-    files: in so many files.
+    files: in so many files. kept: parts of names of what is not quantized.
     """
     torch.manual_seed(0)
     tiny_model(family, path, sizes=sizes, **words)
     rng, out, twin = torch.Generator().manual_seed(7), {}, {}
     for name, tensor in load_file(path / "model.safetensors").items():
         module, _, leaf = name.rpartition(".")
-        if tensor.dim() != 2 or leaf != "weight" or any(part in name for part in KEPT):
+        if tensor.dim() != 2 or leaf != "weight" or any(part in name for part in kept):
             out[name] = twin[name] = tensor
             continue
         made, dense = quantize(module, tensor.float(), rng)
@@ -177,3 +179,77 @@ def compressed_checkpoint(
     said = json.loads((path / "config.json").read_text()) | {"quantization_config": config}
     (path / "config.json").write_text(json.dumps(said))
     return twin
+
+
+def mlx_checkpoint(path: Path, family: str = "llama", size: int = 32, **words: Any) -> Tensors:
+    """In MLX's form: 6 bits in the second layer, 4 elsewhere; the embedding too."""
+    own: dict[str, Any] = {}
+
+    def quantize(module: str, weight: torch.Tensor, rng: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        width = 6 if "layers.1" in module else 4
+        if width != 4:
+            own[module] = {"bits": width, "group_size": size}
+        codes, scales, _ = random_codes(weight, width, size, True, rng)
+        biases = (torch.randn(scales.shape, generator=rng) * weight.std()).half()
+        g_idx = torch.arange(weight.shape[1]) // size
+        dense = codes.float() * scales.float()[:, g_idx] + biases.float()[:, g_idx]
+        words = packed_bits(codes.T, width).T.contiguous().view(torch.uint32)
+        return {"weight": words, "scales": scales, "biases": biases}, dense
+
+    twin = foreign_checkpoint(path, family, quantize, None, kept=tuple(set(KEPT) - {"embed"}), **words)
+    said = json.loads((path / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": size} | own}
+    (path / "config.json").write_text(json.dumps(said))
+    return twin
+
+
+def gguf_checkpoint(path: Path, family: str = "llama", **words: Any) -> Tensors:
+    """A GGUF of Q8_0, and of Q4_1 in the second layer, beside a config.json."""
+    blocks: dict[str, tuple[int, bytes]] = {}
+    heads = {"q_proj": 4, "k_proj": 2}
+
+    def quantize(module: str, weight: torch.Tensor, rng: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        rows, cols = weight.shape
+        wide = "layers.1" not in module
+        codes, scales, zeros = random_codes(weight, 8 if wide else 4, 32, True, rng)
+        mins = (torch.randn(scales.shape, generator=rng) * weight.std()).half()
+        g_idx = torch.arange(cols) // 32
+        dense = meant(codes, scales, zeros, g_idx)
+        if not wide:
+            dense = codes.float() * scales.float()[:, g_idx] + mins.float()[:, g_idx]
+        count = heads.get(module.rpartition(".")[2])
+        order = torch.arange(rows)
+        if count and family == "llama":  # as llama.cpp turns the rows of queries and keys
+            order = order.view(count, 2, rows // count // 2).transpose(1, 2).reshape(-1)
+        held = b""
+        for row in order.tolist():
+            for group in range(cols // 32):
+                part = codes[row, 32 * group : 32 * group + 32].numpy().astype(np.uint8)
+                held += scales[row, group].numpy().tobytes()
+                if wide:
+                    held += (part ^ 128).tobytes()
+                else:
+                    held += mins[row, group].numpy().tobytes() + (part[:16] | (part[16:] << 4)).tobytes()
+        blocks[module] = (8 if wide else 3, held)
+        return {"weight": dense}, dense
+
+    twin = foreign_checkpoint(path, family, quantize, None, **words)
+    named = {}
+    for name, tensor in twin.items():
+        module, leaf = name.rsplit(".", 1)
+        kind = (0, tensor.float().numpy().tobytes()) if module not in blocks or leaf != "weight" else blocks[module]
+        named[f"{_gguf_name(module)}.{leaf}"] = (kind[0], tuple(tensor.shape), kind[1])
+    write_gguf(path / "model.gguf", family, named)
+    (path / "model.safetensors").unlink()
+    return twin
+
+
+def _gguf_name(module: str) -> str:
+    """llama.cpp's name of a module of a plain decoder."""
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    if module in outer:
+        return outer[module]
+    inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
+    _, _, layer, rest = module.split(".", 3)
+    leaf = rest.rpartition(".")[2]
+    own = f"{'attn' if 'self_attn' in rest else 'ffn'}_{leaf.removesuffix('_proj')}"
+    return f"blk.{layer}.{inner.get(leaf, own)}"

@@ -20,11 +20,10 @@ def make() -> Golden:
     for name in TYPES:
         kind = gguf.GGMLQuantizationType[name]
         weight = rng.standard_normal((N, 512 if name.endswith("K") else 64)).astype(np.float32)
-        if name.endswith("K"):
-            blocks = libgguf.quantize_rows(weight, kind)
-        else:
-            blocks = gguf.quants.quantize(weight, kind)
+        blocks = libgguf.quantize_rows(weight, kind) if name.endswith("K") else gguf.quants.quantize(weight, kind)
         blocks = np.asarray(blocks).view(np.uint8).reshape(N, -1)
         dense = torch.from_numpy(gguf.quants.dequantize(blocks, kind).astype(np.float32))
-        golden.add(name, {"m.weight": torch.from_numpy(blocks.copy())}, {"type": int(kind), "cols": weight.shape[1]}, dense)
+        golden.add(
+            name, {"m.weight": torch.from_numpy(blocks.copy())}, {"type": int(kind), "cols": weight.shape[1]}, dense
+        )
     return golden
