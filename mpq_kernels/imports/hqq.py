@@ -75,7 +75,7 @@ def _weight(stored: Stored, name: str, codes: StoredTensor) -> ForeignWeight:
     for leaf in ("quant_scale", "quant_zero"):
         if stored.optional(name, leaf) is not None and _number(stored, name, leaf):
             raise CheckpointError(f"{codes}: {leaf}: scales and zeros that are quantized themselves are not imported")
-    word = bytes(_values(stored, name, "packing", MAX_WORD)).decode("ascii", "replace")
+    word = "".join(chr(min(max(each, 0), 127)) for each in _values(stored, name, "packing", MAX_WORD))
     packing = PACKINGS.get(word)
     if packing is None:
         raise CheckpointError(f"{codes}: packing={short(word)} is not one of {', '.join(PACKINGS)}")
@@ -106,7 +106,7 @@ def _values(stored: Stored, name: str, leaf: str, most: int) -> list[Any]:
     """The few integers of a small tensor."""
     tensor = stored.part(name, leaf)
     values = stored.files.read(tensor.name)
-    if values.is_floating_point() or not 0 < values.numel() <= most:
+    if values.is_floating_point() or values.is_complex() or not 0 < values.numel() <= most:
         raise CheckpointError(f"{tensor}: is not 1 to {most} integers")
     return values.reshape(-1).tolist()
 
