@@ -30,6 +30,9 @@ def command(
     form: Annotated[
         str, typer.Option("--from", parser=OneOf(_formats), help="Format of DIR; auto: the only one it can be.")
     ] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="One packed weight for q, k and v, and for gate and up, where they agree.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older packed OUT when done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed run has finished.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Remove what a killed run has finished.")] = False,
@@ -43,7 +46,7 @@ def command(
 
     go_on = True if resume else False if restart else None
     with progress("importing", hidden=as_json or quiet) as step, notes_of_interrupts():
-        report = import_checkpoint(model, out, form, overwrite, progress=step, resume=go_on)
+        report = import_checkpoint(model, out, form, overwrite, progress=step, resume=go_on, fuse=fuse)
     if as_json:
         print_json(report.to_dict())
         return

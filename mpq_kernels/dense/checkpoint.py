@@ -152,7 +152,8 @@ def check_dense(where: Path, config: dict[str, Any]) -> None:
                 method = found.get("quant_method", key) if isinstance(found, dict) else key
                 raise CheckpointError(
                     f"{where}: the model is already quantized with {short(method)}, and only "
-                    f"{' and '.join(METHODS)} are read: `mpq import` takes what others wrote, code by code; or dequantize it first"
+                    f"{' and '.join(METHODS)} are read: `mpq import` takes "
+                    "what others wrote, code by code; or dequantize it first"
                 )
     if config.get("transformers_weights") is not None:
         raise CheckpointError(f"{where}: transformers_weights names a weights file; rename that to model.safetensors")

@@ -60,7 +60,10 @@ class Module:
 def is_awq(stored: Stored) -> bool:
     """Whether a config names AWQ, as its method or as the packing of auto-round."""
     packing = str(stored.quantization.get("packing_format", ""))
-    return stored.method == "awq" or (stored.method in ("auto-round", "intel/auto-round") and "awq" in packing)
+    unnamed = not stored.method and "w_bit" in stored.quantization
+    return (
+        unnamed or stored.method == "awq" or (stored.method in ("auto-round", "intel/auto-round") and "awq" in packing)
+    )
 
 
 def read_awq(stored: Stored) -> Found:

@@ -222,13 +222,13 @@ class _Reader:
             )
         out: dict[str, TensorEntry] = {}
         types: dict[str, BlockType] = {}
-        for name, dims, kind, offset in infos:
+        for name, dims, form, offset in infos:
             if name in COMPUTED:
                 continue
-            for target, entry in self._entries(architecture, name, dims, kind, start + offset):
+            for target, entry in self._entries(architecture, name, dims, form, start + offset):
                 if target in out:
                     raise self.fail(f"tensor {short(target)} appears twice")
-                out[target], types[target] = entry, kind
+                out[target], types[target] = entry, form
         return GgufHeader(architecture, out, types, tuple(name for name, *_ in infos if name in COMPUTED))
 
     def _info(self) -> tuple[str, tuple[int, ...], BlockType, int]:

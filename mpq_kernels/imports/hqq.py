@@ -45,9 +45,11 @@ PACKINGS = {
     "2bit_u8": Packing(torch.uint8, 4, 2),
     "1bit_u8": Packing(torch.uint8, 8, 1),
 }
-PARTS = ("nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float")
-PARTS += ("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config")
-PARTS += ("channel_wise", "optimize", "round_zero")
+PARTS = (
+    *("nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float"),
+    *("quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"),
+    *("channel_wise", "optimize", "round_zero"),
+)
 
 
 def is_hqq(stored: Stored) -> bool:

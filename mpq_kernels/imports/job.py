@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from ..errors import CheckpointError, PlanError
 from ..format.weights import QuantizedWeight
 from ..packer.job import PackJob
 from ..packer.parts import digest
+from ..plan.plan import FusePlan
 from ..plan.resolve import ResolvedMember, ResolvedPlan, ResolvedWeight, group_members
 from ..progress import Progress
 from .source import ForeignCheckpoint
@@ -45,8 +46,18 @@ class ImportJob(PackJob):
         return out
 
 
-def prepare_import(source: ForeignCheckpoint) -> ResolvedPlan:
-    """The layout of every quantized weight, and what is kept and why. Raises CheckpointError."""
+# Linears of one module that read the same input, in most decoders.
+FUSED = (
+    FusePlan(name="qkv_proj", members=("q_proj", "k_proj", "v_proj")),
+    FusePlan(name="gate_up_proj", members=("gate_proj", "up_proj")),
+)
+
+
+def prepare_import(source: ForeignCheckpoint, fuse: bool = False) -> tuple[ResolvedPlan, list[str]]:
+    """(the layout of every quantized weight, and what is kept and why; notes). Raises CheckpointError.
+
+    fuse: make one packed weight of each of FUSED, where all of its members in the model agree; a note says where not.
+    """
     specs = {spec.name: spec for spec in source.packable()}
     members: dict[str, ResolvedMember] = {}
     kept: dict[str, str] = {}
@@ -57,8 +68,28 @@ def prepare_import(source: ForeignCheckpoint) -> ResolvedPlan:
         elif not spec.embedding:
             kept[name] = DENSE
     _check_experts(source, members, kept)
+    rules: tuple[FusePlan, ...] = ()
+    notes: list[str] = []
+    resolved = _grouped(source, specs, members, kept, rules)
+    for rule in FUSED if fuse else ():
+        try:
+            resolved = _grouped(source, specs, members, kept, (*rules, rule))
+        except CheckpointError as error:
+            notes.append(f"not fused into {rule.name}: {error}")
+            continue
+        rules = (*rules, rule)
+    return resolved, notes
+
+
+def _grouped(
+    source: ForeignCheckpoint,
+    specs: Mapping[str, LinearSpec],
+    members: Mapping[str, ResolvedMember],
+    kept: Mapping[str, str],
+    rules: Sequence[FusePlan],
+) -> ResolvedPlan:
     try:
-        resolved = group_members(specs, members, kept, {})
+        resolved = group_members(specs, dict(members), dict(kept), {}, rules)
     except PlanError as error:
         raise CheckpointError(f"{source.path}: {error}") from error
     for packed in resolved.weights:

@@ -11,9 +11,8 @@ computes in the dtype of the scales and rounds twice. What is imported rounds tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -46,14 +45,14 @@ def read_mlx(stored: Stored) -> Found:
     return found
 
 
-def _modules(stored: Stored) -> Any:
+def _modules(stored: Stored) -> Iterator[tuple[str, StoredTensor]]:
     for name, tensor in stored.modules("weight"):
         if tensor.dtype == torch.uint32 and f"{name}.scales" in stored.tensors:
             yield name, tensor
 
 
 def _weight(stored: Stored, name: str, codes: StoredTensor) -> ForeignWeight:
-    said: Mapping[str, Any] = stored.quantization
+    said = stored.quantization
     own = said.get(name)
     said = said | own if isinstance(own, dict) else said
     mode = said.get("mode", AFFINE)

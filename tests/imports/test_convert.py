@@ -49,6 +49,7 @@ CASES = {
     "bfloat16": (awq_checkpoint, "llama", {"dtype": torch.bfloat16}),
     "compressed-tensors": (compressed_checkpoint, "llama", {"bits": mixed}),
     "compressed-tensors of experts": (compressed_checkpoint, "mixtral", {"files": 2}),
+    "stored transposed": (gptq_checkpoint, "gpt2", {}),
     "mlx": (mlx_checkpoint, "llama", {}),
     "mlx, a tied head": (mlx_checkpoint, "qwen2", {"tied": True}),
     "gguf": (gguf_checkpoint, "llama", {}),
@@ -73,6 +74,7 @@ def test_weights_and_logits(case, tmp_path):
         weight, row = dequantize(held.weight(name)), 0
         for member in module.replaced():
             wanted = twin[f"{member}.weight"]
+            wanted = wanted.T if family == "gpt2" else wanted
             assert torch.equal(weight[row : row + len(wanted)].to(wanted.dtype), wanted), member
             row += len(wanted)
         assert row == len(weight)
@@ -98,6 +100,25 @@ def test_the_report(tmp_path):
     assert (config["quant_method"], config["quantizer"]) == ("mpq", "imported from gptq")
     data = json.loads(json.dumps(report.to_dict()))
     assert data["taken"]["model.layers.0.self_attn.v_proj"] == said and "errors" not in data["modules"][0]
+
+
+def test_fused(tmp_path):
+    """The very weights, in fewer modules; where the order of the columns differs, not."""
+    twin = gptq_checkpoint(tmp_path / "source", bits=mixed)
+    report = mpq.import_checkpoint(tmp_path / "source", tmp_path / "out", fuse=True)
+    held = PackedCheckpoint.open(tmp_path / "out")
+    assert len(held.modules) == 8 and len(report.taken) == 14 and report.notes == ()
+    name = "model.layers.0.self_attn.qkv_proj"
+    wanted = [twin[f"{name.replace('qkv', part)}.weight"] for part in "qkv"]
+    assert torch.equal(dequantize(held.weight(name)), torch.cat(wanted))
+    with torch.no_grad():
+        got = mpq.load(tmp_path / "out")(IDS).logits
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "source-dense").eval()(IDS).logits
+    assert (got - wanted).norm() < 2**-18 * wanted.norm()
+    gptq_checkpoint(tmp_path / "ordered", order=lambda name: sum(name.encode()))
+    report = mpq.import_checkpoint(tmp_path / "ordered", tmp_path / "apart", fuse=True)
+    assert len(PackedCheckpoint.open(tmp_path / "apart").modules) == 14
+    assert [note.split(":")[0] for note in report.notes] == ["not fused into qkv_proj", "not fused into gate_up_proj"]
 
 
 @pytest.mark.usefixtures("commit_at_once")

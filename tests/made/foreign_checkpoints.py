@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.made.checkpoints import tiny_model
 from tests.made.gguf_file import write_gguf
+from tests.made.other_linears import tiny_other
 
 KEPT = ("embed", "wte", "wpe", "lm_head", "norm", "ln_", "mlp.gate.", "moe.gate.", "router")
 SIZES = {"intermediate_size": 192}
@@ -67,14 +68,19 @@ def foreign_checkpoint(
     files: in so many files. kept: parts of names of what is not quantized.
     """
     torch.manual_seed(0)
-    tiny_model(family, path, sizes=sizes, **words)
+    transposed = family == "gpt2"  # whose linears are Conv1D: weights [K, N]
+    if transposed:
+        tiny_other(family, path)
+    else:
+        tiny_model(family, path, sizes=sizes, **words)
     rng, out, twin = torch.Generator().manual_seed(7), {}, {}
     for name, tensor in load_file(path / "model.safetensors").items():
         module, _, leaf = name.rpartition(".")
         if tensor.dim() != 2 or leaf != "weight" or any(part in name for part in kept):
             out[name] = twin[name] = tensor
             continue
-        made, dense = quantize(module, tensor.float(), rng)
+        made, dense = quantize(module, (tensor.T if transposed else tensor).float(), rng)
+        dense = dense.T if transposed else dense
         out |= {f"{module}.{key}": value.contiguous() for key, value in made.items()}
         twin[name] = dense.to(tensor.dtype).contiguous()
     shutil.copytree(path, path.with_name(f"{path.name}-dense"))
