@@ -1,4 +1,4 @@
-"""GGUF: the legacy and K types of llama.cpp, and MXFP4. Blocks of 32 or 256 weights along K.
+"""GGUF: the legacy and K types of ggml, and MXFP4. Blocks of 32 or 256 weights along K.
 
     Q4_0 Q5_0 Q8_0        (code - half) * d                   d fp16, groups of 32
     Q4_1 Q5_1             code * d + m                        d, m fp16, groups of 32
@@ -9,7 +9,7 @@
 d * sc is exact in fp32 and not in fp16, so the K types get scales in fp32, which takes more bytes than the file has.
 gguf-py's `dequantize` computes in fp32, and what is imported is that, bit for bit. In files of the architecture llama
 the rows of queries and keys are in pairs that rotate together; they are put back into transformers' order, with the
-numbers of heads in config.json. Source: gguf 0.19 (gguf.quants), llama.cpp (convert_hf_to_gguf, LlamaModel.permute).
+numbers of heads in config.json. Source: gguf 0.19 (gguf.quants), ggml (convert_hf_to_gguf, LlamaModel.permute).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_gguf(stored: Stored) -> Found:
         order = _row_order(stored, files.architecture, name, tensor)
         if form.dtype != "U8":
             if order is not None:
-                raise CheckpointError(f"{tensor}: its rows are in llama.cpp's order, and it is not quantized")
+                raise CheckpointError(f"{tensor}: its rows are in ggml's order, and it is not quantized")
             continue
         found.add(_weight(name, tensor, form, order))
     found.used.update(files.dropped)

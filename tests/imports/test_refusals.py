@@ -104,7 +104,7 @@ def test_biases_of_zeros_that_the_model_lacks_are_left_out(gptq):
         ({"checkpoint_format": "bitblas"}, "order of BitBLAS; import the GPTQ checkpoint"),
         ({"checkpoint_format": "qqq"}, "'qqq' is not one of gptq, gptq_v2, gptq_p"),
         ({"is_marlin_format": True}, "order of Marlin's kernel"),
-        ({"quant_method": "vptq"}, "is none of gptq, .*quant_method='vptq'"),
+        ({"quant_method": "qqq"}, "is none of gptq, .*quant_method='qqq'"),
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "only integers are imported"),
         ({"quant_method": "auto-round", "rotation_config": {"a": 1}}, "its weights expect rotated inputs"),
     ],

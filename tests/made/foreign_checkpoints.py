@@ -224,7 +224,7 @@ def gguf_checkpoint(path: Path, family: str = "llama", **words: Any) -> Tensors:
             dense = codes.float() * scales.float()[:, g_idx] + mins.float()[:, g_idx]
         count = heads.get(module.rpartition(".")[2])
         order = torch.arange(rows)
-        if count and family == "llama":  # as llama.cpp turns the rows of queries and keys
+        if count and family == "llama":  # as ggml turns the rows of queries and keys
             order = order.view(count, 2, rows // count // 2).transpose(1, 2).reshape(-1)
         held = b""
         for row in order.tolist():
@@ -250,7 +250,7 @@ def gguf_checkpoint(path: Path, family: str = "llama", **words: Any) -> Tensors:
 
 
 def _gguf_name(module: str) -> str:
-    """llama.cpp's name of a module of a plain decoder."""
+    """ggml's name of a module of a plain decoder."""
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     if module in outer:
         return outer[module]

@@ -1,4 +1,4 @@
-"""A GGUF file of a few tensors, as llama.cpp's programs read it."""
+"""A GGUF file of a few tensors, as ggml's programs read it."""
 
 from __future__ import annotations
 
