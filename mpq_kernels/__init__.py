@@ -18,8 +18,8 @@ from .version import VERSION as __version__
 if TYPE_CHECKING:
     from .backends.cuda import warmup
     from .calibrate.calibration import Calibration
-    from .hf.load import load
     from .imports.convert import import_checkpoint
+    from .imports.load import load
     from .nn.linear import MixedLinear
     from .nn.replace import replace_linears
     from .packer.pack import pack
@@ -30,7 +30,7 @@ _LAZY = {
     "MixedLinear": "nn.linear",
     "Plan": "plan.plan",
     "import_checkpoint": "imports.convert",
-    "load": "hf.load",
+    "load": "imports.load",
     "pack": "packer.pack",
     "replace_linears": "nn.replace",
     "warmup": "backends.cuda",

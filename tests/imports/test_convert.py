@@ -102,6 +102,23 @@ def test_the_report(tmp_path):
     assert data["taken"]["model.layers.0.self_attn.v_proj"] == said and "errors" not in data["modules"][0]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_load_imports_first_and_says_so(kept, tmp_path):
+    gptq_checkpoint(tmp_path / "source")
+    where = {"import_to": tmp_path / "out"} if kept else {}
+    with pytest.warns(UserWarning, match=r"source is a gptq checkpoint; it is imported into (a temporary|/).* before"):
+        model = mpq.load(tmp_path / "source", **where)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "source-dense").eval()
+    with torch.no_grad():
+        got, wanted = model(IDS).logits, wanted(IDS).logits
+    assert (got - wanted).norm() < 2**-18 * wanted.norm()
+    assert (tmp_path / "out").exists() == kept
+    if kept:
+        mpq.load(tmp_path / "out")
+        with pytest.raises(CheckpointError, match="there is nothing to import in it"):
+            mpq.load(tmp_path / "out", import_to=tmp_path / "again")
+
+
 def test_fused(tmp_path):
     """The very weights, in fewer modules; where the order of the columns differs, not."""
     twin = gptq_checkpoint(tmp_path / "source", bits=mixed)
