@@ -13,12 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, eval, generate, inspect, kld, pack, plan, ppl, serve, tune, verify
+from . import bench, doctor, eval, generate, imports, inspect, kld, pack, plan, ppl, serve, tune, verify
 from .choices import Command
 from .output import fail
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack.command,
+    "import": imports.command,
     "inspect": inspect.command,
     "verify": verify.command,
     "generate": generate.command,
