@@ -51,13 +51,14 @@ int main(int count, char** words) {
   if (launch.table || launch.generic) return fail("only launches without tables, on tensor cores, are modelled", 0);
   params.counters = static_cast<uint32_t*>(address(6));
   params.partials = static_cast<float*>(address(7));
-  printf("{\"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, \"group_rows\": %d, \"cuts\": [", launch.grid_x,
-         launch.grid_y, launch.shape.warps, launch.shape.token_tiles, mpq::kTileN << launch.shape.log2_group_rows);
+  printf("{\"phases\": %d, \"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, \"group_rows\": %d, \"cuts\": [", launch.wide ? launch.map.phases : 0,
+         launch.grid_x, launch.grid_y, launch.shape.warps, launch.shape.token_tiles, mpq::kTileN << launch.shape.log2_group_rows);
   for (uint32_t i = 0; i <= launch.grid_x; ++i) {
     const Cut& c = params.cuts[i];
     printf("%s[%u, %u, %u, %u]", i ? ", " : "", c.group, c.tile, unsigned(c.first), unsigned(c.last));
   }
   printf("]}\n");
-  fwrite(&params, 1, sizeof params, stdout);
+  const WideParams wide{params, launch.map, static_cast<char*>(address(8)), static_cast<char*>(address(9))};
+  fwrite(&wide, 1, launch.wide ? sizeof wide : sizeof params, stdout);
   return 0;
 }
