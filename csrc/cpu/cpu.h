@@ -106,4 +106,15 @@ const char* isa_refusal(Isa isa);  // why not; nullptr where it is supported
 Isa best_isa();                    // never one that must be asked for, nor is it tried
 const char* isa_name(Isa isa);
 
+// What serves `tokens` tokens and more.
+struct Path {
+  int64_t tokens;
+  const char* kernel;
+};
+constexpr int kMostPaths = 3;
+
+// The kernels of a product of x in x_dtype, rounded to int8 or not, by the number of tokens. Returns how many there
+// are.
+int paths(Isa isa, DType x_dtype, bool int8, Path (&out)[kMostPaths]);
+
 }  // namespace mpq::cpu

@@ -3,8 +3,8 @@
 //     y[row][token] += scale' * (sum of code' * x - zero' * sum of x)         for each group of columns
 //
 // where code' is the masked field (unpack.cuh) and scale', zero' carry its power of two, so that a product with one-hot
-// x is fl32(fl32(code - zero) * scale), bit for bit. Kind `min`: y += scale' * sum of code' * x, then y += zero * sum of
-// x, which is fl32(fl32(code * scale) + zero).
+// x is fl32(fl32(code - zero) * scale), bit for bit. Kind `min`: y += scale' * sum of code' * x, then y += zero * sum
+// of x, which is fl32(fl32(code * scale) + zero).
 #pragma once
 
 #include "device.cuh"

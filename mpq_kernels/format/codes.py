@@ -121,7 +121,7 @@ def row_position(n: int) -> int:
 
 
 def scale_block(row_tile: Any, group: Any, groups: int) -> Any:
-    """Number (or tensor of numbers) of the block of 64 scales of a row tile and group, in a segment of `groups` groups."""
+    """Number (or tensor of numbers) of the block of 64 scales of a row tile and group; `groups`: of the segment."""
     return row_tile * groups + group
 
 

@@ -91,6 +91,11 @@ FIXED_KINDS = tuple(name for name, kind in KINDS.items() if kind.stored is None)
 RESERVED_KINDS = {"table": "codes that name one of up to 16 values"}
 
 
+def kind_of(symmetric: bool, zero: str) -> str:
+    """The kind that a rule of two words asks for: symmetric weights store no zero points."""
+    return zero if zero in FIXED_KINDS or not symmetric else "none"
+
+
 def why_not_kind(name: object) -> str | None:
     """Why `name` is no kind of this version; None where it is one."""
     if isinstance(name, str) and name in KINDS:

@@ -71,8 +71,8 @@ def error_bound(
 
     A sum of n products is off by at most gamma_n = n u / (1 - n u) times the sum of the magnitudes of its terms
     (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u = 2**-24. Kernels sum codes and zeros
-    apart, s * (sum x c - z sum x), so the terms are |s| |x| (c + |z|) (what a storage kind calls magnitude), and each passes at most K + 6 roundings: the
-    additions, the product, the zero, the scale, the bias.
+    apart, s * (sum x c - z sum x), so the terms are |s| |x| (c + |z|), what a storage kind calls magnitude, and each
+    passes at most K + 6 roundings: the additions, the product, the zero, the scale, the bias.
     """
     quantized = unpack_weight(weight) if isinstance(weight, PackedWeight) else weight
     terms = torch.nn.functional.linear(x.double().abs(), magnitudes(quantized))
@@ -87,7 +87,7 @@ def error_bound(
 
 
 def magnitudes(quantized: QuantizedWeight) -> torch.Tensor:
-    """Sum of the magnitudes of the terms of every weight, such as |scale| (code + |zero|): fp64 [N, K] in the original column order."""
+    """Magnitude of every weight's terms, such as |scale| (code + |zero|): fp64 [N, K] in the original column order."""
     layout = quantized.layout
     total = torch.empty(layout.out_features, layout.in_features, dtype=torch.float64)
     for n0, k0, block in quantized.blocks:

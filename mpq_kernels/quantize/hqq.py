@@ -1,6 +1,6 @@
 """Search of scale and zero: clip grid, least squares and half-quadratic steps, best of all per group.
 
-W is approximated by (codes - zero) * scale, or codes * scale + minimum, and four moves compete for each group of weights:
+W is approximated by (codes - zero) * scale, or codes * scale + minimum, and four moves compete for each group:
 
     rtn      min/max rounding, the starting point, so that no group ends up worse than with rtn
     clip     the range of rtn shrunk towards 0, at each neighbouring zero point

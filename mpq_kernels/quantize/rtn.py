@@ -12,14 +12,14 @@ Symmetric: codes reach one step further below the zero point than above it,
 so the sign of the scale turns the long side towards the larger weights. Two scales are tried and the one with the
 smaller squared error kept for each group: the least that clips nothing, which restores weights that already lie on a
 grid, and max|w| / (2**(bits-1) - 1/2), the least that is off by at most half a step at both ends. One bit has the
-values -s/2 and s/2; s = 2 mean|w| is their least-squares scale. Around half of the codes (`half`) both sides are equally
-long, and the scale is the least that clips nothing.
+values -s/2 and s/2; s = 2 mean|w| is their least-squares scale. Around half of the codes (`half`) both sides have the
+same length, and the scale is the least that clips nothing.
 
 From a minimum (`min`): [min, max] as it is, so that a range away from 0 costs nothing; 0 itself may be lost. A group of
 one value has the scale 0 and that value as its minimum.
 
-Else a group of zeros, or of weights so small that their scale is 0 in its dtype, gets the scale 0: kernels add codes and
-zeros up apart, and their roundings, times 0, stay 0.
+Else a group of zeros, or of weights so small that their scale is 0 in its dtype, gets the scale 0: kernels add codes
+and zeros up apart, and their roundings, times 0, stay 0.
 """
 
 from __future__ import annotations

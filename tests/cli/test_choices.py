@@ -22,7 +22,7 @@ COMMANDS |= {("plan", name): command for name, command in plan.COMMANDS.items()}
 CHOICES = [(words, name, one_of) for words, command in COMMANDS.items() for name, one_of in choices(command).items()]
 # Whatever command has a parameter of this name takes nothing but names of this table.
 TABLES: dict[str, Iterable[str]] = {
-    "zero": set(ZERO_KINDS) - {"none"},  # which is --symmetric
+    "zero": ZERO_KINDS,
     "scale_dtype": SCALE_DTYPES,
     "quantizer": QUANTIZERS,
     "backend": BACKENDS,

@@ -25,6 +25,12 @@ def test_rows_of_scales_sit_at_their_positions():
     assert [packed[row_position(n)].item() for n in range(64)] == list(range(64))
 
 
+def test_worked_example_of_scales():
+    values = torch.zeros(80, 5)
+    values[77, 2] = 1
+    assert pack_rows(values).nonzero().tolist() == [[492]]
+
+
 def test_the_scales_of_a_row_tile_are_one_piece():
     packed = pack_rows(torch.arange(130.0 * 3).view(130, 3))
     for tile, group in ((0, 0), (0, 2), (1, 1), (2, 0)):

@@ -15,10 +15,11 @@ import struct
 COMMENT = (
     "Golden vectors of docs/format.md, version 2, written by tests/made/format_vectors.py. A stream of numbers: "
     "s = (1664525 s + 1013904223) mod 2**32 from s = seed, each s in turn. Segments in order; of each, first its codes "
-    "s >> (32 - bits), row by row; then, row by row and group by group, its scales (-1)^b31 * (1 + m / 2^p) * 2^(b30b29 "
-    "- 2), m the p bits of s below b29, p = 23, 10, 7 for float32, float16, bfloat16; then in the same order its zeros: "
-    "`int` s >> 24, `float` and `min` as the scales are. perm: column j of the codes is column (7 j + 3) mod K of W. "
-    "dense: W as float32, in rows. First values are those of the tensor as stored; of float16 and bfloat16 their bits."
+    "s >> (32 - bits), row by row; then, row by row and group by group, its scales (-1)^b31 * (1 + m / 2^p) * "
+    "2^(b30b29 - 2), m the p bits of s below b29, p = 23, 10, 7 for float32, float16, bfloat16; then in the same order "
+    "its zeros: `int` s >> 24, `float` and `min` as the scales are. perm: column j of the codes is column (7 j + 3) "
+    "mod K of W. dense: W as float32, in rows. First values are those of the tensor as stored; of float16 and bfloat16 "
+    "their bits."
 )
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("none", "half", "int", "float", "min")

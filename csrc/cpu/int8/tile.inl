@@ -67,7 +67,6 @@ struct Int8Tile {
   Int8Tokens x;  // at the block and the first token
 };
 
-
 // sums[T][64] += x[T] @ the block.
 template <bool Wide, int T>
 void multiply_int8(const Int8Tile& block, float* sums) {

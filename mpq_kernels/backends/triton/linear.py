@@ -7,9 +7,9 @@ block of tokens. In each step it multiplies STEP columns, then adds the sums tim
     y[row][token] += scale * (sum(code x) - zero * sum(x))                 float
     y[row][token] += scale * sum(code x);  += zero * sum(x)                min
 
-so that one-hot x gives fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit. The words, zeros and scales of a step are loaded
-while the step before it is multiplied. Where an item is not alone in its block it writes its sums apart, and `reduce`
-adds them in the order of the columns: no atomics, the same bits every time.
+so that one-hot x gives fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit. The words,
+zeros and scales of a step are loaded while the step before it is multiplied. Where an item is not alone in its block it
+writes its sums apart, and `reduce` adds them in the order of the columns: no atomics, the same bits every time.
 
 Experts: an item belongs to one, whose tokens are the rows offsets[e] .. offsets[e + 1] of x.
 """

@@ -32,10 +32,10 @@ PLAN = {
     "modules": {
         "model.layers.0.self_attn.q_proj": {"bits": 3} | INT,
         "model.layers.0.self_attn.k_proj": {"bits": 4} | SYMMETRIC,
-        "model.layers.0.self_attn.v_proj": {"bits": 8} | INT,
+        "model.layers.0.self_attn.v_proj": {"bits": 8, "group_size": 32, "zero": "half"},
         "model.layers.0.self_attn.o_proj": {"bits": 1, "scale_dtype": "bfloat16"} | INT,
         "model.layers.0.mlp.gate_proj": {"bits": 2} | FLOAT,
-        "model.layers.0.mlp.up_proj": {"bits": 7} | FLOAT,
+        "model.layers.0.mlp.up_proj": {"bits": 7, "group_size": 16, "zero": "min"},
         "model.layers.0.mlp.down_proj": {"bits": 5, "group_size": 25},  # the slow kernel
         "model.layers.1.mlp.down_proj": {
             "bits": 4,
