@@ -110,7 +110,8 @@ int run_wide(const mpq_linear_args& a, const LinearLaunch& launch, dev::Launch h
   const bool bf16 = a.x_dtype == MPQ_BF16;
   char* const workspace = static_cast<char*>(a.workspace);
   const WideParams wide{params, launch.map, workspace + launch.x_offset, workspace + launch.sums_offset};
-  if (int error = launch_arrange(bf16, how, {params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch}))
+  if (int error =
+          launch_arrange(bf16, how, {params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch}))
     return launched(error);
   how.overlap = true;
   return launched(launch_wide(bf16, how, wide));
@@ -308,8 +309,8 @@ int mpq_device_query(int ordinal, mpq_device* device) {
 int mpq_warmup(const mpq_device* device) {
   if (!device) return MPQ_ERROR_NULL;
   if (int status = check_device(*device)) return status;
-  for (auto* load : {warmup_decode, warmup_wide, warmup_arrange, warmup_generic, warmup_grouped, warmup_dequantize, warmup_embedding,
-                     warmup_table}) {
+  for (auto* load : {warmup_decode, warmup_wide, warmup_arrange, warmup_generic, warmup_grouped, warmup_dequantize,
+                     warmup_embedding, warmup_table}) {
     if (int error = load()) return launched(error);
   }
   return MPQ_OK;

@@ -20,7 +20,7 @@ int launch_embedding(dev::Launch how, const EmbeddingParams& params);
 int launch_table(dev::Launch how, const TableChunk& chunk);
 
 // Loads every kernel onto the current device.
-int warmup_decode(), warmup_wide(), warmup_arrange(), warmup_generic(), warmup_grouped(), warmup_dequantize(), warmup_embedding(),
-    warmup_table();
+int warmup_decode(), warmup_wide(), warmup_arrange(), warmup_generic(), warmup_grouped(), warmup_dequantize(),
+    warmup_embedding(), warmup_table();
 
 }  // namespace mpq::cuda

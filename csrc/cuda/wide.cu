@@ -1,8 +1,7 @@
 // More than 16 tokens: 32 for each block and two parts of each step, or 64.
 
-#include "wide.cuh"
-
 #include "launch.h"
+#include "wide.cuh"
 
 namespace mpq::cuda {
 

@@ -19,44 +19,52 @@
 
 namespace mpq::cuda {
 
-// Which part of a step a warp multiplies.
+// Which part of a step a warp multiplies, and where a lane finds it in stage 0.
+template <int kPhases>
 struct WideWarp {
+  static constexpr uint32_t kTokens = kWarpTokens * (3 - kPhases);  // of the block
   uint32_t lane;
   int row_tile, half;  // half: of the tokens, or of the step
+  uint32_t codes, scales, x, sums;
 
-  MPQ_DEVICE explicit WideWarp(const WideMap& map) : lane(dev::thread_index() % 32) {
+  MPQ_DEVICE WideWarp(const WideMap& map, uint32_t base) : lane(dev::thread_index() % 32) {
     const int warp = int(dev::thread_index() / 32);
     half = warp >= map.row_tiles;
     row_tile = half ? warp - map.row_tiles : warp;
+    const uint32_t row = uint32_t(row_tile), first_token = kPhases == 1 ? uint32_t(kWarpTokens * half) : 0;
+    codes = base + row * map.codes_pitch + 16 * lane;
+    scales = base + uint32_t(map.row_tiles) * map.codes_pitch +
+             (kPhases == 2 ? 2 * row + uint32_t(half) : row) * map.scales_pitch;
+    x = base + map.x + (first_token + (lane & 7) + (lane >> 4) * 8) * 128;
+    sums = base + map.sums + 4 * (first_token + 2 * (lane & 3));
   }
 };
 
 template <bool kBf16, int kPhases>
-MPQ_DEVICE void multiply_step(const WideParams& params, uint32_t base, const WideWarp& warp, const WideStep& step,
-                              int slot, Sums& y) {
+MPQ_DEVICE void multiply_step(const WideParams& params, const WideWarp<kPhases>& warp, const WideStep& step, int slot,
+                              Sums& y) {
   const WideMap& map = params.map;
-  const int unit = 1 << step.field(shape::kLog2Unit) << map.log2_units, token_half = kPhases == 1 ? warp.half : 0;
+  const int unit = 1 << step.field(shape::kLog2Unit) << map.log2_units;
   WidePlace place;
   place.first = kPhases == 2 ? warp.half * unit : 0;
   place.count = step.count() - place.first < unit ? step.count() - place.first : unit;
   if (place.count <= 0 || warp.row_tile >= step.row_tiles()) return;
-  const uint32_t stage = base + uint32_t(slot) * map.stage_bytes;
+  const uint32_t stage = uint32_t(slot) * map.stage_bytes;
   place.step_tiles = kPhases * unit;
-  place.codes = stage + uint32_t(warp.row_tile) * map.codes_pitch + 16 * warp.lane;
-  place.scales = stage + uint32_t(map.row_tiles) * map.codes_pitch +
-                 uint32_t(kPhases == 2 ? 2 * warp.row_tile + warp.half : warp.row_tile) * map.scales_pitch;
-  place.tokens = kWarpTokens * (3 - kPhases);
-  const uint32_t first_token = uint32_t(kWarpTokens * token_half);
+  place.codes = warp.codes + stage;
+  place.scales = warp.scales + stage;
+  place.tokens = WideWarp<kPhases>::kTokens;
   place.x_tile = place.tokens * 128;
-  place.x = stage + map.x + (first_token + (warp.lane & 7) + (warp.lane >> 4) * 8) * 128;
-  place.sums = stage + map.sums + 4 * (first_token + 2 * (warp.lane & 3));
+  place.x = warp.x + stage;
+  place.sums = warp.sums + stage;
   place.sums_pitch = map.sums_pitch;
   place.flush = 1 << step.field(shape::kLog2Flush);
   place.zero_kind = step.field(shape::kZeroKind);
   place.scale_dtype = params.linear.scale_dtype;
   const uint32_t bytes = place.scale_dtype == kDtypeF32 ? 4 : 2;
-  place.scales_step =
-      kTileN * (bytes + (place.zero_kind == kZeroInt ? 1 : zeros_like_scales(place.zero_kind) ? bytes : 0));
+  place.scales_step = kTileN * (bytes + (place.zero_kind == kZeroInt          ? 1
+                                         : zeros_like_scales(place.zero_kind) ? bytes
+                                                                              : 0));
   wide_unit<kBf16>(y, place, step.field(shape::kBits), step.field(shape::kSubTile), warp.lane);
 }
 
@@ -80,8 +88,8 @@ class WideRows {
 
 // All of a row group's K that the block has is in y. Whole block.
 template <bool kBf16, int kPhases>
-MPQ_DEVICE void finish_item(const WideParams& params, uint32_t base, const WideWarp& warp, const LinearWork& work,
-                            const Extent& extent, WideTarget target, Sums& y) {
+MPQ_DEVICE void finish_item(const WideParams& params, uint32_t base, const WideWarp<kPhases>& warp,
+                            const LinearWork& work, const Extent& extent, WideTarget target, Sums& y) {
   const uint32_t scratch =
       base + params.map.scratch + (dev::thread_index() / 32) * uint32_t(8 * kSumsStride * sizeof(float));
   const bool whole = extent.first_tile == 0 && extent.end_tile == params.linear.k_tiles;
@@ -105,15 +113,16 @@ wide_kernel(const MPQ_GRID_CONSTANT WideParams params) {
   const LinearParams& p = params.linear;
   const LinearWork work{p.cuts[dev::block_x()], p.cuts[dev::block_x() + 1], p.k_tiles};
   WideCopies<kPhases> copies(params, base, work);
-  WideStep now = copies.copy_weights(0), next = copies.copy_weights(1);
+  WideStep now = copies.copy_weights(0);
   dev::launch_dependents();
   dev::wait_for_earlier_kernels();
   copies.copy_x(now, 0);
+  WideStep next = copies.copy_weights(1);
   copies.copy_x(next, 1);
   constexpr int kTokens = kWarpTokens * (3 - kPhases);
   const int64_t first_token = int64_t{dev::block_y()} * kTokens;
   const int tokens = p.in.tokens - first_token < kTokens ? int(p.in.tokens - first_token) : kTokens;
-  const WideWarp warp(params.map);
+  const WideWarp<kPhases> warp(params.map, base);
   WideRows rows(params);
   Sums y = {};
   int slot = 0;
@@ -124,7 +133,7 @@ wide_kernel(const MPQ_GRID_CONSTANT WideParams params) {
     WideStep after;
     // One of a scheduler's two warps copies while the other one multiplies.
     if (!warp.half) after = copies.copy_weights(free_slot), copies.copy_x(after, free_slot);
-    multiply_step<kBf16, kPhases>(params, base, warp, now, slot, y);
+    multiply_step<kBf16, kPhases>(params, warp, now, slot, y);
     if (warp.half) after = copies.copy_weights(free_slot), copies.copy_x(after, free_slot);
     if (now.last()) {
       const Extent extent = work.extent(now.item);
@@ -132,9 +141,7 @@ wide_kernel(const MPQ_GRID_CONSTANT WideParams params) {
       rows.find(extent.group, warp.row_tile, target);
       finish_item<kBf16, kPhases>(params, base, warp, work, extent, target, y);
       MPQ_UNROLL for (int t = 0; t < 4; ++t) {
-        MPQ_UNROLL for (int n = 0; n < kWarpTiles; ++n) {
-          MPQ_UNROLL for (int i = 0; i < 4; ++i) y[t][n][i] = 0.0f;
-        }
+        MPQ_UNROLL for (int n = 0; n < kWarpTiles; ++n) { MPQ_UNROLL for (int i = 0; i < 4; ++i) y[t][n][i] = 0.0f; }
       }
     }
     now = next;

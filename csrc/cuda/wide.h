@@ -22,11 +22,12 @@ struct WideMap {
   int32_t phases;
   int32_t log2_units;  // units (params.h) that a warp multiplies in a step
   uint32_t stage_bytes;
-  // A stage: | codes of each row tile | scales and zeros of each row tile and phase | x: [tile][token][64] | sums of x |
+  // A stage: | codes of each row tile | scales and zeros of each row tile and phase | x: [tile][token][64] | sums of x
+  // |
   uint32_t codes_pitch, scales_pitch;
   uint32_t x, sums;
-  uint32_t sums_pitch;     // of a tile: [token], then [chunk][token] where there are chunk sums
-  uint32_t scratch;        // 8 tokens of each warp
+  uint32_t sums_pitch;  // of a tile: [token], then [chunk][token] where there are chunk sums
+  uint32_t scratch;     // 8 tokens of each warp
   uint32_t flag, total;
 };
 

@@ -21,8 +21,8 @@ constexpr int kRowTiles = 25;  // row tiles that exist, 1..4
 }  // namespace step_shape
 
 struct WideStep {
-  uint32_t item;   // kNoItem after the last step
-  int32_t tile;    // first tile, counted over the whole of K
+  uint32_t item;  // kNoItem after the last step
+  int32_t tile;   // first tile, counted over the whole of K
   uint32_t shape;
 
   MPQ_DEVICE int field(int at) const { return int(shape >> at & 15); }
@@ -79,13 +79,16 @@ class WideCopies {
       // Four loads of 256 threads are all of a step.
       for (int left = count * int(kTileBytes) - 16 * int(dev::thread_index()); left > 0; left -= int(64 * threads)) {
         MPQ_UNROLL for (int i = 0; i < 4; ++i) {
-          if (left > 16 * i * int(threads)) dev::cp_async16(to + 16 * uint32_t(i) * threads, from + 16 * i * int(threads));
+          if (left > 16 * i * int(threads))
+            dev::cp_async16(to + 16 * uint32_t(i) * threads, from + 16 * i * int(threads));
         }
         to += 64 * threads;
         from += 64 * threads;
       }
-      const char* const sums = params_.sums + (uint64_t{dev::block_y()} * uint32_t(p_.k_tiles) + uint32_t(step.tile)) * map_.sums_pitch;
-      MPQ_NO_UNROLL for (uint32_t at = 16 * dev::thread_index(); at < uint32_t(count) * map_.sums_pitch; at += 16 * threads)
+      const char* const sums =
+          params_.sums + (uint64_t{dev::block_y()} * uint32_t(p_.k_tiles) + uint32_t(step.tile)) * map_.sums_pitch;
+      MPQ_NO_UNROLL for (uint32_t at = 16 * dev::thread_index(); at < uint32_t(count) * map_.sums_pitch;
+                         at += 16 * threads)
           dev::cp_async16(x_to_ - 16 * dev::thread_index() + stage + (map_.sums - map_.x) + at, sums + at);
     }
     dev::cp_async_commit();

@@ -21,10 +21,10 @@ using Results = float[4][kTiles][4];  // of a warp: 64 rows x 8 kTiles tokens
 
 // Rows of a row tile and tokens of a warp.
 struct WideTarget {
-  int64_t row;         // of W
-  int rows;            // that exist from there, or more
-  int64_t token;       // of x
-  int tokens;          // that exist from there, or more
+  int64_t row;    // of W
+  int rows;       // that exist from there, or more
+  int64_t token;  // of x
+  int tokens;     // that exist from there, or more
 };
 
 MPQ_DEVICE float bias_of(const Output& out, int64_t row) {
@@ -94,7 +94,8 @@ MPQ_DEVICE bool is_last_part(const WideParams& params, uint32_t base, uint32_t f
   return is_last;
 }
 
-// A warp's results of an item whose other parts are in other blocks: true where all of them have been added. Whole block.
+// A warp's results of an item whose other parts are in other blocks: true where all of them have been added. Whole
+// block.
 template <int kTiles>
 MPQ_DEVICE bool add_parts(const WideParams& params, uint32_t base, const LinearWork& work, const Extent& extent,
                           Results<kTiles>& y) {
@@ -111,8 +112,8 @@ MPQ_DEVICE bool add_parts(const WideParams& params, uint32_t base, const LinearW
   };
   float4* const mine = part(dev::block_x(), begun_before ? 0 : 1);
   MPQ_UNROLL for (int t = 0; t < 4; ++t) {
-    MPQ_UNROLL for (int n = 0; n < kTiles; ++n) dev::st_global(
-        mine + uint32_t(t * kTiles + n) * threads, float4{y[t][n][0], y[t][n][1], y[t][n][2], y[t][n][3]});
+    MPQ_UNROLL for (int n = 0; n < kTiles; ++n) dev::st_global(mine + uint32_t(t * kTiles + n) * threads,
+                                                               float4{y[t][n][0], y[t][n][1], y[t][n][2], y[t][n][3]});
   }
   if (!is_last_part(params, base, first, last)) return false;
   MPQ_NO_UNROLL for (uint32_t block = first; block <= last; ++block) {
@@ -137,7 +138,8 @@ MPQ_DEVICE bool add_parts(const WideParams& params, uint32_t base, const LinearW
 MPQ_DEVICE void exchange_phases(const WideMap& map, uint32_t base, int phase, const Sums& y,
                                 Results<kWarpTiles / 2>& kept) {
   const uint32_t lane = dev::thread_index() % 32, warp = dev::thread_index() / 32, slab = 8 * kSumsStride * 4;
-  const uint32_t other = warp < uint32_t(map.row_tiles) ? warp + uint32_t(map.row_tiles) : warp - uint32_t(map.row_tiles);
+  const uint32_t other =
+      warp < uint32_t(map.row_tiles) ? warp + uint32_t(map.row_tiles) : warp - uint32_t(map.row_tiles);
   const uint32_t scratch = base + map.scratch + 16 * lane;
   MPQ_UNROLL for (int n = 0; n < kWarpTiles / 2; ++n) {
     constexpr int kHalf = kWarpTiles / 2;

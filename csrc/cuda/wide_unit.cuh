@@ -17,13 +17,13 @@ using Sums = float[4][kWarpTiles][4];  // [t][tokens][accumulator]
 
 // Where a lane finds its unit in shared memory.
 struct WidePlace {
-  uint32_t codes;       // its 16 bytes of the first row of plane 0 of the step's first tile
-  int step_tiles;       // that planes have room for
-  int first, count;     // tiles of the unit, from the step's first
-  uint32_t x, x_tile;   // its row of ldmatrix in the step's first tile; bytes of a tile
+  uint32_t codes;                     // its 16 bytes of the first row of plane 0 of the step's first tile
+  int step_tiles;                     // that planes have room for
+  int first, count;                   // tiles of the unit, from the step's first
+  uint32_t x, x_tile;                 // its row of ldmatrix in the step's first tile; bytes of a tile
   uint32_t sums, sums_pitch, tokens;  // sums of x of the warp's token 2q; bytes of a tile's; tokens of the block
-  uint32_t scales, scales_step;  // of the unit's first flush; bytes from one to the next
-  int flush;            // tiles (or chunks) that share scales
+  uint32_t scales, scales_step;       // of the unit's first flush; bytes from one to the next
+  int flush;                          // tiles (or chunks) that share scales
   int zero_kind, scale_dtype;
 };
 
@@ -47,8 +47,8 @@ MPQ_DEVICE void load_rows(float (&v)[8], uint32_t address, int dtype, uint32_t l
 
 // Adds a finished group of columns to y. `scales`: its 64 scales, then its zeros.
 template <int kBits, bool kBf16>
-MPQ_DEVICE void wide_flush(Sums& y, const Sums& sums, const float2 (&sum_x)[kWarpTiles], uint32_t scales,
-                           int zero_kind, int scale_dtype, uint32_t lane) {
+MPQ_DEVICE void wide_flush(Sums& y, const Sums& sums, const float2 (&sum_x)[kWarpTiles], uint32_t scales, int zero_kind,
+                           int scale_dtype, uint32_t lane) {
   float scale[8], zero[8];
   float offset = 0.0f;  // zero - offset is the zero point
   load_rows(scale, scales, scale_dtype, lane);
@@ -115,8 +115,8 @@ MPQ_DEVICE Words load_words_of_chunk(const WidePlace& place, int tile, int chunk
   if constexpr (P::four) unpack4(w.high, dev::ld_shared<uint4>(at + 2048 * uint32_t(tile)));
   if constexpr (P::eight) unpack4(w.low, dev::ld_shared<uint4>(at + P::second_four_at(place.step_tiles, tile)));
   if constexpr (P::two) {
-    const uint2 v = dev::ld_shared<uint2>(place.codes + P::two_at(place.step_tiles, tile) +
-                                          512 * uint32_t(chunk >> 1) + 8 * uint32_t(chunk & 1));
+    const uint2 v = dev::ld_shared<uint2>(place.codes + P::two_at(place.step_tiles, tile) + 512 * uint32_t(chunk >> 1) +
+                                          8 * uint32_t(chunk & 1));
     w.two[0] = v.x, w.two[1] = v.y;
   }
   if constexpr (P::one)
@@ -132,8 +132,8 @@ MPQ_DEVICE void wide_chunk(Sums& sums, const Words& words, uint32_t x, uint32_t 
   MPQ_UNROLL for (int n = 0; n < kWarpTiles / 2; ++n) dev::ldmatrix_x4(b[n], x + 2048 * n + piece);
   Unpack<kBits>::run(words, a);
   MPQ_UNROLL for (int t = 0; t < 4; ++t) {
-    MPQ_UNROLL for (int n = 0; n < kWarpTiles; ++n) mma<kBf16>(sums[t][n], a[t], b[n / 2][n % 2 * 2],
-                                                              b[n / 2][n % 2 * 2 + 1]);
+    MPQ_UNROLL for (int n = 0; n < kWarpTiles; ++n)
+        mma<kBf16>(sums[t][n], a[t], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
   }
 }
 
@@ -187,9 +187,9 @@ MPQ_DEVICE void wide_unit(Sums& y, const WidePlace& place, bool sub_tile, uint32
 // The width is the same for the whole warp.
 template <bool kBf16>
 MPQ_DEVICE void wide_unit(Sums& y, const WidePlace& place, int bits, bool sub_tile, uint32_t lane) {
-#define MPQ_CASE(width)                                  \
-  case width:                                            \
-    wide_unit<width, kBf16>(y, place, sub_tile, lane);   \
+#define MPQ_CASE(width)                                \
+  case width:                                          \
+    wide_unit<width, kBf16>(y, place, sub_tile, lane); \
     break;
   switch (bits) {
     MPQ_CASE(1)

@@ -103,7 +103,10 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
     if (shape.log2_group_rows == 0) return MPQ_ERROR_DEVICE;
     params.log2_group_rows = --shape.log2_group_rows;
   }
-  if (launch.wide) shape.warps = threads_of_block(launch.map) / 32;
+  if (launch.wide) {
+    shape.warps = threads_of_block(launch.map) / 32;
+    shape.token_tiles = tokens_of_block(launch.map) / 8;
+  }
   // Where shared memory is short: shorter units first, fewer warps then, as many for each row tile of a group.
   const uint32_t row_tiles_of_group = 1u << shape.log2_group_rows;
   while (!launch.generic && !launch.wide && !map_shared(args, device, shape, max_unit, params)) {
