@@ -105,15 +105,17 @@ dev::Launch launch_of(const mpq_linear_args& a, const LinearLaunch& launch, cons
   return how;
 }
 
-// x is arranged first. The product may begin with the weights meanwhile: it is behind that kernel alone.
-int run_wide(const mpq_linear_args& a, const LinearLaunch& launch, dev::Launch how, const LinearParams& params) {
+// x is arranged first. The product may begin with the weights meanwhile, where devices can: it is behind that kernel
+// alone.
+int run_wide(const mpq_linear_args& a, const mpq_device& device, const LinearLaunch& launch, dev::Launch how,
+             const LinearParams& params) {
+  constexpr int kOverlapCapability = 90;
   const bool bf16 = a.x_dtype == MPQ_BF16;
   char* const workspace = static_cast<char*>(a.workspace);
   const WideParams wide{params, launch.map, workspace + launch.x_offset, workspace + launch.sums_offset};
-  if (int error =
-          launch_arrange(bf16, how, {params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch}))
-    return launched(error);
-  how.overlap = true;
+  const ArrangeParams arrange{params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch};
+  if (int error = launch_arrange(bf16, how, arrange)) return launched(error);
+  how.overlap = device.capability >= kOverlapCapability;
   return launched(launch_wide(bf16, how, wide));
 }
 
@@ -125,7 +127,7 @@ int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream)
   if (int status = place(a, launch, how, 0, params)) return status;
   const bool bf16 = a.x_dtype == MPQ_BF16;
   if (launch.generic) return launched(launch_generic(bf16, how, params));
-  if (launch.wide) return run_wide(a, launch, how, params);
+  if (launch.wide) return run_wide(a, device, launch, how, params);
   return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
 }
 
