@@ -38,7 +38,7 @@ struct Segment {
 // Segment::shape, 4 bits each. A descriptor of a unit (ring.cuh) has the number of its tiles too.
 namespace shape {
 constexpr int kBits = 0, kZeroKind = 4, kSubTile = 8, kLog2Unit = 12, kCount = 16, kLog2Flush = 20;
-constexpr int kPairs = 24, kLog2Parts = 25;
+constexpr int kPairs = 28, kLog2Parts = 29;  // 24 to 27: wide_steps.cuh
 }  // namespace shape
 // kLog2Flush: tiles that share scales, at most a unit; where kSubTile is 1: k16 chunks, 1 or 2.
 // decode.cuh: 1 bit, units of two tiles; 2 bits, groups in a tile where they are narrower than that.
