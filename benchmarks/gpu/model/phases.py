@@ -19,7 +19,7 @@ from benchmarks.gpu.model.program import Program
 from benchmarks.gpu.sass import Graph, Loop
 
 ONE_LOOP = ("prologue", "product", "flush", "reduction")  # of decode_kernel
-OTHER = ("before products", "products", "products", "after products")  # of a kernel that is built otherwise
+OTHER = ("before products", "products", "after products")  # of a kernel that is built otherwise
 
 
 def products(graph: Graph) -> list[Loop]:
@@ -39,8 +39,11 @@ def nest(graph: Graph) -> tuple[Loop, Loop, Loop] | None:
 def phases_of(program: Program, decode: bool = False) -> list[str]:
     """Phase of each instruction. decode: of decode_kernel."""
     graph = program.graph
-    found = None if decode else nest(graph)
-    by_block = _by_loops(graph, *found) if found else _around_products(graph, ONE_LOOP if decode else OTHER)
+    if decode:
+        by_block = _one_loop(graph)
+    else:
+        found = nest(graph)
+        by_block = _by_loops(graph, *found) if found else _around_products(graph)
     return [by_block[b] for b in program.block_of]
 
 
@@ -56,14 +59,21 @@ def _by_loops(graph: Graph, unit: Loop, panel: Loop, item: Loop) -> list[str]:
     return phases
 
 
-def _around_products(graph: Graph, names: tuple[str, str, str, str]) -> list[str]:
-    before, product, between, after = names
+def _one_loop(graph: Graph) -> list[str]:
+    before, product, between, after = ONE_LOOP
     inside = {b for loop in products(graph) for b in loop.blocks}
-    first, last = min(inside, default=len(graph.blocks)), max(inside, default=-1)
+    first = min(inside, default=len(graph.blocks))
 
     def phase(b: int) -> str:
-        if b < first or b > last:
-            return before if b < first else after
-        return product if graph.count((b,), "HMMA") else between
+        if graph.count((b,), "HMMA"):
+            return product
+        return between if b in inside else before if b < first else after
 
     return [phase(b) for b in range(len(graph.blocks))]
+
+
+def _around_products(graph: Graph) -> list[str]:
+    before, product, after = OTHER
+    inside = {b for loop in products(graph) for b in loop.blocks}
+    first, last = min(inside, default=len(graph.blocks)), max(inside, default=-1)
+    return [before if b < first else after if b > last else product for b in range(len(graph.blocks))]
