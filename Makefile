@@ -25,7 +25,7 @@ LM_EVAL := $(VENV)/lm-eval
 # Libraries of other formats: another environment too, of packages alone, without what those ask for.
 ORACLES := $(VENV)/oracles
 
-.PHONY: install demo test test-lm-eval oracles sanitize lint format docs bench clean
+.PHONY: install demo test test-lm-eval test-export oracles sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -62,6 +62,10 @@ $(LM_EVAL)/.installed: | $(VENV)/.environment
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
+
+# Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
+test-export: install
+	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py $(PYTEST_FLAGS)
 
 $(ORACLES)/.installed: pyproject.toml | $(VENV)/.environment
 	$(BIN)/python -m venv $(ORACLES)

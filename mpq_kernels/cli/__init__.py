@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, generate, imports, inspect, kld, pack, plan, ppl, tune, verify
+from . import bench, doctor, eval, generate, imports, inspect, kld, pack, plan, ppl, serve, tune, verify
 from .choices import Command
 from .output import fail
 
@@ -23,8 +23,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect.command,
     "verify": verify.command,
     "generate": generate.command,
+    "serve": serve.command,
     "ppl": ppl.command,
     "kld": kld.command,
+    "eval": eval.command,
     "bench": bench.command,
     "tune": tune.command,
     "doctor": doctor.command,
