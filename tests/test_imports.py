@@ -16,7 +16,7 @@ LAYERS = (
     ("format", "files", "capi"),
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),
-    ("nn", "calibrate"),
+    ("nn", "calibrate", "jax"),
     ("hf", "packer"),
     ("evaluate",),
     ("allocate",),

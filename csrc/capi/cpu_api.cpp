@@ -242,6 +242,26 @@ int mpq_cpu_query(uint32_t version, const char* isa, mpq_cpu* how) {
   return MPQ_ERROR_ISA;
 }
 
+int mpq_cpu_weight_bytes(const mpq_weight* weight, mpq_weight_bytes* bytes) {
+  if (!weight || !bytes) return MPQ_ERROR_NULL;
+  return guarded([&] {
+    View view;
+    if (int status = view.set(*weight, false)) return status;
+    if (int error = cpu::check_weight(view.weight)) return status_of(error);
+    mpq::Places end;
+    size_t zeros = 0;
+    const int64_t scale = dtype_bytes(weight->scale_dtype);
+    for (int32_t i = 0; i < weight->num_segments; ++i) {
+      const mpq_segment& s = weight->segments[i];
+      end.add(s);
+      if (const int64_t zero = mpq::zero_bytes(s.zero, scale)) zeros = static_cast<size_t>(end.zeros * zero);
+    }
+    *bytes = {static_cast<size_t>(4 * end.words), static_cast<size_t>(scale * end.scales), zeros,
+              static_cast<size_t>(4 * weight->in_features)};
+    return static_cast<int>(MPQ_OK);
+  });
+}
+
 int mpq_cpu_workspace_size(const mpq_linear_args* args, const mpq_cpu* how, size_t* bytes) {
   if (!args || !bytes) return MPQ_ERROR_NULL;
   if (int status = check_how(how)) return status;
@@ -289,10 +309,8 @@ int mpq_cpu_grouped_linear(const mpq_grouped_args* args, const mpq_cpu* how) {
     const mpq_linear_args& a = args->linear;
     if (a.tokens > 0 && (!a.x || !a.y || !a.workspace)) return static_cast<int>(MPQ_ERROR_NULL);
     if (a.workspace_bytes < grouped_workspace(*args, *how, experts)) return static_cast<int>(MPQ_ERROR_WORKSPACE);
-    for (cpu::Weight& weight : experts.weights) {  // all of them, before anything is written
-      cpu::LinearArgs none = arguments(a, weight);
-      none.M = 0;
-      if (int error = cpu::linear(none, static_cast<cpu::Isa>(how->isa), {})) return status_of(error);
+    for (const cpu::Weight& weight : experts.weights) {  // all of them, before anything is written
+      if (int error = cpu::check_weight(weight)) return status_of(error);
     }
     int status = MPQ_OK;
     for_each_expert(*args, experts, [&](const cpu::LinearArgs& one) {

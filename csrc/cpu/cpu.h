@@ -103,6 +103,9 @@ int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const 
 int embedding(const Weight& weight, const int64_t* ids, int64_t count, void* out, DType out_dtype,
               const Parallel& parallel);
 
+// Whether the segments of a weight have good values and cover it; every call asks. Returns kOk or an Error.
+int check_weight(const Weight& weight);
+
 const char* error_text(int code);
 
 bool supported(Isa isa);           // compiled in, and this machine and its operating system can run it

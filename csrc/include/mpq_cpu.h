@@ -64,6 +64,13 @@ MPQ_API void mpq_cpu_pool_run(void* pool, int64_t n, void (*task)(void* context,
 /* When no call uses it; null is allowed. */
 MPQ_API void mpq_cpu_pool_close(mpq_cpu_pool* pool);
 
+/* Bytes that the tensors of a weight must have; its pointers are not read. perm: if there is one. What comes from a file
+ * or from another program should be compared: the kernels cannot. */
+typedef struct mpq_weight_bytes {
+  size_t qweight, scales, zeros, perm;
+} mpq_weight_bytes;
+MPQ_API int mpq_cpu_weight_bytes(const mpq_weight* weight, mpq_weight_bytes* bytes);
+
 /* Bytes of workspace for these arguments, bounded in the tokens; the pointers to tensors in them are not read. */
 MPQ_API int mpq_cpu_workspace_size(const mpq_linear_args* args, const mpq_cpu* cpu, size_t* bytes);
 /* The sum plus bias is rounded once, to nearest even, to x_dtype. */
