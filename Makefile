@@ -22,8 +22,9 @@ CXX_FILES := $(shell find csrc mpq_kernels/jax tests/cpp benchmarks examples -ty
 # and torch are the same, and not installed again.
 LM_EVAL := $(VENV)/lm-eval
 JAX := $(VENV)/jax
+ONNX := $(VENV)/onnx
 
-.PHONY: install demo test test-lm-eval test-jax sanitize lint format docs bench clean
+.PHONY: install demo test test-lm-eval test-jax test-onnx sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -65,6 +66,9 @@ $(LM_EVAL)/.installed: | $(VENV)/.environment
 $(JAX)/.installed: | $(VENV)/.environment
 	$(call beside,$(JAX),'jax==0.10.2' flatbuffers)
 
+$(ONNX)/.installed: | $(VENV)/.environment
+	$(call beside,$(ONNX),'onnx==1.23.2' 'onnxruntime==1.32.0')
+
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
@@ -72,6 +76,10 @@ test-lm-eval: install $(LM_EVAL)/.installed
 # The kernels as custom calls of XLA, on the CPU; the handlers of CUDA are compiled.
 test-jax: install $(JAX)/.installed
 	$(JAX)/bin/python -m pytest tests/jax $(PYTEST_FLAGS)
+
+# Packed modules in ONNX Runtime, by its own operator and by ours.
+test-onnx: install $(ONNX)/.installed
+	$(ONNX)/bin/python -m pytest tests/onnx $(PYTEST_FLAGS)
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py

@@ -237,6 +237,8 @@ class NinjaBuild(build_ext):
             # No number in the soname: a wheel has no links. The symbols have versions instead.
             soname = f"{ext.name.rpartition('.')[2]}.so"
             link_flags += f" -Wl,-soname,{soname} -Wl,--version-script={ROOT / SYMBOLS[ext.name]}"
+            # Its threads may outlive those who loaded it: ONNX Runtime unloads libraries of operators.
+            link_flags += " -Wl,-z,nodelete"
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

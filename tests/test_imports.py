@@ -16,7 +16,7 @@ LAYERS = (
     ("format", "files", "capi"),
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),
-    ("nn", "calibrate", "jax"),
+    ("nn", "calibrate", "jax", "onnx"),
     ("hf", "packer"),
     ("evaluate",),
     ("allocate",),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, generate, inspect, kld, pack, plan, ppl, tune, verify
+from . import bench, doctor, export, generate, inspect, kld, pack, plan, ppl, tune, verify
 from .choices import Command
 from .output import fail
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack.command,
     "inspect": inspect.command,
     "verify": verify.command,
+    "export": export.command,
     "generate": generate.command,
     "ppl": ppl.command,
     "kld": kld.command,
