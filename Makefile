@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 TORCH := torch==2.13.0
 
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
-SOURCES := setup.py mpq_kernels/format/codes.py $(shell find csrc -type f -not -path 'csrc/generated/*')
+SOURCES := setup.py mpq_kernels/format/codes.py mpq_kernels/format/kinds.py $(shell find csrc -type f -not -path 'csrc/generated/*')
 CXX_FILES := $(shell find csrc mpq_kernels/jax tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
 	-o -name '*.cu' -o -name '*.cuh' \) -not -path 'csrc/generated/*')
 

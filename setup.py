@@ -9,20 +9,21 @@
                             no torch and no Python, and files for pkg-config and CMake. Their objects are those of the
                             operators.
 
-All include csrc/generated/layout.h, which is written here from mpq_kernels/format/codes.py. Environment:
+All include csrc/generated/layout.h, which is written here from mpq_kernels/format/codes.py and kinds.py. Environment:
 
     MPQ_CUDA_ARCHS   architectures, ";" between them, "+PTX" for code that later ones compile when they load it;
                      "80;89;90;100+PTX" unless told. "none" builds no CUDA part.
     CUDA_HOME, CXX   toolkit and host compiler, where they are not on the PATH.
 """
 
-import importlib.util
+import importlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,15 +52,14 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 def load_formats():
     """mpq_kernels/format/codes.py as a module, without importing the package (which needs the compiled parts)."""
-    spec = importlib.util.spec_from_file_location("mpq_formats", ROOT / "mpq_kernels" / "format" / "codes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    package = types.ModuleType("mpq_formats")  # so that the file finds kinds.py beside it
+    package.__path__ = [str(ROOT / "mpq_kernels" / "format")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("mpq_formats.codes")
 
 
 def layout_header(formats) -> str:
-    """C++ form of the tables of formats.py."""
+    """C++ form of the tables of codes.py and kinds.py."""
     rows = [formats.FORMATS.get(bits) for bits in range(9)]
     planes = [list(r.planes) + [0] * (3 - len(r.planes)) if r else [0, 0, 0] for r in rows]
     position = [formats.row_position(n) for n in range(formats.TILE_N)]
@@ -68,7 +68,7 @@ def layout_header(formats) -> str:
         return "{" + ", ".join(braces(v) if isinstance(v, list) else str(v) for v in values) + "}"
 
     out = [
-        "// Written by setup.py from mpq_kernels/format/codes.py. Do not edit.",
+        "// Written by setup.py from mpq_kernels/format/codes.py and kinds.py. Do not edit.",
         "#pragma once",
         "#include <cstdint>",
         "namespace mpq {",
@@ -77,11 +77,23 @@ def layout_header(formats) -> str:
         f"constexpr int kTileN = {formats.TILE_N}, kTileK = {formats.TILE_K};",
         f"constexpr int kPlaneCount[9] = {braces([len(r.planes) if r else 0 for r in rows])};",
         f"constexpr int kPlaneWidth[9][3] = {braces(planes)};",
-        f"constexpr float kSymmetricZero[9] = {braces([f'{r.symmetric_zero}f' if r else '0.0f' for r in rows])};",
     ]
-    for index, kind in enumerate(formats.ZERO_KINDS):
-        out.append(f"constexpr int kZero{kind.capitalize()} = {index};")
-    for name, values in (("kZeroNames", formats.ZERO_KINDS), ("kScaleDtypeNames", formats.SCALE_DTYPES)):
+    kinds = formats.KINDS.values()
+    for index, kind in enumerate(kinds):
+        out.append(f"constexpr int kZero{kind.name.capitalize()} = {index};  // {kind.says}")
+    out.append(f"constexpr int kZeroKinds = {len(kinds)};")
+    out.append("// The zero points of kinds that store none, for each width.")
+    fixed = [[f"{k.zero(r.bits, 0.0)}f" if r else "0.0f" for r in rows] for k in kinds]
+    out.append(f"constexpr float kFixedZero[kZeroKinds][9] = {braces(fixed)};")
+    out.append("// Bytes of what `zeros` holds for each row and group, for scales of so many bytes. Not for devices.")
+    stored = [{None: "0", "uint8": "1", "scales": "-1"}[k.stored] for k in kinds]
+    out.append(f"constexpr int kZeroStored[kZeroKinds] = {braces(stored)};  // -1: the dtype of the scales")
+    out.append("constexpr int64_t zero_bytes(int kind, int64_t scale_bytes) {")
+    out.append("  return kZeroStored[kind] < 0 ? scale_bytes : kZeroStored[kind];")
+    out.append("}")
+    out.append("constexpr bool stores_zeros(int kind) { return kZeroStored[kind] != 0; }")
+    out.append("constexpr bool is_zero_kind(int64_t kind) { return 0 <= kind && kind < kZeroKinds; }")
+    for name, values in (("kZeroNames", tuple(formats.KINDS)), ("kScaleDtypeNames", formats.SCALE_DTYPES)):
         quoted = braces([f'"{value}"' for value in values])
         out.append(f"constexpr const char* {name}[] = {quoted};")
     for name, dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")):

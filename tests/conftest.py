@@ -22,6 +22,7 @@ def poison():
 # Those with an instruction for int8 or bf16 products differ from the others in these only.
 EXACT_ISAS = [name for name in ISAS if not name.endswith(("vnni", "amx", "bf16"))]
 INT8_ISAS = [name for name in ISAS if not name.endswith("bf16")]
+PAIR_ISAS = [name for name in ISAS if name in ("amx", "avx512bf16")]
 
 
 @pytest.fixture(params=EXACT_ISAS)
@@ -30,7 +31,7 @@ def isa(request):
     yield from _use(request.param)
 
 
-@pytest.fixture(params=[name for name in ISAS if name not in INT8_ISAS] or [torch.ops.mpq.cpu_isa()])
+@pytest.fixture(params=PAIR_ISAS or [torch.ops.mpq.cpu_isa()])
 def bf16_isa(request):
     """Each with an instruction for bf16 products, else the one that serves bf16; `isa` has the others."""
     yield from _use(request.param)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_kernels.format.codes import ZERO_KINDS
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import Segment, WeightLayout
 from tests.made.cpu_sources import cpu_sources, isa_flags
 

@@ -68,14 +68,15 @@ def test_imports_go_downwards(path):
             assert LEVEL[name] < LEVEL[here], f"{path.name}:{line} imports {name}, which is not below {here}"
 
 
-def test_codes_need_only_the_standard_library():
-    tree = ast.parse((PACKAGE / "format" / "codes.py").read_text())
-    names = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert names <= set(sys.stdlib_module_names)
+def test_codes_and_kinds_need_only_the_standard_library():
+    for file, own in (("codes.py", {"kinds"}), ("kinds.py", set())):
+        tree = ast.parse((PACKAGE / "format" / file).read_text())
+        names = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
+        assert names - own <= set(sys.stdlib_module_names)
 
 
 def run(code: str) -> str:

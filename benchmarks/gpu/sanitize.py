@@ -44,7 +44,7 @@ def layouts() -> Iterator[tuple[str, WeightLayout]]:
     """(name, layout) of every case."""
     for bits in range(1, 9):
         yield f"{bits} bits, long K", WeightLayout.uniform(72, 2048, bits, 64, "int")
-    for bits, zero in itertools.product((3, 4), ("none", "float")):
+    for bits, zero in itertools.product((3, 4), ("none", "float", "min")):
         yield f"{bits} bits, zero {zero}", WeightLayout.uniform(128, 256, bits, 32, zero)
     yield "fused 4|3|8", WeightLayout(
         320, 1024,

@@ -16,7 +16,7 @@ import torch
 
 import mpq_kernels.backends.ops  # noqa: F401  (registers the operators)
 from mpq_kernels.format import reference, reference_int8
-from mpq_kernels.format.codes import FORMATS
+from mpq_kernels.format.kinds import KINDS, ZERO_KINDS
 from mpq_kernels.format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 from mpq_kernels.format.words import pack_weight
 
@@ -48,22 +48,26 @@ def make_weight(chance: Random, generator: torch.Generator) -> tuple[QuantizedWe
         "huge": scales * 0 + info.max / (1 << bits if dtype != torch.float16 else 1),
         "signs": torch.where(torch.rand(shape, generator=generator) < 0.5, -scales, scales),
     }.get(how, scales)
-    kind, zeros = chance.choice(("none", "int", "float")), None
+    kind, zeros = chance.choice(ZERO_KINDS), None
     if kind == "int":
         zeros = torch.randint(0, chance.choice((top + 1, 256)), shape, generator=generator).to(torch.uint8)
     elif kind == "float":
         zeros = (torch.rand(shape, generator=generator) * top).to(dtype)
+    elif kind == "min":
+        low = torch.rand(shape, generator=generator) * top * -scales
+        zeros = low.clamp(-info.max, info.max).to(dtype)
     codes = torch.randint(0, top + 1, (n, k), dtype=torch.uint8, generator=generator)
     filling = chance.choice(CODES)
     if filling == "zero point":  # every weight is 0, where the zero point is a code
-        zero = (zeros if zeros is not None else torch.full(shape, FORMATS[bits].symmetric_zero)).float().round()
+        zero = torch.zeros(shape) + KINDS[kind].zero(bits, zeros)
+        zero = (-zero / scales if kind == "min" else zero).nan_to_num().round()
         codes = zero.clamp(0, top).to(torch.uint8).repeat_interleave(group, 1)
     elif filling in ("zeros", "ones"):
         codes = torch.full_like(codes, 0 if filling == "zeros" else top)
     elif filling == "rows":
         codes = codes[:, :1].expand(n, k).contiguous()
     perm = torch.randperm(k, generator=generator).int() if chance.random() < 0.3 else None
-    return QuantizedWeight.uniform(QuantizedBlock(bits, codes, scales.to(dtype), zeros), perm), how
+    return QuantizedWeight.uniform(QuantizedBlock(bits, codes, scales.to(dtype), zeros, kind), perm), how
 
 
 def make_x(chance: Random, generator: torch.Generator, k: int) -> torch.Tensor:

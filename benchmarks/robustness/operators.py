@@ -15,6 +15,7 @@ import mpq_kernels.backends.ops  # noqa: F401  (registers the operators)
 from mpq_kernels.backends.operands import packed_weight
 from mpq_kernels.errors import FormatError
 from mpq_kernels.format import reference, reference_int8
+from mpq_kernels.format.kinds import FIXED_KINDS, ZERO_KINDS
 from mpq_kernels.format.layout import Segment, WeightLayout
 from mpq_kernels.format.random import random_weight
 from mpq_kernels.format.weights import PackedWeight
@@ -33,11 +34,11 @@ WEIGHT = ("qweight", "scales", "zeros", "perm")
 
 def random_layout(chance: Random, experts: int = 1) -> WeightLayout:
     """One to three row bands for each expert, each of one to three segments of columns."""
-    k, kind = chance.choice((1, 63, 64, 65, 128, 172, 256, 320)), chance.choice(("none", "int", "float"))
+    k, kind = chance.choice((1, 63, 64, 65, 128, 172, 256, 320)), chance.choice(ZERO_KINDS)
     cuts = [0, *sorted({64 * chance.randint(1, 5) for _ in range(chance.choice((0, 0, 1, 2)))} & set(range(k))), k]
     rows = chance.choice((1, 3, 64, 70, 130))
     ends = sorted({chance.randint(1, rows) for _ in range(chance.choice((0, 0, 1, 2)))} | {rows})
-    segments, zero_kinds = [], (kind, "none") if chance.random() < 0.3 else (kind,)
+    segments, zero_kinds = [], (kind, *FIXED_KINDS) if chance.random() < 0.3 else (kind,)
     for expert in range(experts):
         for n0, n1 in zip([0, *ends], ends, strict=False):
             for k0, k1 in zip(cuts, cuts[1:], strict=False):

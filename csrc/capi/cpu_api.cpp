@@ -76,7 +76,7 @@ struct View {
     for (int32_t i = 0; i < w.num_segments; ++i) {
       const mpq_segment& s = w.segments[i];
       if (!mpq::fits(s, w.out_features, w.in_features)) return MPQ_ERROR_SEGMENT;
-      if (with_pointers && mpq::zero_bytes(s.zero, dtype_bytes(w.scale_dtype)) && !w.zeros) return MPQ_ERROR_NULL;
+      if (with_pointers && mpq::stores_zeros(s.zero) && !w.zeros) return MPQ_ERROR_NULL;
       segments.push_back(with_pointers ? place(w, s, at) : place(nowhere, s, at));
     }
     weight = {w.out_features, w.in_features, segments.data(), w.num_segments, static_cast<cpu::DType>(w.scale_dtype),

@@ -97,8 +97,9 @@ Layout layout_of(const Json& item, const std::string& where) {
   for (const Json& one : need(item, "segments", Json::kArray, where).items) {
     const mpq_segment s = segment_of(one, out.N, out.K, where);
     if (s.n0 != row || s.k0 != col || (col && s.n1 != out.segments.back().n1)) fail(where, "segments leave a gap");
-    if (mpq::zero_bytes(s.zero, 4)) {
-      const std::string dtype = s.zero == mpq::kZeroInt ? "U8" : std::string(kFloatDtypes[out.scale_dtype]);
+    if (mpq::stores_zeros(s.zero)) {
+      const bool bytes = mpq::kZeroStored[s.zero] == 1;
+      const std::string dtype = bytes ? "U8" : std::string(kFloatDtypes[out.scale_dtype]);
       if (!out.zeros_dtype.empty() && out.zeros_dtype != dtype) fail(where, "zeros of two dtypes");
       out.zeros_dtype = dtype;
     }

@@ -14,12 +14,7 @@ inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) 
 inline bool fits(const mpq_segment& s, int64_t N, int64_t K) {
   const bool place = 0 <= s.n0 && s.n0 < s.n1 && s.n1 <= N && 0 <= s.k0 && s.k0 < s.k1 && s.k1 <= K;
   return place && s.k0 % kTileK == 0 && 1 <= s.bits && s.bits <= 8 && s.group_size > 0 &&
-         (s.k1 - s.k0) % s.group_size == 0 && kZeroNone <= s.zero && s.zero <= kZeroFloat;
-}
-
-// Bytes of one stored zero; 0 for kinds that store none.
-inline int64_t zero_bytes(int32_t zero, int64_t scale_bytes) {
-  return zero == kZeroInt ? 1 : zero == kZeroFloat ? scale_bytes : 0;
+         (s.k1 - s.k0) % s.group_size == 0 && is_zero_kind(s.zero);
 }
 
 inline int64_t plane_words(const mpq_segment& s, int plane) {
@@ -37,7 +32,7 @@ struct Places {
   void add(const mpq_segment& s) {
     for (int p = 0; p < kPlaneCount[s.bits]; ++p) words += plane_words(s, p);
     scales += scale_count(s);
-    if (zero_bytes(s.zero, 1)) zeros += scale_count(s);
+    if (stores_zeros(s.zero)) zeros += scale_count(s);
   }
 };
 

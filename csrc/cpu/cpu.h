@@ -41,10 +41,10 @@ struct Segment {
   int64_t n0, n1, k0, k1;     // k0 is a multiple of 64
   int bits;                   // 1..8
   int64_t group_size;         // divides k1 - k0
-  int zero_kind;              // kZeroNone, kZeroInt, kZeroFloat
+  int zero_kind;              // of generated/layout.h
   const uint32_t* planes[3];  // each [row_tiles, col_tiles, 128 * width] words, most significant plane first
-  const void* scales;         // [groups, row_tiles * 64] of Weight::scale_dtype, rows of a tile in position order
-  const void* zeros;          // same shape: uint8 (int), scale_dtype (float), nullptr (none)
+  const void* scales;         // [row_tiles, groups, 64] of Weight::scale_dtype, rows of a tile in position order
+  const void* zeros;          // same shape: uint8 (int), scale_dtype (float, min), nullptr (none, half)
 };
 
 struct Weight {
@@ -94,8 +94,8 @@ size_t linear_int8_workspace_bytes(const LinearArgs& args);
 // on M nor on the threads. A token with NaN or Inf in x gets NaN in all of y.
 int linear_int8(const LinearArgs& args, Isa isa, const Parallel& parallel);
 
-// out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, then rounded to
-// nearest even. Returns kOk or an Error.
+// out[N, K] of out_dtype, contiguous, in original column order: fl32(fl32(code - zero) * scale) + 0, or for the
+// kind min fl32(fl32(code * scale) + zero) + 0, then rounded to nearest even. Returns kOk or an Error.
 int dequantize(const Weight& weight, void* out, DType out_dtype, Isa isa, const Parallel& parallel);
 
 // out[count, K] of out_dtype, contiguous: rows ids[i] of what dequantize() gives. Returns kOk or an Error; kErrorId for
@@ -112,5 +112,16 @@ bool supported(Isa isa);           // compiled in, and this machine and its oper
 const char* isa_refusal(Isa isa);  // why not; nullptr where it is supported
 Isa best_isa();                    // never one that must be asked for, nor is it tried
 const char* isa_name(Isa isa);
+
+// What serves `tokens` tokens and more.
+struct Path {
+  int64_t tokens;
+  const char* kernel;
+};
+constexpr int kMostPaths = 3;
+
+// The kernels of a product of x in x_dtype, rounded to int8 or not, by the number of tokens. Returns how many there
+// are.
+int paths(Isa isa, DType x_dtype, bool int8, Path (&out)[kMostPaths]);
 
 }  // namespace mpq::cpu

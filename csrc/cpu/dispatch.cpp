@@ -1,7 +1,7 @@
 // Argument checks, instruction set selection and workspace size of the CPU backend.
-#include "cpu/int8/amx.h"
 #include "cpu/int8/blocks.h"
 #include "cpu/kernels.h"
+#include "cpu/tiles/amx.h"
 #include "format/ids.h"
 #include "generated/layout.h"
 
@@ -20,11 +20,11 @@ bool known(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF16 ||
 int check_segment(const Segment& s) {
   if (s.n0 < 0 || s.n1 <= s.n0 || s.k0 < 0 || s.k1 <= s.k0 || s.k0 % kTileK) return kErrorSegment;
   if (s.bits < 1 || s.bits > 8 || s.group_size < 1 || (s.k1 - s.k0) % s.group_size) return kErrorSegment;
-  if (s.zero_kind < kZeroNone || s.zero_kind > kZeroFloat) return kErrorSegment;
+  if (!is_zero_kind(s.zero_kind)) return kErrorSegment;
   for (int i = 0; i < kPlaneCount[s.bits]; ++i) {
     if (!s.planes[i]) return kErrorNull;
   }
-  if (!s.scales || (s.zero_kind != kZeroNone && !s.zeros)) return kErrorNull;
+  if (!s.scales || (stores_zeros(s.zero_kind) && !s.zeros)) return kErrorNull;
   return kOk;
 }
 
@@ -53,12 +53,9 @@ int check_weight(const Weight& w) {
 
 namespace {
 
-enum Choice { kUnasked, kAsked };
-
 // A row of isa.h.
 struct Row {
   const char* name;
-  Choice choice;
   Kernels (*exact)();
   const Products* (*pairs)();
   Isa pairs_isa;  // which pairs() may run on
@@ -66,8 +63,8 @@ struct Row {
   const char* (*refusal)();
 };
 
-#define MPQ_ROW(name, choice, exact, pairs, int8, refusal) \
-  {#name, choice, exact_##exact, pairs_##pairs, Isa::pairs, int8_##int8, []() -> const char* { return refusal; }},
+#define MPQ_ROW(name, exact, pairs, int8, refusal) \
+  {#name, exact_##exact, pairs_##pairs, Isa::pairs, int8_##int8, []() -> const char* { return refusal; }},
 
 #if defined(__x86_64__)
 #define MPQ_X86_ROW MPQ_ROW
@@ -82,10 +79,10 @@ bool has_avx_vnni() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #else
-#define MPQ_X86_ROW(name, ...)                                                    \
-  {#name, kAsked, nullptr, nullptr, Isa::portable, nullptr, []() -> const char* { \
-     return "it is an instruction set of x86-64";                                 \
-   }},
+#define MPQ_X86_ROW(name, ...)      \
+  {#name,         nullptr, nullptr, \
+   Isa::portable, nullptr, []() -> const char* { \
+     return "it is an instruction set of x86-64"; }},
 #endif
 
 constexpr Row kRows[] = {MPQ_CPU_ISAS(MPQ_ROW, MPQ_X86_ROW)};
@@ -116,8 +113,10 @@ int check_linear(const LinearArgs& args, Isa isa, size_t needed) {
 size_t linear_workspace_bytes(const LinearArgs& args) {
   if (args.M < 1 || args.weight.K < 1) return 0;
   const int64_t tokens = args.M < kTokenChunk ? args.M : kTokenChunk;
-  const int64_t bytes = args.x_dtype == DType::kBF16 ? 6 : 4;  // fp32, and bf16 for products of pairs
-  return static_cast<size_t>(tokens * padded_k(args.weight.K) * bytes + kAlignment);
+  const int64_t columns = padded_k(args.weight.K);
+  const bool paired = args.x_dtype == DType::kBF16;  // then there are bf16 and, beyond decode, sums beside fp32
+  const int64_t sums = paired && args.M > kPairedDecodeTokens ? columns / 16 * kTokenChunk * 4 : 0;
+  return static_cast<size_t>(tokens * columns * (paired ? 6 : 4) + sums + 2 * kAlignment);  // whole vectors of sums
 }
 
 int linear(const LinearArgs& args, Isa isa, const Parallel& parallel) {
@@ -195,9 +194,21 @@ bool supported(Isa isa) { return isa_refusal(isa) == nullptr; }
 
 Isa best_isa() {
   for (const Isa isa : kIsas) {
-    if (row_of(isa).choice == kUnasked && supported(isa)) return isa;
+    if (supported(isa)) return isa;
   }
   return Isa::portable;
+}
+
+int paths(Isa isa, DType x_dtype, bool int8, Path (&out)[kMostPaths]) {
+  if (!supported(isa)) return 0;
+  const Products* pairs = int8 ? nullptr : pairs_of(isa, x_dtype);
+  const int64_t decode = pairs ? pairs->decode_tokens : kDecodeTokens;
+  const int64_t pass = int8 ? (isa == Isa::amx ? kTileTokens : 0) : (pairs ? pairs->pass_tokens : 0);
+  out[0] = {1, "codes as they come out of the words"};
+  out[1] = {decode + 1, "codes unpacked once for all tokens"};
+  if (pass < kTileTokens) return 2;
+  out[2] = {kTileTokens, "the same on tile registers"};
+  return 3;
 }
 
 const char* isa_name(Isa isa) { return known(isa) ? row_of(isa).name : "unknown"; }

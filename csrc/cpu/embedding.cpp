@@ -72,18 +72,18 @@ float load_scalar(const void* from, int64_t index, DType dtype) {
 }
 
 float load_zero(const Segment& s, int64_t index, DType scale_dtype) {
-  if (s.zero_kind == kZeroNone) return kSymmetricZero[s.bits];
-  if (s.zero_kind == kZeroFloat) return load_scalar(s.zeros, index, scale_dtype);
-  return static_cast<float>(static_cast<const uint8_t*>(s.zeros)[index]);
+  if (!stores_zeros(s.zero_kind)) return kFixedZero[s.zero_kind][s.bits];
+  if (s.zero_kind == kZeroInt) return static_cast<float>(static_cast<const uint8_t*>(s.zeros)[index]);
+  return load_scalar(s.zeros, index, scale_dtype);
 }
 
 // Row `row` of a segment, counted from its first, to a row of K values.
 void write_row(const EmbeddingJob& job, const Segment& s, int64_t row, char* out) {
   const Weight& weight = *job.weight;
-  const int64_t row_tiles = ceil_div(s.n1 - s.n0, kTileN), col_tiles = ceil_div(s.k1 - s.k0, kTileK);
+  const int64_t groups = (s.k1 - s.k0) / s.group_size, col_tiles = ceil_div(s.k1 - s.k0, kTileK);
   const int64_t row_tile = row / kTileN;
   const RowPlace place(row % kTileN);
-  const int64_t position = row_tile * kTileN + kRowPosition[row % kTileN];
+  const int64_t first_scale = row_tile * groups * kTileN + kRowPosition[row % kTileN];
   for (int64_t tile = 0; tile < col_tiles; ++tile) {
     const int64_t first = tile * kTileK, count = std::min<int64_t>(s.k1 - s.k0 - first, kTileK);
     uint32_t codes[64];
@@ -92,11 +92,15 @@ void write_row(const EmbeddingJob& job, const Segment& s, int64_t row, char* out
     for (int64_t k = 0; k < count;) {
       const int64_t group = (first + k) / s.group_size;
       const int64_t end = std::min<int64_t>((group + 1) * s.group_size - first, count);
-      const int64_t index = group * row_tiles * kTileN + position;
+      const int64_t index = first_scale + group * kTileN;
       const float scale = load_scalar(s.scales, index, weight.scale_dtype),
                   zero = load_zero(s, index, weight.scale_dtype);
       // + 0: -0 becomes +0, as everywhere.
-      for (; k < end; ++k) values[k] = (static_cast<float>(codes[k]) - zero) * scale + 0.0f;
+      if (s.zero_kind == kZeroMin) {
+        for (; k < end; ++k) values[k] = static_cast<float>(codes[k]) * scale + zero + 0.0f;
+      } else {
+        for (; k < end; ++k) values[k] = (static_cast<float>(codes[k]) - zero) * scale + 0.0f;
+      }
     }
     write_columns(weight.perm, s.k0 + first, count, values, job.dtype, out);
   }

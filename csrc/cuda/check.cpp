@@ -16,11 +16,11 @@ bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uin
 bool is_dtype(int32_t dtype) { return dtype == MPQ_F32 || dtype == MPQ_F16 || dtype == MPQ_BF16; }
 
 int check_segment(const mpq_segment& s, const mpq_segment* previous, const mpq_weight& w) {
-  if (s.bits < 1 || s.bits > 8 || s.zero < MPQ_ZERO_NONE || s.zero > MPQ_ZERO_FLOAT) return MPQ_ERROR_SEGMENT;
+  if (s.bits < 1 || s.bits > 8 || !is_zero_kind(s.zero)) return MPQ_ERROR_SEGMENT;
   if (s.n0 < 0 || s.n0 >= s.n1 || s.n1 > w.out_features) return MPQ_ERROR_SEGMENT;
   if (s.k0 < 0 || s.k0 >= s.k1 || s.k1 > w.in_features || s.k0 % kTileK != 0) return MPQ_ERROR_SEGMENT;
   if (s.group_size < 1 || (s.k1 - s.k0) % s.group_size != 0) return MPQ_ERROR_SEGMENT;
-  if (s.zero != MPQ_ZERO_NONE && !w.zeros) return MPQ_ERROR_NULL;
+  if (stores_zeros(s.zero) && !w.zeros) return MPQ_ERROR_NULL;
   const bool same_band = previous && previous->n0 == s.n0 && previous->n1 == s.n1 && previous->k1 == s.k0;
   const bool next_band = s.k0 == 0 && (previous ? previous->n1 == s.n0 && previous->k1 == w.in_features : s.n0 == 0);
   return same_band || next_band ? MPQ_OK : MPQ_ERROR_COVER;

@@ -72,8 +72,7 @@ dequantize_kernel(const MPQ_GRID_CONSTANT DequantizeParams p) {
   const bool fours = p.out_dtype != kDtypeF32 && !w.in.perm && w.in.columns % 4 == 0 && w.in.vector_loads;
   MPQ_NO_UNROLL for (int chunk = 0; chunk < 4; ++chunk) {
     float v[4][4][2];
-    switch_bits(bits_of(s),
-                [&]<int kBits>() { decode_chunk<kBits>(w, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
+    switch_bits(bits_of(s), [&]<int kBits>() { decode_chunk<kBits>(w, s, row_tile, tile, chunk, lane, v); });
     const Place place{band.n0 + int64_t{row_tile} * kTileN, band.rows - row_tile * kTileN,
                       global_tile * kTileK + 16 * chunk};
     if (fours) {

@@ -53,24 +53,24 @@ MPQ_DEVICE float load_scalar(const void* from, uint64_t index, int dtype) {
 
 template <int kBits>
 MPQ_DEVICE float load_zero(const LinearParams& p, const Segment& s, uint64_t place) {
-  constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
-  if (zero_kind_of(s) == kZeroInt) return float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
-  return zero_kind_of(s) == kZeroFloat ? load_scalar(p.zeros, place, p.scale_dtype) : kMiddle;
+  const int kind = zero_kind_of(s);
+  if (kind == kZeroInt) return float(dev::ld_constant(static_cast<const uint8_t*>(p.zeros) + place));
+  return zeros_like_scales(kind) ? load_scalar(p.zeros, place, p.scale_dtype) : fixed_zero<kBits>(kind);
 }
 
 // Row `row` of a band, column `column` of the weight, in the packed order.
-MPQ_DEVICE float load_weight(const LinearParams& p, const Segment& s, const Band& band, uint32_t row, int column) {
+MPQ_DEVICE float load_weight(const LinearParams& p, const Segment& s, uint32_t row, int column) {
   const uint32_t row_tile = row / kTileN, tile = uint32_t(column / kTileK - s.tile0);
   const Cell at(row % kTileN, uint32_t(column) % kTileK);
   const uint32_t group = s.groups == 1 ? 0 : uint32_t((column - s.tile0 * kTileK) / s.group_size);
-  const uint64_t block = uint64_t{group} * uint32_t(band.row_tiles) + row_tile;
+  const uint64_t block = scale_block(s, row_tile, group);
   const uint32_t position = 8 * at.g + 4 * at.h + at.t;
   const float scale = load_scalar(p.scales, (s.scales + block) * kTileN + position, p.scale_dtype);
   float v = 0;
   switch_bits(bits_of(s), [&]<int kBits>() {
     const uint32_t code = load_code<kBits>(p, s, uint64_t{row_tile} * uint32_t(s.tiles) + tile, at);
     const float zero = load_zero<kBits>(p, s, (s.zeros + block) * kTileN + position);
-    v = dev::fma(dev::add(float(code), -zero), scale, 0.0f);
+    v = weight_of(float(code), scale, zero, zero_kind_of(s));
   });
   return v;
 }
@@ -106,7 +106,7 @@ embedding_kernel(const MPQ_GRID_CONSTANT EmbeddingParams p) {
       if (tile < s.tile0 || tile >= s.tile0 + s.tiles) continue;
       const int place = w.in.perm ? dev::ld_constant(w.in.perm + column) : int(column);
       store_value(p, int64_t{dev::block_x()} * w.in.columns + place,
-                  load_weight(w, s, band, uint32_t(id - band.n0), int(column)));
+                  load_weight(w, s, uint32_t(id - band.n0), int(column)));
     }
   }
 }

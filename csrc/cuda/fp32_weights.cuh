@@ -1,4 +1,4 @@
-// Weights as fp32 numbers, for kernels that do not multiply codes: fl32(fl32(code - zero) * scale) + 0, any group size.
+// Weights as fp32 numbers, for kernels that do not multiply codes: two roundings (zeros.cuh), any group size.
 #pragma once
 
 #include "device.cuh"
@@ -6,6 +6,7 @@
 #include "params.h"
 #include "unpack.cuh"
 #include "work.cuh"
+#include "zeros.cuh"
 
 namespace mpq::cuda {
 
@@ -41,14 +42,18 @@ MPQ_DEVICE void load_eight(float (&v)[8], const void* from, uint64_t index, int 
   }
 }
 
+// Of the blocks of 64 scales of a segment, that of a row tile and group.
+MPQ_DEVICE uint64_t scale_block(const Segment& s, uint32_t row_tile, uint32_t group) {
+  return uint64_t{row_tile} * uint32_t(s.groups) + group;
+}
+
 // What a lane multiplies its 8 rows of one group by, [4 h + t].
 template <int kBits>
 struct RowScales {
   float scale[8], zero[8];
 
-  MPQ_DEVICE void load(const LinearParams& p, const Segment& s, int row_tiles, int row_tile, int group, uint32_t lane) {
-    constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
-    const uint64_t block = uint64_t(uint32_t(group)) * uint32_t(row_tiles) + uint32_t(row_tile);
+  MPQ_DEVICE void load(const LinearParams& p, const Segment& s, int row_tile, int group, uint32_t lane) {
+    const uint64_t block = scale_block(s, uint32_t(row_tile), uint32_t(group));
     const uint32_t rows = (lane >> 2) * 8;
     load_eight(scale, p.scales, (s.scales + block) * kTileN + rows, p.scale_dtype);
     const uint64_t place = (s.zeros + block) * kTileN + rows;
@@ -56,10 +61,10 @@ struct RowScales {
       const uint2 bytes =
           dev::ld_constant(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.zeros) + place));
       MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = float((i < 4 ? bytes.x : bytes.y) >> (8 * (i & 3)) & 255);
-    } else if (zero_kind_of(s) == kZeroFloat) {
+    } else if (zeros_like_scales(zero_kind_of(s))) {
       load_eight(zero, p.zeros, place, p.scale_dtype);
     } else {
-      MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = kMiddle;
+      MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = fixed_zero<kBits>(zero_kind_of(s));
     }
   }
 };
@@ -92,8 +97,8 @@ MPQ_DEVICE Words load_chunk(const LinearParams& p, const Segment& s, uint64_t ti
 
 // Weights of one chunk: [t][r][e] of row 16 t + 8 h + g, column 16 chunk + 8 m + 2 q + e, r = 2 m + h.
 template <int kBits>
-MPQ_DEVICE void decode_chunk(const LinearParams& p, const Segment& s, int row_tiles, int row_tile, int tile, int chunk,
-                             uint32_t lane, float (&v)[4][4][2]) {
+MPQ_DEVICE void decode_chunk(const LinearParams& p, const Segment& s, int row_tile, int tile, int chunk, uint32_t lane,
+                             float (&v)[4][4][2]) {
   uint32_t a[4][4];
   const uint64_t place = uint64_t(uint32_t(row_tile)) * uint32_t(s.tiles) + uint32_t(tile);
   Unpack<kBits>::run(load_chunk<kBits>(p, s, place, chunk, lane), a);
@@ -104,15 +109,15 @@ MPQ_DEVICE void decode_chunk(const LinearParams& p, const Segment& s, int row_ti
   MPQ_NO_UNROLL for (int pass = one_group ? 4 : 0; pass < (one_group ? 5 : 4); ++pass) {
     const int column = one_group ? first : first + 8 * (pass >> 1) + 2 * int(lane & 3) + (pass & 1);
     const int group = s.groups == 1 ? 0 : column / s.group_size;
-    rows.load(p, s, row_tiles, row_tile, group < last_group ? group : last_group, lane);  // beyond: padding
+    rows.load(p, s, row_tile, group < last_group ? group : last_group, lane);  // beyond: padding
     MPQ_UNROLL for (int j = 0; j < 4; ++j) {
       const int m = j >> 1, e = j & 1;
       if (pass != 4 && pass != j) continue;
       MPQ_UNROLL for (int t = 0; t < 4; ++t) {
         MPQ_UNROLL for (int h = 0; h < 2; ++h) {
           const uint32_t code = (a[t][2 * m + h] >> (16 * e) & 0xffffu) >> Unpack<kBits>::shift(t, h);
-          const float difference = dev::add(float(code), -rows.zero[4 * h + t]);
-          v[t][2 * m + h][e] = dev::fma(difference, rows.scale[4 * h + t], 0.0f);
+          const int row = 4 * h + t;
+          v[t][2 * m + h][e] = weight_of(float(code), rows.scale[row], rows.zero[row], zero_kind_of(s));
         }
       }
     }

@@ -38,8 +38,7 @@ generic_kernel(const MPQ_GRID_CONSTANT LinearParams p) {
     for (int tile = warp; tile < s.tiles; tile += kWarps) {
       MPQ_NO_UNROLL for (int chunk = 0; chunk < 4; ++chunk) {
         float v[4][4][2];
-        switch_bits(bits_of(s),
-                    [&]<int kBits>() { decode_chunk<kBits>(p, s, band.row_tiles, row_tile, tile, chunk, lane, v); });
+        switch_bits(bits_of(s), [&]<int kBits>() { decode_chunk<kBits>(p, s, row_tile, tile, chunk, lane, v); });
         MPQ_UNROLL for (int j = 0; j < 4; ++j) {
           const int m = j >> 1, e = j & 1;
           const float x =

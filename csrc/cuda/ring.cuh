@@ -12,6 +12,7 @@
 #include "generated/layout.h"
 #include "params.h"
 #include "work.cuh"
+#include "zeros.cuh"
 
 namespace mpq::cuda {
 
@@ -69,8 +70,8 @@ class Ring {
     segment_.planes[0] += pieces * (bits >= 4 ? 4 : bits == 1 ? 1 : 2) + lane_;
     segment_.planes[1] += pieces * (bits == 8 ? 4 : bits >= 6 ? 2 : 1) + lane_;
     segment_.planes[2] += pieces + lane_;
-    segment_.scales += uint32_t(row_tile_);
-    segment_.zeros += uint32_t(row_tile_);
+    segment_.scales += uint32_t(row_tile_ * segment_.groups);
+    segment_.zeros += uint32_t(row_tile_ * segment_.groups);
     log2_unit_ = int(segment_.shape >> shape::kLog2Unit & 15);
     const int end = item_end_ - segment_.tile0;
     end_tile_ = end < segment_.tiles ? end : segment_.tiles;
@@ -140,23 +141,23 @@ class Ring {
 
   MPQ_DEVICE void copy_scales(uint32_t to, int count) {
     const uint32_t shape = segment_.shape, log2_flush = shape >> shape::kLog2Flush & 15;
-    const uint32_t zero_kind = shape >> shape::kZeroKind & 15;
+    const int zero_kind = int(shape >> shape::kZeroKind & 15);
     const int parts = shape >> shape::kSubTile & 1 ? 4 : count;
     const int flushes = (parts + (1 << log2_flush) - 1) >> log2_flush;
     const float rate = segment_.groups_per_tile;
     // Where groups are wider than a tile, the middle of the tile is divided, so that no rounding crosses a border.
     int group = int(dev::fma(float(tile_), rate, rate < 1.0f ? 0.5f * rate : 0.25f));
-    const uint32_t bytes = p_.scale_dtype == kDtypeF32 ? 4 : 2, row_tiles = uint32_t(band_.row_tiles);
+    const uint32_t bytes = p_.scale_dtype == kDtypeF32 ? 4 : 2;
     MPQ_NO_UNROLL for (int i = 0; i < flushes; ++i, ++group) {
       // A last supertile may have fewer columns than groups would fill; x is zero there.
-      const uint32_t there = uint32_t(group < segment_.groups ? group : segment_.groups - 1) * row_tiles;
+      const uint32_t there = uint32_t(group < segment_.groups ? group : segment_.groups - 1);
       copy_row_values(to, p_.scales, segment_.scales + there, bytes);
       to += 256 * bytes;
-      if (zero_kind == uint32_t(kZeroInt)) {
+      if (zero_kind == kZeroInt) {
         const char* zeros = static_cast<const char*>(p_.zeros) + (lane_ >> 2) * 8;
         dev::cp_async8(to + 8 * lane_, zeros + uint64_t{segment_.zeros + there} * kTileN);
         to += 256;
-      } else if (zero_kind == uint32_t(kZeroFloat)) {
+      } else if (zeros_like_scales(zero_kind)) {
         copy_row_values(to, p_.zeros, segment_.zeros + there, bytes);
         to += 256 * bytes;
       }

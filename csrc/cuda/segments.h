@@ -50,8 +50,8 @@ inline int log2_flush(const mpq_segment& s, int log2_unit) {
 
 // Bytes read for one tile: what the work is balanced by.
 inline int64_t tile_cost(const mpq_segment& s, int scale_dtype) {
-  const int64_t zero = s.zero == MPQ_ZERO_INT ? 1 : s.zero == MPQ_ZERO_FLOAT ? kScaleBytes[scale_dtype] : 0;
-  return 512 * s.bits + kTileN * kTileK * (kScaleBytes[scale_dtype] + zero) / s.group_size;
+  const int scale = kScaleBytes[scale_dtype];
+  return 512 * s.bits + kTileN * kTileK * (scale + zero_bytes(s.zero, scale)) / s.group_size;
 }
 
 }  // namespace mpq::cuda

@@ -18,9 +18,8 @@ uint32_t round_up(uint32_t value, uint32_t unit) { return (value + unit - 1) / u
 uint32_t unit_bytes(const mpq_segment& s, int max_unit, int scale_dtype) {
   const int log2 = log2_unit(s, max_unit), unit = 1 << log2;
   const uint32_t flushes = (sub_tile(s) ? 4u : uint32_t(unit)) >> log2_flush(s, log2);
-  const uint32_t scale = kLanes * 8 * kScaleBytes[scale_dtype];
-  const uint32_t zero = s.zero == MPQ_ZERO_INT ? kLanes * 8 : s.zero == MPQ_ZERO_FLOAT ? scale : 0;
-  return uint32_t(unit) * 512 * s.bits + flushes * (scale + zero);
+  const uint32_t scale = kScaleBytes[scale_dtype], zero = uint32_t(zero_bytes(s.zero, scale));
+  return uint32_t(unit) * 512 * s.bits + flushes * kLanes * 8 * (scale + zero);
 }
 
 }  // namespace

@@ -3,13 +3,15 @@
 //     y[row][token] += scale' * (sum of code' * x - zero' * sum of x)         for each group of columns
 //
 // where code' is the masked field (unpack.cuh) and scale', zero' carry its power of two, so that a product with one-hot
-// x is fl32(fl32(code - zero) * scale), bit for bit.
+// x is fl32(fl32(code - zero) * scale), bit for bit. Kind `min`: y += scale' * sum of code' * x, then y += zero * sum
+// of x, which is fl32(fl32(code * scale) + zero).
 #pragma once
 
 #include "device.cuh"
 #include "generated/layout.h"
 #include "params.h"
 #include "unpack.cuh"
+#include "zeros.cuh"
 
 namespace mpq::cuda {
 
@@ -69,8 +71,7 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
                             const float2 (&sum_x)[kTokenTiles], uint32_t& scales, int zero_kind, int scale_dtype,
                             uint32_t lane) {
   float scale[8], zero[8];
-  constexpr float kMiddle = kSymmetricZero[kBits];  // a constant: devices have no table
-  float offset = 0.0f;                              // zero[i] - offset is the zero point
+  float offset = 0.0f;  // zero[i] - offset is the zero point
   load_row_values(scale, scales, scale_dtype);
   scales += row_values_bytes(scale_dtype);
   if (zero_kind == kZeroInt) {
@@ -80,18 +81,19 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
     offset = 8388608.0f;
     MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] =
         dev::bits_to_float(dev::byte_permute(i < 4 ? bytes.x : bytes.y, 0x4b000000u, 0x7650u | uint32_t(i & 3)));
-  } else if (zero_kind == kZeroFloat) {
+  } else if (zeros_like_scales(zero_kind)) {
     load_row_values(zero, scales, scale_dtype);
     scales += row_values_bytes(scale_dtype);
   } else {
-    MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = kMiddle;
+    MPQ_UNROLL for (int i = 0; i < 8; ++i) zero[i] = fixed_zero<kBits>(zero_kind);
   }
+  const bool min = zero_kind == kZeroMin;
   MPQ_UNROLL for (int t = 0; t < 4; ++t) {
     MPQ_UNROLL for (int h = 0; h < 2; ++h) {
       const int power = kExponent<kBf16> - Unpack<kBits>::shift(t, h);
       const float s = dev::mul(scale[4 * h + t], dev::bits_to_float(power_of_two(power)));
       const float unscale = dev::bits_to_float(power_of_two(-power));
-      const float z = dev::fma(zero[4 * h + t], -unscale, dev::mul(offset, unscale));
+      const float z = min ? 0.0f : dev::fma(zero[4 * h + t], -unscale, dev::mul(offset, unscale));
       MPQ_UNROLL for (int n = 0; n < kTokenTiles; ++n) {
         float& first = sums[t][n][2 * h];
         float& second = sums[t][n][2 * h + 1];
@@ -99,6 +101,15 @@ MPQ_DEVICE void flush_group(float (&y)[4][kTokenTiles][4], float (&sums)[4][kTok
         y[t][n][2 * h + 1] = dev::fma(s, dev::fma(z, sum_x[n].y, second), y[t][n][2 * h + 1]);
         first = 0.0f;
         second = 0.0f;
+      }
+    }
+  }
+  if (!min) return;
+  MPQ_UNROLL for (int t = 0; t < 4; ++t) {
+    MPQ_UNROLL for (int n = 0; n < kTokenTiles; ++n) {
+      MPQ_UNROLL for (int h = 0; h < 2; ++h) {
+        y[t][n][2 * h] = dev::fma(zero[4 * h + t], sum_x[n].x, y[t][n][2 * h]);
+        y[t][n][2 * h + 1] = dev::fma(zero[4 * h + t], sum_x[n].y, y[t][n][2 * h + 1]);
       }
     }
   }

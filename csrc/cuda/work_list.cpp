@@ -58,7 +58,7 @@ bool TableReader::next(Segment& segment, Band& band) {
   segment.scales = uint32_t(scales_);
   segment.zeros = uint32_t(zeros_);
   scales_ += uint64_t(segment.groups * row_tiles);
-  if (s.zero != MPQ_ZERO_NONE) zeros_ += uint64_t(segment.groups * row_tiles);
+  if (stores_zeros(s.zero)) zeros_ += uint64_t(segment.groups * row_tiles);
   segment.tile0 = int32_t(s.k0 / kTileK);
   segment.tiles = int32_t(tiles);
   segment.groups_per_tile = single_group(s) ? 0.0f : float(kTileK) / float(s.group_size);

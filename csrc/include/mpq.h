@@ -1,6 +1,6 @@
 /* CUDA kernels for packed weights of any mix of 1..8 bits, as a C interface without torch.
  *
- *     y[M, N] = x[M, K] @ W[N, K]^T + bias,     W = (codes - zeros) * scales
+ *     y[M, N] = x[M, K] @ W[N, K]^T + bias,     W = (codes - zeros) * scales, or codes * scales + zeros
  *
  * Raw pointers, shapes and a stream; the caller owns every byte. The functions allocate nothing on the device, throw
  * nothing and wait for nothing: they check their arguments on the host and enqueue kernels on `stream`, so they can be
@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MPQ_VERSION 1 /* of this interface; mpq_version() is that of the library */
+#define MPQ_VERSION 2 /* of this interface; mpq_version() is that of the library */
 
 #if defined(__GNUC__)
 #define MPQ_API __attribute__((visibility("default")))
@@ -28,7 +28,15 @@ extern "C" {
 #endif
 
 typedef enum mpq_dtype { MPQ_F32 = 0, MPQ_F16 = 1, MPQ_BF16 = 2 } mpq_dtype;
-typedef enum mpq_zero { MPQ_ZERO_NONE = 0, MPQ_ZERO_INT = 1, MPQ_ZERO_FLOAT = 2 } mpq_zero;
+/* NONE: zeros of 2^(bits-1) (0.5 for 1 bit), HALF: of (2^bits - 1) / 2; neither is stored. INT: uint8. FLOAT, MIN: of
+ * the dtype of the scales; with MIN a weight is code * scale + zero. */
+typedef enum mpq_zero {
+  MPQ_ZERO_NONE = 0,
+  MPQ_ZERO_HALF = 1,
+  MPQ_ZERO_INT = 2,
+  MPQ_ZERO_FLOAT = 3,
+  MPQ_ZERO_MIN = 4
+} mpq_zero;
 
 typedef enum mpq_status {
   MPQ_OK = 0,
@@ -70,7 +78,7 @@ typedef struct mpq_weight {
   int64_t in_features;         /* K */
   const void* qweight;         /* 32-bit words */
   const void* scales;          /* of scale_dtype */
-  const void* zeros;           /* uint8 (MPQ_ZERO_INT), scale_dtype (MPQ_ZERO_FLOAT), or null when no segment has any */
+  const void* zeros;           /* uint8 or scale_dtype (mpq_zero), or null when no segment stores any */
   const int32_t* perm;         /* [K]: packed column j is column perm[j] of x; or null. Values are not checked. */
   const mpq_segment* segments; /* sorted by n0, then k0; those with equal n0 and n1 cover [0, K) */
   int32_t num_segments;
@@ -157,7 +165,8 @@ MPQ_API int mpq_linear(const mpq_linear_args* args, const mpq_device* device, vo
 MPQ_API int mpq_grouped_workspace_size(const mpq_grouped_args* args, const mpq_device* device, size_t* bytes);
 MPQ_API int mpq_grouped_linear(const mpq_grouped_args* args, const mpq_device* device, void* stream);
 
-/* out = fl32(fl32(code - zero) * scale), rounded to out_dtype, ties to even. */
+/* out = fl32(fl32(code - zero) * scale), with MPQ_ZERO_MIN fl32(fl32(code * scale) + zero), rounded to out_dtype, ties
+ * to even. */
 MPQ_API int mpq_dequantize(const mpq_dequantize_args* args, const mpq_device* device, void* stream);
 
 /* Rows ids[i] of what mpq_dequantize() gives. */

@@ -80,7 +80,7 @@ MPQ_API int mpq_cpu_linear(const mpq_linear_args* args, const mpq_cpu* cpu);
 MPQ_API int mpq_cpu_grouped_workspace_size(const mpq_grouped_args* args, const mpq_cpu* cpu, size_t* bytes);
 MPQ_API int mpq_cpu_grouped_linear(const mpq_grouped_args* args, const mpq_cpu* cpu);
 
-/* out = fl32(fl32(code - zero) * scale), rounded to out_dtype, ties to even. */
+/* As mpq_dequantize(): the same bits. */
 MPQ_API int mpq_cpu_dequantize(const mpq_dequantize_args* args, const mpq_cpu* cpu);
 
 /* Rows ids[i] of what mpq_cpu_dequantize() gives; MPQ_ERROR_ID for an id outside of [0, N). */

@@ -67,7 +67,7 @@ struct WeightView {
       cpu::Segment out{s.n0, s.n1, s.k0, s.k1, s.bits, s.group_size, s.zero_kind, {}, nullptr, nullptr};
       for (int p = 0; p < mpq::kPlaneCount[s.bits]; ++p) out.planes[p] = words + s.planes[p];
       out.scales = scales + s.scales * scale_bytes;
-      if (s.zero_kind != mpq::kZeroNone) out.zeros = zeros + s.zeros * zero_bytes;
+      if (mpq::stores_zeros(s.zero_kind)) out.zeros = zeros + s.zeros * zero_bytes;
       segments.push_back(out);
     });
     weight.N = packed.N;

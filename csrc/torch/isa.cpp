@@ -38,6 +38,27 @@ std::string cpu_isas() {
 
 std::string cpu_isa() { return cpu::isa_name(current_isa()); }
 
+// Which kernels serve how many tokens with the instruction set in use: lines of "x, tokens from, kernel".
+std::string cpu_paths() {
+  struct Kind {
+    const char* x;
+    cpu::DType dtype;
+    bool int8;
+  };
+  constexpr Kind kKinds[] = {{"bf16", cpu::DType::kBF16, false},
+                             {"fp16 or fp32", cpu::DType::kF32, false},
+                             {"rounded to int8", cpu::DType::kF32, true}};
+  std::string lines;
+  for (const Kind& kind : kKinds) {
+    cpu::Path found[cpu::kMostPaths];
+    const int count = cpu::paths(current_isa(), kind.dtype, kind.int8, found);
+    for (int i = 0; i < count; ++i) {
+      lines += std::string(kind.x) + "," + std::to_string(found[i].tokens) + "," + found[i].kernel + "\n";
+    }
+  }
+  return lines;
+}
+
 cpu::Isa isa_of(const std::string& name) {
   for (cpu::Isa isa : cpu::kIsas) {
     if (name == cpu::isa_name(isa)) return isa;
@@ -64,6 +85,7 @@ void set_cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
+  m.def("cpu_paths() -> str");
   m.def("cpu_isa_refusal(str name) -> str");
   m.def("set_cpu_isa(str name) -> ()");
 }
@@ -71,6 +93,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mpq, m) {
 STABLE_TORCH_LIBRARY_IMPL(mpq, CompositeExplicitAutograd, m) {
   m.impl("cpu_isas", TORCH_BOX(&mpq::cpu_isas));
   m.impl("cpu_isa", TORCH_BOX(&mpq::cpu_isa));
+  m.impl("cpu_paths", TORCH_BOX(&mpq::cpu_paths));
   m.impl("cpu_isa_refusal", TORCH_BOX(&mpq::cpu_isa_refusal));
   m.impl("set_cpu_isa", TORCH_BOX(&mpq::set_cpu_isa));
 }

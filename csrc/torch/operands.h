@@ -113,7 +113,7 @@ void for_each_segment(const PackedTensors& w, const Visit& visit) {
     s.group_size = ints[kSegmentGroupSize];
     const int64_t bits = ints[kSegmentBits], zero_kind = ints[kSegmentZero];
     STD_TORCH_CHECK(1 <= bits && bits <= 8, "bits=", bits, " is not 1..8");
-    STD_TORCH_CHECK(kZeroNone <= zero_kind && zero_kind <= kZeroFloat, "unknown kind of zeros");
+    STD_TORCH_CHECK(is_zero_kind(zero_kind), "unknown kind of zeros");
     s.bits = static_cast<int>(bits), s.zero_kind = static_cast<int>(zero_kind);
     check_segment(s, i ? &last : nullptr, w.N, w.K);
     const int64_t row_tiles = (s.n1 - s.n0 + kTileN - 1) / kTileN, col_tiles = (s.k1 - s.k0 + kTileK - 1) / kTileK;
@@ -125,7 +125,7 @@ void for_each_segment(const PackedTensors& w, const Visit& visit) {
     s.scales = scale;
     s.zeros = zero;
     scale += count;
-    if (s.zero_kind != kZeroNone) {
+    if (stores_zeros(s.zero_kind)) {
       check_zeros(w, s.zero_kind);
       zero += count;
     }

@@ -66,8 +66,10 @@ static void put(uint32_t* plane, int width, int tiles, int n, int k, unsigned fi
   plane[(n / 64 * tiles + k / 64) * 128 * width + word] |= (uint32_t)field << bit;
 }
 
-/* Place of a row among the scales, or zeros, of one group. */
-static int row_place(int n) { return n / 64 * 64 + 8 * (n % 8) + 4 * (n / 8 % 2) + n / 16 % 4; }
+/* Place of a row and group among all scales, or zeros: segment, row tile, group, row. Each segment has two groups. */
+static int scale_place(int n, int group) {
+  return group / 2 * 2 * PADDED_N + (n / 64 * 2 + group % 2) * 64 + 8 * (n % 8) + 4 * (n / 8 % 2) + n / 16 % 4;
+}
 
 static void pack(packed* to) {
   uint32_t* four = to->qweight;                   /* segment 0: one plane of width 4 */
@@ -81,8 +83,8 @@ static void pack(packed* to) {
       put(two, 2, 1, n, k - 128, code_of(n, k) >> 1);
       put(one, 1, 1, n, k - 128, code_of(n, k) & 1);
     }
-    for (group = 0; group < GROUPS; ++group) to->scales[group * PADDED_N + row_place(n)] = scale_of(n, group);
-    for (group = 0; group < 2; ++group) to->zeros[group * PADDED_N + row_place(n)] = (uint8_t)zero_of(n, group);
+    for (group = 0; group < GROUPS; ++group) to->scales[scale_place(n, group)] = scale_of(n, group);
+    for (group = 0; group < 2; ++group) to->zeros[scale_place(n, group)] = (uint8_t)zero_of(n, group);
   }
 }
 

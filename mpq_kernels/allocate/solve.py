@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..dense.linears import LinearSpec
 from ..errors import PlanError
 from ..format.codes import KEPT_BITS, TILE_N
-from ..plan.plan import FusePlan, Plan, SegmentPlan, WeightPlan, ZeroName
+from ..plan.plan import FusePlan, Plan, SegmentPlan, WeightPlan
 from ..plan.resolve import resolve
 from .budget import Budget
 from .exact import solve_exact
@@ -130,20 +130,17 @@ def _rule(parts: Sequence[tuple[Cell, Choice]]) -> WeightPlan:
     if first.kept:
         return WeightPlan(bits=KEPT_BITS)
     zero = next((c.zero for _, c in merged if c.zero != "none"), "int")
-    whole: dict[str, ZeroName] = {"zero": "float" if zero == "float" else "int"}
     if len(merged) == 1 and first.zero == "none":
         return WeightPlan(bits=first.bits, group_size=first.group_size, symmetric=True)
     if len(merged) == 1:
-        return WeightPlan(bits=first.bits, group_size=first.group_size, **whole)
+        return WeightPlan(bits=first.bits, group_size=first.group_size, zero=zero)
     segments = []
     for cell, choice in merged:
         rows = (cell.n0, None if cell.n1 == cell.spec.out_features else cell.n1)
         cols = (cell.k0, None if cell.k1 == cell.spec.in_features else cell.k1)
-        symmetric = True if choice.zero == "none" else None
-        segments.append(
-            SegmentPlan(rows=rows, cols=cols, bits=choice.bits, group_size=choice.group_size, symmetric=symmetric)
-        )
-    return WeightPlan(bits=first.bits, group_size=first.group_size, segments=tuple(segments), **whole)
+        own = None if choice.zero == zero else choice.zero
+        segments.append(SegmentPlan(rows=rows, cols=cols, bits=choice.bits, group_size=choice.group_size, zero=own))
+    return WeightPlan(bits=first.bits, group_size=first.group_size, segments=tuple(segments), zero=zero)
 
 
 def _merge(parts: Sequence[tuple[Cell, Choice]]) -> list[tuple[Cell, Choice]]:

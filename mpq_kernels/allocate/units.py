@@ -21,7 +21,8 @@ from functools import cached_property, lru_cache
 
 from ..dense.linears import LinearSpec
 from ..errors import PlanError
-from ..format.codes import FORMATS, KEPT_BITS, TILE_K, TILE_N, ZERO_KINDS
+from ..format.codes import FORMATS, KEPT_BITS, TILE_K, TILE_N
+from ..format.kinds import ZERO_KINDS
 from ..format.layout import WeightLayout
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read the same input

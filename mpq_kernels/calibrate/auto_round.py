@@ -211,8 +211,8 @@ def _why_not(member: ResolvedMember) -> str | None:
         return "its rows or columns have different widths"
     if layout.permuted:
         return "its columns are permuted"
-    if segment.zero == "float":
-        return "its zeros are float"
+    if segment.zero not in ("none", "int"):
+        return f"its zeros are {segment.zero}"
     if segment.bits == 1:
         return "1 bit"
     if segment.bits == 8 and segment.zero != "none":

@@ -1,7 +1,7 @@
 """`quantization_config` in a packed checkpoint's config.json: what is packed, how, and what was kept and why.
 
-    {"quant_method": "mpq", "format_version": 1, "layout_id": "mpq1-...", "producer": "mpq_kernels 0.1.0",
-     "quantizer": "hqq",
+    {"quant_method": "mpq", "format_version": 2, "layout_id": "mpq2-...",
+     "producer": {"name": "mpq_kernels", "version": "0.1.0"}, "quantizer": "hqq",
      "layouts": [layout, ...],                                     each once, in the order of first use
      "modules": {"model.layers.0.mlp.down_proj": {"layout": 0, "bias": false, "members": null},
                  "model.layers.0.self_attn.qkv_proj": {"layout": 1, "bias": true,
@@ -43,6 +43,8 @@ WEIGHTS_KEY = "transformers_weights"
 # transformers ends its error with it: no file can have this name, and none is looked for.
 IMPORT_FIRST = "packed by mpq_kernels: `import mpq_kernels` before the model is loaded"
 KEYS = ("quant_method", "format_version", "layout_id", "producer", "quantizer", "layouts", "modules", "kept")
+PRODUCER_KEYS = ("name", "version")
+PACK_AGAIN = "pack the model again: mpq pack SOURCE OUT --plan PLAN"
 MAX_NAME = 512  # characters of a module name
 MAX_EXTENT = 2**31 - 1  # rows, columns: what an int32 index in a kernel can count
 MAX_NODES = 10_000_000  # JSON values in one config: bounds the time of everything below
@@ -116,13 +118,13 @@ class Float8Module:
 class PackingConfig:
     """A checked quantization_config. modules: packed name -> PackedModule, in model order. kept: module -> reason.
 
-    floats: name -> Float8Module, in model order.
+    floats: name -> Float8Module, in model order. producer: name and version of the program that wrote it.
     """
 
     modules: dict[str, PackedModule]
     kept: dict[str, str] = field(default_factory=dict)
     quantizer: str = ""
-    producer: str = ""
+    producer: dict[str, str] = field(default_factory=lambda: dict.fromkeys(PRODUCER_KEYS, ""))
     floats: dict[str, Float8Module] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ class PackingConfig:
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "layout_id": LAYOUT_ID,
-            "producer": self.producer,
+            "producer": dict(self.producer),
             "quantizer": self.quantizer,
             "layouts": [layout.to_dict() for layout in layouts],
             "modules": modules,
@@ -161,9 +163,15 @@ class PackingConfig:
         """
         _check_versions(data, where)
         _check_bounds(data, where)
-        for key in ("producer", "quantizer"):
-            if not isinstance(data[key], str):
-                raise CheckpointError(f"{where}: {key}={short(data[key])} is not a string")
+        if not isinstance(data["quantizer"], str):
+            raise CheckpointError(f"{where}: quantizer={short(data['quantizer'])} is not a string")
+        producer = data["producer"]
+        if (
+            not isinstance(producer, dict)
+            or set(producer) != set(PRODUCER_KEYS)
+            or not all(isinstance(value, str) for value in producer.values())
+        ):
+            raise CheckpointError(f"{where}: producer={short(producer)} is not a name and a version")
         if not isinstance(data["layouts"], list) or not isinstance(data["modules"], dict):
             raise CheckpointError(f"{where}: layouts must be a list and modules an object")
         layouts = [_Layout.parse(item, f"{where}: layout {index}") for index, item in enumerate(data["layouts"])]
@@ -174,7 +182,7 @@ class PackingConfig:
             raise CheckpointError(f"{where}: kept must map module names to reasons")
         floats = _floats(data.get("float8", {}), where)
         _check_disjoint(modules, floats, kept, where)
-        return cls(modules, dict(kept), data["quantizer"], data["producer"], floats)
+        return cls(modules, dict(kept), data["quantizer"], dict(producer), floats)
 
 
 @dataclass(frozen=True)
@@ -202,14 +210,16 @@ def _check_versions(data: Any, where: str) -> None:
         raise CheckpointError(f"{where}: quant_method={short(data.get('quant_method'))} is not {QUANT_METHOD!r}")
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
+        older = type(version) is int and version < FORMAT_VERSION
+        cure = "an older version packed it, in another order" if older else "update mpq_kernels, or"
         raise CheckpointError(
-            f"{where}: format_version={short(version)}, and this build reads {FORMAT_VERSION}: "
-            "update mpq_kernels, or pack the model again"
+            f"{where}: format_version={short(version)}, and this build reads {FORMAT_VERSION}: {cure}"
+            f"{'; ' if older else ' '}{PACK_AGAIN}"
         )
     if data.get("layout_id") != LAYOUT_ID:
         raise CheckpointError(
-            f"{where}: layout_id={short(data.get('layout_id'))}, and this build has {LAYOUT_ID!r}: the codes are in "
-            "another order; pack the model again, or use the version that packed it"
+            f"{where}: layout_id={short(data.get('layout_id'))}, and this build has {LAYOUT_ID!r}: codes or scales are "
+            f"in another order; use the version that packed it, or {PACK_AGAIN}"
         )
     if set(data) - set(OPTIONAL_KEYS) != set(KEYS):
         missing, extra = sorted(set(KEYS) - set(data)), sorted(map(short, set(data) - {*KEYS, *OPTIONAL_KEYS}))

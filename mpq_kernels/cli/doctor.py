@@ -19,8 +19,9 @@ from ..version import VERSION
 from .options import JsonFlag
 from .output import print_json, print_table
 
-AMX_WORKS = 'available for int8 activations, not measured; choose it with torch.ops.mpq.set_cpu_isa("amx")'
+AMX_WORKS = "works: products of 16 tokens and more, of bf16 and of int8 activations, run on the tile registers"
 CUDA_FILE = "_cuda.so"
+PATH_KEYS = ("activations", "tokens_from", "kernel")
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "pydantic", "typer", "numpy")
 
 
@@ -92,7 +93,7 @@ def _operators() -> dict[str, Any]:
 
         from ..backends import ops
     except (MPQError, ImportError) as error:
-        nothing: dict[str, Any] = {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None}
+        nothing: dict[str, Any] = {"file": None, "layout_id": None, "isas": [], "isa": None, "amx": None, "paths": []}
         return nothing | {"reason": str(error), "broken": True}
     return {
         "file": str(ops.LIBRARY),
@@ -100,6 +101,7 @@ def _operators() -> dict[str, Any]:
         "isas": torch.ops.mpq.cpu_isas().split(","),
         "isa": torch.ops.mpq.cpu_isa(),
         "amx": torch.ops.mpq.cpu_isa_refusal("amx") or AMX_WORKS,
+        "paths": [dict(zip(PATH_KEYS, row.split(","), strict=True)) for row in torch.ops.mpq.cpu_paths().splitlines()],
         "reason": None,
         "broken": False,
     }
@@ -231,6 +233,8 @@ def _print(data: dict[str, Any]) -> None:
     if operators["isa"]:
         print(f"instruction sets: {', '.join(operators['isas'])}; using {operators['isa']}")
         print(f"amx: {operators['amx']}\n")
+        paths = [[p["activations"], p["tokens_from"], p["kernel"]] for p in operators["paths"]]
+        print_table(None, ["<activations", "tokens, from", "<kernels on this processor"], paths)
     rows = []
     for item in data["backends"]:
         state = item["reason"] or ("works, only when asked for" if item["only_on_request"] else "works")

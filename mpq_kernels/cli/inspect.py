@@ -82,7 +82,8 @@ def _print(checkpoint: PackedCheckpoint, data: dict[str, Any]) -> None:
     total = data["total"]
     rows.append(["total", "", "", "", "", None, round(total["bpw"], 4), *(total[p] for p in PURPOSES), total["total"]])
     columns = ["<module", "<shape", "<bits", "<group", "<zeros", "segments", "bpw", *PURPOSES, "bytes"]
-    print_table(f"{data['path']}  ({data['producer']}, {data['quantizer']})", columns, rows)
+    producer = " ".join(data["producer"].values())
+    print_table(f"{data['path']}  ({producer}, {data['quantizer']})", columns, rows)
     print_kept(data["kept"])
     print_table(None, ["<file", "bytes"], list(data["files"].items()))
     print(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,9 @@ from .choices import OneOf
 
 
 def _zero_kinds() -> Iterable[str]:
-    from ..plan.plan import ZeroName
+    from ..format.kinds import ZERO_KINDS
 
-    return get_args(ZeroName)
+    return ZERO_KINDS
 
 
 def _scale_dtypes() -> Iterable[str]:
@@ -104,7 +104,7 @@ PlainDtypeOption = Annotated[str, typer.Option(parser=OneOf(_dtypes), help="Dtyp
 # A uniform plan
 WidthOption = Annotated[int, typer.Option(min=1, max=8, help="Width of every linear layer, 1 to 8.")]
 GroupOption = Annotated[int, typer.Option(help="Codes along K that share a scale; -1 for all of K.")]
-SymmetricFlag = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
+SymmetricFlag = Annotated[bool, typer.Option("--symmetric", help="No zero points: --zero none.")]
 ZeroOption = Annotated[str, typer.Option(parser=OneOf(_zero_kinds), help="Kind of the zero points.")]
 ScaleOption = Annotated[str, typer.Option(parser=OneOf(_scale_dtypes), help="Dtype of the scales.")]
 HeadOption = Annotated[int, typer.Option(help="Width of the output head, 1 to 8; 16 keeps it as it is.")]

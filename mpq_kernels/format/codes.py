@@ -18,9 +18,11 @@ and a plane of width p holds it in the 32-bit word and at the bit that `word_ind
     p=2: word (c>>1, lane, c&1, t>>1) bits 16 e + 8 m + 4 (t&1) + 2 h
     p=1: word (lane, c)               bits 16 e + 8 m + 4 (t&1) + 2 (t>>1) + h
 
-Scales and zeros keep the rows of a supertile in the order that one lane reads: row n sits at 8 g + 4 h + t.
+Scales and zeros of a segment are blocks of 64, one for each row tile and group, in the order [row tile][group][64]:
+what one row tile needs is one piece. A block keeps the rows of a supertile in the order that one lane reads: row n
+sits at 8 g + 4 h + t.
 
-Why this order: docs/format.md, "Why this layout". Standard library only: setup.py loads this file to write
+Why this order: docs/format.md, "Why this layout". Standard library only: setup.py loads this file and kinds.py to write
 csrc/generated/layout.h, and the compiled parts report LAYOUT_ID back.
 """
 
@@ -28,8 +30,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
-FORMAT_VERSION = 1
+from .kinds import KINDS
+
+FORMAT_VERSION = 2
 TILE_N = 64
 TILE_K = 64
 TILE_CODES = TILE_N * TILE_K
@@ -42,7 +47,6 @@ class BitFormat:
 
     bits: int
     planes: tuple[int, ...]  # plane widths, most significant bits first, from wide to narrow; they add up to `bits`
-    symmetric_zero: float  # the zero point of a symmetric weight, which stores none
 
     @property
     def tile_words(self) -> int:
@@ -55,31 +59,26 @@ class BitFormat:
         return (1 << self.bits) - 1
 
 
-# One bit is symmetric around 0.5, so that its two codes are -scale/2 and +scale/2; with 2**(bits-1) it could not
-# express a positive weight.
 FORMATS: dict[int, BitFormat] = {
     f.bits: f
     for f in (
-        BitFormat(1, (1,), 0.5),
-        BitFormat(2, (2,), 2.0),
-        BitFormat(3, (2, 1), 4.0),
-        BitFormat(4, (4,), 8.0),
-        BitFormat(5, (4, 1), 16.0),
-        BitFormat(6, (4, 2), 32.0),
-        BitFormat(7, (4, 2, 1), 64.0),
-        BitFormat(8, (4, 4), 128.0),
+        BitFormat(1, (1,)),
+        BitFormat(2, (2,)),
+        BitFormat(3, (2, 1)),
+        BitFormat(4, (4,)),
+        BitFormat(5, (4, 1)),
+        BitFormat(6, (4, 2)),
+        BitFormat(7, (4, 2, 1)),
+        BitFormat(8, (4, 4)),
     )
 }
 KEPT_BITS = 16  # a plan's word for "leave this weight as it is"
 PLANE_WIDTHS = (4, 2, 1)
 
-# How a segment's zero points are stored. The position in this tuple is the number that operators and kernels receive.
-ZERO_KINDS = ("none", "int", "float")
-
-# Scales (and float zeros) may have these dtypes; the position is the number that kernels receive.
+# Scales (and zeros of their dtype) may have these dtypes; the position is the number that kernels receive.
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
-# The integers that operators take for each segment, in this order; the zero kind is its position in ZERO_KINDS.
+# The integers that operators take for each segment, in this order; the kind is its position in kinds.ZERO_KINDS.
 SEGMENT_INTS = ("n0", "n1", "k0", "k1", "bits", "group_size", "zero")
 
 
@@ -121,11 +120,20 @@ def row_position(n: int) -> int:
     return 8 * g + 4 * h + t
 
 
+def scale_block(row_tile: Any, group: Any, groups: int) -> Any:
+    """Number (or tensor of numbers) of the block of 64 scales of a row tile and group; `groups`: of the segment."""
+    return row_tile * groups + group
+
+
 def _layout_id() -> str:
-    """Digest of every rule above: two builds with the same id read and write the same bytes."""
+    """Digest of every rule above and of kinds.py: two builds with the same id read and write the same bytes."""
     digest = hashlib.sha256()
-    digest.update(repr((FORMAT_VERSION, TILE_N, TILE_K, ZERO_KINDS, SCALE_DTYPES)).encode())
-    digest.update(repr([(f.bits, f.planes, f.symmetric_zero) for f in FORMATS.values()]).encode())
+    digest.update(repr((FORMAT_VERSION, TILE_N, TILE_K, SCALE_DTYPES)).encode())
+    digest.update(repr([(f.bits, f.planes) for f in FORMATS.values()]).encode())
+    for kind in KINDS.values():
+        fixed = [kind.fixed(bits) for bits in FORMATS] if kind.fixed else None
+        digest.update(repr((kind.name, kind.stored, kind.says, fixed)).encode())
+    digest.update(repr([scale_block(tile, group, 3) for tile in range(3) for group in range(3)]).encode())
     for n in range(TILE_N):
         digest.update(bytes([row_position(n)]))
         for k in range(TILE_K):

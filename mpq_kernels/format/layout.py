@@ -24,7 +24,8 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import FormatError
-from .codes import FORMATS, SCALE_DTYPES, SEGMENT_INTS, TILE_K, TILE_N, WORD_BITS, ZERO_KINDS
+from .codes import FORMATS, SCALE_DTYPES, SEGMENT_INTS, TILE_K, TILE_N, WORD_BITS
+from .kinds import KINDS, ZERO_KINDS, StorageKind, why_not_kind
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
 
@@ -36,7 +37,10 @@ def ceil_div(value: int, unit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A rectangle [n0, n1) x [k0, k1) of one width. `group_size` codes along K share a scale (and a zero)."""
+    """A rectangle [n0, n1) x [k0, k1) of one width and storage kind.
+
+    `group_size` codes along K share a scale (and a zero).
+    """
 
     n0: int
     n1: int
@@ -44,7 +48,7 @@ class Segment:
     k1: int
     bits: int
     group_size: int
-    zero: str  # one of ZERO_KINDS
+    zero: str  # storage kind: one of kinds.ZERO_KINDS
 
     def __post_init__(self) -> None:
         where = f"segment rows {self.n0}..{self.n1}, columns {self.k0}..{self.k1}"
@@ -58,8 +62,9 @@ class Segment:
             raise FormatError(f"{where}: bits={self.bits} is not one of {sorted(FORMATS)}")
         if self.k0 % TILE_K:
             raise FormatError(f"{where}: column cuts must be multiples of {TILE_K}; k0={self.k0} is not")
-        if self.zero not in ZERO_KINDS:
-            raise FormatError(f"{where}: zero={self.zero!r} is not one of {ZERO_KINDS}")
+        reason = why_not_kind(self.zero)
+        if reason is not None:
+            raise FormatError(f"{where}: {reason}")
         check_group_size(self.group_size, self.cols, where)
 
     @property
@@ -93,6 +98,11 @@ class Segment:
         return self.row_tiles * self.col_tiles * FORMATS[self.bits].tile_words
 
     @property
+    def kind(self) -> StorageKind:
+        """What its codes mean."""
+        return KINDS[self.zero]
+
+    @property
     def scale_count(self) -> int:
         """Scales, rows padded to whole supertiles."""
         return self.groups * self.row_tiles * TILE_N
@@ -100,7 +110,7 @@ class Segment:
     @property
     def zero_count(self) -> int:
         """Stored zero points: as many as scales, or none."""
-        return 0 if self.zero == "none" else self.scale_count
+        return self.kind.zeros_count(self.scale_count)
 
     def plane_words(self) -> tuple[int, ...]:
         """Words of each plane, in FORMATS[bits].planes order."""
@@ -185,8 +195,7 @@ class WeightLayout:
             raise FormatError(f"scale_dtype={self.scale_dtype!r} is not one of {SCALE_DTYPES}")
         if not self.segments:
             raise FormatError(f"a weight of {self.out_features} x {self.in_features} needs at least one segment")
-        kinds = {s.zero for s in self.segments} - {"none"}
-        if len(kinds) > 1:
+        if len({s.kind.stored for s in self.segments} - {None}) > 1:
             raise FormatError("one weight cannot mix integer and float zeros: its zeros are one tensor of one dtype")
         row = 0
         for (n0, n1), band in groupby(self.segments, key=lambda s: (s.n0, s.n1)):
@@ -233,8 +242,8 @@ class WeightLayout:
     @property
     def zero_dtype(self) -> str | None:
         """Dtype of the zeros tensor, None when there is none."""
-        kind = next((s.zero for s in self.segments if s.zero != "none"), "none")
-        return {"none": None, "int": "uint8", "float": self.scale_dtype}[kind]
+        dtypes = (s.kind.zeros_dtype(self.scale_dtype) for s in self.segments)
+        return next((dtype for dtype in dtypes if dtype is not None), None)
 
     def bands(self) -> list[tuple[Segment, ...]]:
         """Segments grouped by row band, in order."""
@@ -293,17 +302,16 @@ class WeightLayout:
         total = SizeBreakdown()
         scale_bits = 8 * DTYPE_BYTES[self.scale_dtype]
         for s in self.segments:
-            zero_bits = 0 if s.zero == "none" else 8 * DTYPE_BYTES[self.zero_dtype or "uint8"]
+            zero_bits = 8 * DTYPE_BYTES[s.kind.zeros_dtype(self.scale_dtype) or "uint8"]
             count, true_scales = s.rows * s.cols, s.rows * s.groups
-            stored = s.words * WORD_BITS + s.scale_count * (scale_bits + zero_bits)
-            used = count * s.bits + true_scales * (scale_bits + zero_bits)
-            total += SizeBreakdown(
+            used = SizeBreakdown(
                 codes=count * s.bits,
                 scales=true_scales * scale_bits,
-                zeros=true_scales * zero_bits,
-                padding=stored - used,
+                zeros=s.kind.zeros_count(true_scales) * zero_bits,
                 weights=count,
             )
+            stored = s.words * WORD_BITS + s.scale_count * scale_bits + s.zero_count * zero_bits
+            total += replace(used, padding=stored - used.total_bits)
         return total + SizeBreakdown(metadata=32 * self.in_features if self.permuted else 0)
 
     def segment_ints(self) -> list[int]:

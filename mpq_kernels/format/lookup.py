@@ -1,6 +1,6 @@
 """Rows of a packed weight by number, in torch: for devices whose backend has no kernel for it. Reads only their words.
 
-id -> row tile, row n of it -> for each plane and column: word and bit (codes.py) -> (code - zero) * scale
+id -> row tile, row n of it -> for each plane and column: word and bit (codes.py) -> weight (kinds.py)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from .codes import FORMATS, TILE_K, TILE_N, row_position
+from .codes import FORMATS, TILE_K, TILE_N, row_position, scale_block
 from .layout import Segment, SegmentOffsets
 from .weights import PackedWeight
 from .words import code_tables
@@ -46,14 +46,14 @@ def _values(weight: PackedWeight, segment: Segment, start: SegmentOffsets, rows:
         word, bit = (table.view(TILE_N, TILE_K)[n][:, None] for table in code_tables(width, rows.device))
         words = weight.qweight[first + tiles[:, :, None] * 128 * width + word]
         codes = (codes << width) | ((words >> bit.int()) & ((1 << width) - 1))
-    groups = torch.arange(segment.groups, device=rows.device) * segment.row_tiles
-    place = (groups + row_tile[:, None]) * TILE_N + _positions(rows.device)[n][:, None]
+    blocks = scale_block(row_tile[:, None], torch.arange(segment.groups, device=rows.device), segment.groups)
+    place = blocks * TILE_N + _positions(rows.device)[n][:, None]
     values = codes.flatten(1)[:, : segment.cols].float().view(len(rows), segment.groups, segment.group_size)
-    if segment.zero == "none" or weight.zeros is None:
-        values = values - FORMATS[segment.bits].symmetric_zero
-    else:
-        values = values - weight.zeros[start.zeros + place].float()[:, :, None]
-    return (values * weight.scales[start.scales + place].float()[:, :, None] + 0.0).view(len(rows), segment.cols)
+    stored = None
+    if weight.zeros is not None and segment.zero_count:
+        stored = weight.zeros[start.zeros + place].float()[:, :, None]
+    scale, zero = weight.scales[start.scales + place].float()[:, :, None], segment.kind.zero(segment.bits, stored)
+    return (segment.kind.decode(values, scale, zero) + 0.0).view(len(rows), segment.cols)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The oracle: what a quantized or packed weight means, in plain torch, on any device.
 
-    W[n, k] = (codes[n, k] - zero) * scale          one rounding for each of the two operations, in fp32 or fp64
+    W[n, k] = (codes[n, k] - zero) * scale          or codes * scale + zero: kinds.py. One rounding for each of the two
+                                                    operations, in fp32 or fp64
     y[M, N] = x[M, K] @ W[N, K].T + bias
 
 Backends must return `dequantize` bit for bit for one-hot x, and agree with `linear` within a derived bound.
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .codes import FORMATS
 from .weights import PackedWeight, QuantizedBlock, QuantizedWeight
 from .words import unpack_weight
 
@@ -40,16 +40,18 @@ def dequantize(weight: QuantizedWeight | PackedWeight, dtype: torch.dtype = torc
 
 
 def dequantize_block(block: QuantizedBlock, math: torch.dtype = torch.float32) -> torch.Tensor:
-    """(codes - zeros) * scales of one block, [n, k]; `math` is the dtype of both operations and of the result."""
+    """Weights of one block, [n, k]; `math` is the dtype of both operations and of the result."""
+    # Adding +0 turns a -0 (code equal to zero, negative scale) into the +0 that an accumulator starting at 0 gives.
+    return block.kind.decode(*_operands(block, math)).add_(0.0).view(block.codes.shape)
+
+
+def _operands(block: QuantizedBlock, math: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """codes [n, groups, group_size], scale and zero [n, groups, 1] of a block, as a storage kind takes them."""
     n, k = block.codes.shape
     groups = block.scales.shape[1]
     codes = block.codes.to(math).view(n, groups, k // groups)
-    if block.zeros is None:
-        codes = codes - FORMATS[block.bits].symmetric_zero
-    else:
-        codes = codes - block.zeros.to(math).unsqueeze(2)
-    # Adding +0 turns a -0 (code equal to zero, negative scale) into the +0 that an accumulator starting at 0 gives.
-    return (codes * block.scales.to(math).unsqueeze(2) + 0.0).view(n, k)
+    zeros = None if block.zeros is None else block.zeros.to(math).unsqueeze(2)
+    return codes, block.scales.to(math).unsqueeze(2), block.kind.zero(block.bits, zeros)
 
 
 def linear(
@@ -69,8 +71,8 @@ def error_bound(
 
     A sum of n products is off by at most gamma_n = n u / (1 - n u) times the sum of the magnitudes of its terms
     (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u = 2**-24. Kernels sum codes and zeros
-    apart, s * (sum x c - z sum x), so the terms are |s| |x| (c + |z|), and each passes at most K + 6 roundings: the
-    additions, the product, the zero, the scale, the bias.
+    apart, s * (sum x c - z sum x), so the terms are |s| |x| (c + |z|), what a storage kind calls magnitude, and each
+    passes at most K + 6 roundings: the additions, the product, the zero, the scale, the bias.
     """
     quantized = unpack_weight(weight) if isinstance(weight, PackedWeight) else weight
     terms = torch.nn.functional.linear(x.double().abs(), magnitudes(quantized))
@@ -85,26 +87,15 @@ def error_bound(
 
 
 def magnitudes(quantized: QuantizedWeight) -> torch.Tensor:
-    """|scale| (code + |zero|) of every weight, fp64 [N, K] in the original column order."""
+    """Magnitude of every weight's terms, such as |scale| (code + |zero|): fp64 [N, K] in the original column order."""
     layout = quantized.layout
     total = torch.empty(layout.out_features, layout.in_features, dtype=torch.float64)
     for n0, k0, block in quantized.blocks:
         n, k = block.codes.shape
-        total[n0 : n0 + n, k0 : k0 + k] = _magnitude_block(block)
+        total[n0 : n0 + n, k0 : k0 + k] = block.kind.magnitude(*_operands(block, torch.float64)).view(n, k)
     if quantized.perm is not None:
         total[:, quantized.perm.long()] = total.clone()
     return total
-
-
-def _magnitude_block(block: QuantizedBlock) -> torch.Tensor:
-    n, k = block.codes.shape
-    groups = block.scales.shape[1]
-    codes = block.codes.double().view(n, groups, k // groups)
-    if block.zeros is None:
-        codes = codes + FORMATS[block.bits].symmetric_zero
-    else:
-        codes = codes + block.zeros.double().abs().unsqueeze(2)
-    return (codes * block.scales.double().abs().unsqueeze(2)).view(n, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +115,7 @@ def weight_error(weight: torch.Tensor, quantized: QuantizedWeight) -> WeightErro
         rows = max(1, CHUNK_WEIGHTS // k)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
-            zeros = None if block.zeros is None else block.zeros[part]
-            restored = dequantize_block(QuantizedBlock(block.bits, block.codes[part], block.scales[part], zeros))
+            restored = dequantize_block(block.part(part))
             band = weight[n0 + part.start : n0 + part.stop]
             wanted = (band[:, k0 : k0 + k] if columns is None else band[:, columns]).float()
             difference = restored.sub_(wanted)

@@ -4,6 +4,7 @@ Within each group of a weight, the columns are cut in blocks of at most 128. For
 
     amax = max |x|    inverse = 127 / amax    scale = amax / 127    codes = round(x * inverse)     ties to even
     y[n] = sum over blocks of scale_w * scale * (sum code_w * code - zero * sum code)
+           kind `min`:        scale_w * scale * sum code_w * code + zero * scale * sum code
 
 The two inner sums are integers and exact. A block whose amax is below 2**-100 counts as zero; one with NaN or Inf has
 the scale NaN. With a permutation, blocks are cut in the packed order of the columns.

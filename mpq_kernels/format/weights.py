@@ -2,8 +2,8 @@
 
     checkpoint -> QuantizedWeight --packing.pack--> PackedWeight -> backends
 
-Both mean W = (codes - zeros) * scales, one scale and zero for each row and group of columns. Neither knows where it
-came from.
+Both mean codes with one scale (and zero) for each row and group of columns, W = (code - zero) * scale or what else
+kinds.py says. Neither knows where it came from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from ..errors import FormatError
 from .codes import FORMATS, SCALE_DTYPES
+from .kinds import KINDS, StorageKind, why_not_kind
 from .layout import Segment, SizeBreakdown, WeightLayout
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -33,16 +34,23 @@ class QuantizedBlock:
 
     codes: uint8 [n, k], each < 2**bits.
     scales: fp32/fp16/bf16 [n, k / group_size].
-    zeros: None (symmetric: FORMATS[bits].symmetric_zero), uint8 (integer zeros, 0..255), or the dtype of the scales
-        (float zeros); same shape as the scales.
+    zeros: same shape as the scales; None, uint8 or the dtype of the scales, as the storage kind wants it.
+    zero: the storage kind; "": "none", "int" or "float", whichever these zeros are.
     """
 
     bits: int
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
+    zero: str = ""
 
     def __post_init__(self) -> None:
+        if not self.zero:
+            stored = "none" if self.zeros is None else "int" if self.zeros.dtype == torch.uint8 else "float"
+            object.__setattr__(self, "zero", stored)
+        reason = why_not_kind(self.zero)
+        if reason is not None:
+            raise FormatError(reason)
         if self.bits not in FORMATS:
             raise FormatError(f"bits={self.bits} is not one of {sorted(FORMATS)}")
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 2 or 0 in self.codes.shape:
@@ -56,6 +64,11 @@ class QuantizedBlock:
             raise FormatError(f"scales must be [{n}, groups] with groups dividing {k}, not {_describe(self.scales)}")
         if not bool(torch.isfinite(self.scales).all()):
             raise FormatError(f"scales hold NaN or Inf in {DTYPE_NAMES[self.scales.dtype]}: use scale_dtype='float32'")
+        self._check_zeros()
+
+    def _check_zeros(self) -> None:
+        if (self.zeros is None) != (self.kind.stored is None):
+            raise FormatError(f"zero={self.zero!r}: zeros are {'missing' if self.zeros is None else 'given'}")
         if self.zeros is None:
             return
         if self.zeros.shape != self.scales.shape or self.zeros.dtype not in (torch.uint8, self.scales.dtype):
@@ -63,6 +76,8 @@ class QuantizedBlock:
                 f"zeros must be uint8 or {self.scales.dtype} of shape {tuple(self.scales.shape)}, "
                 f"not {_describe(self.zeros)}"
             )
+        if (self.zeros.dtype == torch.uint8) != (self.kind.stored == "uint8"):
+            raise FormatError(f"zero={self.zero!r}: zeros are {_describe(self.zeros)}")
         if self.zeros.dtype != torch.uint8 and not bool(torch.isfinite(self.zeros).all()):
             raise FormatError("float zeros hold NaN or Inf")
 
@@ -72,11 +87,20 @@ class QuantizedBlock:
         return self.codes.shape[1] // self.scales.shape[1]
 
     @property
-    def zero(self) -> str:
-        """Kind of the zeros: one of formats.ZERO_KINDS."""
-        if self.zeros is None:
-            return "none"
-        return "int" if self.zeros.dtype == torch.uint8 else "float"
+    def kind(self) -> StorageKind:
+        """What the codes mean."""
+        return KINDS[self.zero]
+
+    @property
+    def zero_groups(self) -> int:
+        """How many groups of rows are zeros because their scale is 0, and their minimum if they have one."""
+        empty = self.scales == 0
+        return int((empty & (self.zeros == 0) if self.zero == "min" else empty).sum())
+
+    def part(self, rows: slice) -> QuantizedBlock:
+        """Some of its rows, as views."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return QuantizedBlock(self.bits, self.codes[rows], self.scales[rows], zeros, self.zero)
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,26 +65,26 @@ def unpack_weight(weight: PackedWeight, method: str | None = None) -> QuantizedW
         codes = unpack_codes(words, segment)
         scales = unpack_rows(weight.scales.narrow(0, start.scales, segment.scale_count), segment)
         zeros = None
-        if weight.zeros is not None and segment.zero != "none":
+        if weight.zeros is not None and segment.zero_count:
             zeros = unpack_rows(weight.zeros.narrow(0, start.zeros, segment.zero_count), segment)
-        blocks.append((segment.n0, segment.k0, QuantizedBlock(segment.bits, codes, scales, zeros)))
+        blocks.append((segment.n0, segment.k0, QuantizedBlock(segment.bits, codes, scales, zeros, segment.zero)))
     return QuantizedWeight(tuple(blocks), weight.perm)
 
 
 def pack_rows(values: torch.Tensor) -> torch.Tensor:
-    """Scales or zeros [n, groups] -> flat [groups][row tiles * 64], rows of a tile in position order, padding zero."""
+    """Scales or zeros [n, groups] -> flat [row tiles][groups][64], rows of a tile in position order, padding zero."""
     n, groups = values.shape
     tiles = ceil_div(n, TILE_N)
     padded = values.new_zeros(tiles * TILE_N, groups)
     padded[:n] = values
-    # row = (tile, t, h, g) -> position (tile, g, h, t), which is formats.row_position
-    return padded.view(tiles, 4, 2, 8, groups).permute(4, 0, 3, 2, 1).reshape(-1)
+    # row = (tile, t, h, g) -> position (tile, g, h, t), which is codes.row_position
+    return padded.view(tiles, 4, 2, 8, groups).permute(0, 4, 3, 2, 1).reshape(-1)
 
 
 def unpack_rows(flat: torch.Tensor, segment: Segment) -> torch.Tensor:
     """Inverse of pack_rows: [n, groups]."""
     tiles = segment.row_tiles
-    rows = flat.view(segment.groups, tiles, 8, 2, 4).permute(1, 4, 3, 2, 0)
+    rows = flat.view(tiles, segment.groups, 8, 2, 4).permute(0, 4, 3, 2, 1)
     return rows.reshape(tiles * TILE_N, segment.groups)[: segment.rows].contiguous()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..backends import BACKENDS, select
 from ..backends.base import Product
 from ..errors import FormatError, UnsupportedError
+from ..format.kinds import kind_of
 from ..format.layout import WeightLayout
 from ..format.weights import TORCH_DTYPES, PackedWeight
 from ..format.words import pack_weight
@@ -111,11 +112,11 @@ class MixedLinear(nn.Module):
         quantizer: str = "hqq",
         backend: str | None = None,
     ) -> MixedLinear:
-        """Quantize and pack an nn.Linear. `group_size` -1 is all of K; `zero` ("int" or "float") is for asymmetric.
+        """Quantize and pack an nn.Linear. `group_size` -1 is all of K; `zero`: a storage kind (format/kinds.py).
 
         Raises FormatError when the group does not divide in_features, QuantizeError for NaN or Inf in the weight.
         """
-        kind = "none" if symmetric else zero
+        kind = kind_of(symmetric, zero)
         layout = WeightLayout.uniform(linear.out_features, linear.in_features, bits, group_size, kind, scale_dtype)
         quantized = quantize_weight(linear.weight.detach(), layout, None, quantizer)
         packed = pack_weight(quantized).to(linear.weight.device)

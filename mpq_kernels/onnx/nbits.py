@@ -27,8 +27,7 @@ def why_not(block: QuantizedBlock) -> str | None:
     if block_size(block) is None:
         return f"MatMulNBits has no groups of {block.group_size}, only multiples of {LEAST_BLOCK}"
     if block.zero == "none":
-        exact = FORMATS[block.bits].symmetric_zero == 2 ** (block.bits - 1)
-        return None if exact else "MatMulNBits has another zero for symmetric codes"
+        return None  # 2^(bits - 1), for the widths above
     if block.zero != "int" or block.zeros is None:
         return f"MatMulNBits is not exact with zeros of kind {block.zero}"
     if int(block.zeros.max()) > FORMATS[block.bits].max_code:

@@ -169,7 +169,7 @@ class PackJob:
         spec = member.spec
         dense = self.source.weight(spec)
         quantized, error = self._quantize(member, dense)
-        zero_groups = sum(int((block.scales == 0).sum()) for _, _, block in quantized.blocks)
+        zero_groups = sum(block.zero_groups for _, _, block in quantized.blocks)
         inputs = self._digests(spec, dense)
         del dense
         self.source.release_weight(spec)
@@ -274,7 +274,8 @@ class PackJob:
             name: Float8Module(name, float8_shape(spec), spec.bias_tensor is not None)
             for name, spec in self.resolved.floats.items()
         }
-        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, f"mpq_kernels {VERSION}", floats)
+        producer = {"name": "mpq_kernels", "version": VERSION}
+        return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, producer, floats)
 
     def config(self) -> dict[str, Any]:
         """config.json of the output: that of the source, and how its weights are packed."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -42,6 +43,7 @@ from pydantic import (
 from ..errors import CheckpointError, PlanError
 from ..files.strict import close_names, parse_json, replace_file, short
 from ..format.codes import KEPT_BITS, TILE_K
+from ..format.kinds import FIXED_KINDS, ZERO_KINDS, why_not_kind
 from .patterns import why_no_pattern, why_too_many
 
 if TYPE_CHECKING:
@@ -59,7 +61,16 @@ MIN_TOWER_GROUP = 16
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # every linear of every expert, as checkpoints name them
 
 CodeBits = Annotated[int, Field(strict=True, ge=1, le=8)]
-ZeroName = Literal["int", "float"]
+
+
+def _is_kind(value: str) -> str:
+    reason = why_not_kind(value)
+    if reason is not None:
+        raise ValueError(reason)
+    return value
+
+
+ZeroName = Annotated[str, AfterValidator(_is_kind), Field(json_schema_extra={"enum": [*ZERO_KINDS]})]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -111,7 +122,7 @@ class SegmentPlan(_Rules):
 
     @model_validator(mode="after")
     def _check_zero(self) -> SegmentPlan:
-        if self.symmetric and self.zero is not None:
+        if self.symmetric and self.zero is not None and self.zero not in FIXED_KINDS:
             raise ValueError(f"symmetric weights have no zero points, and zero={self.zero!r} asks for them")
         return self
 
@@ -119,10 +130,11 @@ class SegmentPlan(_Rules):
 class WeightPlan(_Rules):
     """How one weight is quantized. bits 1..8, or 16 to keep it as it is.
 
-    group_size: codes along K that share a scale, -1 for all of K. zero: how zero points of an asymmetric weight are
-    stored. segments: rectangles that tile the weight, each of its own width (`bits` is then unused). perm: K integers;
-    packed column j is column perm[j] of the weight, and segments cut the packed columns. dtype: with 8 bits, the float
-    type that the weight is stored in instead of codes, with a scale for each row; the other fields are then unused.
+    group_size: codes along K that share a scale, -1 for all of K. zero: the storage kind (format/kinds.py). symmetric:
+    none, or half if `zero` says so. segments: rectangles that tile the weight, each of its own width (`bits` is then
+    unused). perm: K integers; packed column j is column perm[j] of the weight, and segments cut the packed columns.
+    dtype: with 8 bits, the float type that the weight is stored in instead of codes, with a scale for each row; the
+    other fields are then unused.
     """
 
     bits: Annotated[int, Field(strict=True, json_schema_extra={"enum": [*range(1, 9), KEPT_BITS]})]
@@ -155,8 +167,8 @@ class WeightPlan(_Rules):
             raise ValueError(f"dtype={self.dtype!r} takes 8 bits, and has neither segments nor perm")
         if self.segments is not None and not self.segments:
             raise ValueError("segments is an empty list; leave it out for one width over the whole weight")
-        if self.symmetric and self.zero == "float":
-            raise ValueError("symmetric weights have no zero points, and zero='float' asks for them")
+        if self.symmetric and self.zero not in (*FIXED_KINDS, "int"):  # "int" goes without saying
+            raise ValueError(f"symmetric weights have no zero points, and zero={self.zero!r} asks for them")
         return self
 
     @property

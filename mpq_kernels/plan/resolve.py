@@ -18,6 +18,7 @@ from ..errors import FormatError, PlanError
 from ..files.strict import close_names
 from ..format.codes import KEPT_BITS, TILE_K, TILE_N
 from ..format.float8 import Float8Shape
+from ..format.kinds import FIXED_KINDS, kind_of
 from ..format.layout import Embedding, Experts, Member, Segment, SizeBreakdown, WeightLayout
 from .patterns import Clock, compile_pattern
 from .plan import EXPERTS, REGEX, FusePlan, Plan, SegmentPlan, WeightPlan
@@ -295,11 +296,12 @@ def _bands(name: str, rows: int, cols: int, boxes: Sequence[_Box]) -> list[_Box]
 
 
 def _zero_kind(part: SegmentPlan, rule: WeightPlan) -> str:
-    """Zero kind of a rectangle: its own words first; naming `zero` alone makes it asymmetric."""
+    """Storage kind of a rectangle: its own words first; naming `zero` alone says all."""
     if part.zero is not None:
         return part.zero
-    symmetric = rule.symmetric if part.symmetric is None else part.symmetric
-    return "none" if symmetric else rule.zero
+    if part.symmetric is False and rule.zero in FIXED_KINDS:
+        return "int"
+    return kind_of(rule.symmetric if part.symmetric is None else part.symmetric, rule.zero)
 
 
 def _suggest_groups(cols: int, group: int) -> str:

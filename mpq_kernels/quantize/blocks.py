@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import QuantizeError
-from ..format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from ..format.codes import FORMATS, SCALE_DTYPES
+from ..format.kinds import KINDS, StorageKind, why_not_kind
 from ..format.layout import Segment, WeightLayout, check_group_size
 from ..format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 
@@ -34,7 +35,7 @@ MAX_ROW = 4096
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """How a rectangle is quantized. group_size -1: all its columns. zero: one of ZERO_KINDS."""
+    """How a rectangle is quantized. group_size -1: all its columns. zero: its storage kind, one of ZERO_KINDS."""
 
     bits: int
     group_size: int = 64
@@ -44,8 +45,9 @@ class BlockSpec:
     def __post_init__(self) -> None:
         if self.bits not in FORMATS:
             raise QuantizeError(f"bits={self.bits!r} is not one of {sorted(FORMATS)}")
-        if self.zero not in ZERO_KINDS:
-            raise QuantizeError(f"zero={self.zero!r} is not one of {ZERO_KINDS}")
+        reason = why_not_kind(self.zero)
+        if reason is not None:
+            raise QuantizeError(reason)
         if self.scale_dtype not in SCALE_DTYPES:
             raise QuantizeError(f"scale_dtype={self.scale_dtype!r} is not one of {SCALE_DTYPES}")
 
@@ -60,9 +62,14 @@ class BlockSpec:
         return FORMATS[self.bits].max_code
 
     @property
-    def symmetric_zero(self) -> float:
-        """Zero point when none is stored."""
-        return FORMATS[self.bits].symmetric_zero
+    def kind(self) -> StorageKind:
+        """What codes mean."""
+        return KINDS[self.zero]
+
+    @property
+    def fixed_zero(self) -> float | None:
+        """Zero point when none is stored; None where some are."""
+        return None if self.kind.fixed is None else self.kind.fixed(self.bits)
 
 
 Search = Callable[[torch.Tensor, BlockSpec, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
@@ -71,7 +78,7 @@ Rounding = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockSpec], torch
 
 def nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     """Nearest codes (fp32, whole numbers) of groups [G, g] for scales and zeros [G, 1]; a scale of 0 gives code 0."""
-    steps = (groups / scale).add_(zero).round_().clamp_(0, spec.max_code)
+    steps = spec.kind.steps(groups, scale, zero).round_().clamp_(0, spec.max_code)
     none = scale == 0
     return steps.masked_fill_(none, 0.0) if bool(none.any()) else steps
 
@@ -102,7 +109,7 @@ class BlockInWork:
         dtype = TORCH_DTYPES[spec.scale_dtype]
         self.codes = torch.empty(rows, cols, dtype=torch.uint8, device=device)
         self.scales = torch.empty(rows, self.groups, dtype=dtype, device=device)
-        self.zeros = torch.empty_like(self.scales, dtype=torch.uint8 if spec.zero == "int" else dtype)
+        self.zeros = torch.empty_like(self.scales, dtype=torch.uint8 if spec.kind.stored == "uint8" else dtype)
 
     def quantize(
         self, rows: slice, group: slice, values: torch.Tensor, steps: Steps, factor: torch.Tensor | None = None
@@ -116,7 +123,8 @@ class BlockInWork:
 
     def block(self) -> QuantizedBlock:
         """What has been filled."""
-        return QuantizedBlock(self.spec.bits, self.codes, self.scales, None if self.spec.zero == "none" else self.zeros)
+        zeros = None if self.spec.kind.stored is None else self.zeros
+        return QuantizedBlock(self.spec.bits, self.codes, self.scales, zeros, self.spec.zero)
 
 
 def row_parts(rows: int, cols: int) -> Iterator[slice]:
@@ -168,7 +176,7 @@ def naming(name: str, segment: Segment, layout: WeightLayout) -> Iterator[None]:
 
 def squared_error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     """Sum of squared errors [G, 1] of groups [G, g] for stored scales and zeros, rounded to nearest."""
-    restored = nearest(groups, scale, zero, spec).sub_(zero).mul_(scale)
+    restored = spec.kind.decode(nearest(groups, scale, zero, spec), scale, zero)
     return row_sum(restored.sub_(groups).square_())
 
 
@@ -193,18 +201,18 @@ def keep_better(
 def storable(scale: torch.Tensor, zero: torch.Tensor, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest scales and zeros that can be stored, as fp32. Out of range scales and float zeros become Inf."""
     dtype = TORCH_DTYPES[spec.scale_dtype]
-    if spec.zero == "int":
+    if spec.kind.stored == "uint8":
         zero = zero.round().clamp_(0, spec.max_code)
-    elif spec.zero == "float":
+    elif spec.kind.stored == "scales":
         zero = zero.to(dtype).float()
     return scale.to(dtype).float(), zero
 
 
-def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
+def checked_scale(scale: torch.Tensor, spec: BlockSpec, what: str = "scale") -> torch.Tensor:
     """Scales [G, 1] rounded to the stored dtype, and 0 where nothing is left of them: a group of zeros.
 
     What is below the normal numbers of fp32 counts as nothing, whatever the dtype. Raises QuantizeError when a scale is
-    too large for its dtype.
+    too large for its dtype. what: what messages call it.
     """
     info = torch.finfo(TORCH_DTYPES[spec.scale_dtype])
     stored = scale.to(TORCH_DTYPES[spec.scale_dtype]).float()
@@ -216,5 +224,5 @@ def checked_scale(scale: torch.Tensor, spec: BlockSpec) -> torch.Tensor:
     if spec.scale_dtype == "float16":
         cure = "use scale_dtype='bfloat16' or 'float32' for this module"
     raise QuantizeError(
-        f"a scale of {float(scale[bad][0]):.4g} overflows {spec.scale_dtype} (limit {info.max:.4g}): {cure}"
+        f"a {what} of {float(scale[bad][0]):.4g} overflows {spec.scale_dtype} (limit {info.max:.4g}): {cure}"
     )

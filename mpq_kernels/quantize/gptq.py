@@ -123,7 +123,7 @@ def _quantize_segment(
             value = work[:, place : place + 1]
             code = steps.rounding(value, scale, zero, spec)
             made.codes[:, column] = code[:, 0]
-            error = (value - (code - zero) * scale) / factor[place, place]
+            error = (value - spec.kind.decode(code, scale, zero)) / factor[place, place]
             errors[:, column - start] = error[:, 0]
             work[:, place + 1 : last] -= error * factor[place, place + 1 : last]
         work[:, last:] -= errors @ factor[first:last, last:]
@@ -151,4 +151,4 @@ def _search_rows(
 
 def _to(block: QuantizedBlock, device: torch.device) -> QuantizedBlock:
     zeros = None if block.zeros is None else block.zeros.to(device)
-    return QuantizedBlock(block.bits, block.codes.to(device), block.scales.to(device), zeros)
+    return QuantizedBlock(block.bits, block.codes.to(device), block.scales.to(device), zeros, block.zero)

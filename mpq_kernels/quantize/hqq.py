@@ -1,10 +1,10 @@
 """Search of scale and zero: clip grid, least squares and half-quadratic steps, best of all per group.
 
-W is approximated by (codes - zero) * scale, and four moves compete for each group of weights:
+W is approximated by (codes - zero) * scale, or codes * scale + minimum, and four moves compete for each group:
 
     rtn      min/max rounding, the starting point, so that no group ends up worse than with rtn
     clip     the range of rtn shrunk towards 0, at each neighbouring zero point
-    fit      codes fixed: the scale (and a float zero) of least squares
+    fit      codes fixed: the scale (and a float zero or minimum) of least squares
     robust   the same with the residuals of clipped weights taken out by an l_p shrinkage, p < 1: the half-quadratic
              split of HQQ, https://mobiusml.github.io/hqq_blog/
 
@@ -67,10 +67,17 @@ class _Search:
 
     def _judge(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Squared error [G, 1] of stored scales and zeros [G, 1]. Overwrites both buffers."""
-        torch.div(self.groups, scale, out=self.steps).add_(zero)
+        self._step(scale, zero)
         torch.round(self.steps, out=self.work).clamp_(0, self.spec.max_code)
         residual = self._seen(self.steps.sub_(self.work))
         return row_sum(residual.square_()).mul_(scale * scale)
+
+    def _step(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """Where the weights lie among the codes, into the buffer `steps`: StorageKind.steps without a new tensor."""
+        if self.spec.zero == "min":
+            torch.sub(self.groups, zero, out=self.steps).div_(scale)
+        else:
+            torch.div(self.groups, scale, out=self.steps).add_(zero)
 
     def _seen(self, values: torch.Tensor) -> torch.Tensor:
         """Values [G, g] such that their plain squares are what counts: the same ones without a factor."""
@@ -98,8 +105,8 @@ class _Search:
         self.zero = torch.where(better, zero, self.zero)
 
     def fit(self, robust: bool) -> None:
-        """Consider the least-squares scale (and float zero) for the codes of the best candidate."""
-        torch.div(self.groups, self.scale, out=self.steps).add_(self.zero)
+        """Consider the least-squares scale (and float zero or minimum) for the codes of the best candidate."""
+        self._step(self.scale, self.zero)
         codes = torch.round(self.steps, out=self.work).clamp_(0, self.spec.max_code)
         target = self.groups
         if robust:
@@ -108,11 +115,11 @@ class _Search:
             kept = size.sub_(size.rsqrt().div_(BETA)).clamp_(min=0).copysign_(residual)
             target = self.groups - kept.mul_(self.scale)
         codes, target = self._seen(codes), self._seen(target)
-        if self.spec.zero == "float":
+        if self.spec.kind.stored == "scales":
             mean_code, mean = self._mean(codes), self._mean(target)
             codes = codes - self._spread(mean_code)
             scale = row_sum(codes * target) / row_sum(codes * codes)
-            self.consider(scale, mean_code - mean / scale)
+            self.consider(scale, mean - mean_code * scale if self.spec.zero == "min" else mean_code - mean / scale)
         else:
             codes = codes - self._spread(self.zero)
             scale = row_sum(codes * target) / row_sum(codes * codes)
@@ -133,9 +140,11 @@ def search_scale_and_zero(
     search = _Search(groups, spec, factor)
     scale, zero = search.scale, search.zero
     ratios = RATIOS if factor is None else FINE_RATIOS
-    for step in ZERO_STEPS if spec.zero != "none" else (0.0,):
+    for step in ZERO_STEPS if spec.fixed_zero is None else (0.0,):
         for ratio in ratios if step == 0 else (1.0, *ratios):
-            search.consider(scale * ratio, zero + step)
+            # A minimum is -zero point * scale.
+            moved = (zero - step * scale) * ratio if spec.zero == "min" else zero + step
+            search.consider(scale * ratio, moved)
     for _ in range(FIT_STEPS):
         search.fit(robust=False)
         search.fit(robust=True)

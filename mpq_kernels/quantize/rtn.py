@@ -12,10 +12,14 @@ Symmetric: codes reach one step further below the zero point than above it,
 so the sign of the scale turns the long side towards the larger weights. Two scales are tried and the one with the
 smaller squared error kept for each group: the least that clips nothing, which restores weights that already lie on a
 grid, and max|w| / (2**(bits-1) - 1/2), the least that is off by at most half a step at both ends. One bit has the
-values -s/2 and s/2; s = 2 mean|w| is their least-squares scale.
+values -s/2 and s/2; s = 2 mean|w| is their least-squares scale. Around half of the codes (`half`) both sides have the
+same length, and the scale is the least that clips nothing.
 
-A group of zeros, or of weights so small that their scale is 0 in its dtype, gets the scale 0: kernels add codes and
-zeros up apart, and their roundings, times 0, stay 0.
+From a minimum (`min`): [min, max] as it is, so that a range away from 0 costs nothing; 0 itself may be lost. A group of
+one value has the scale 0 and that value as its minimum.
+
+Else a group of zeros, or of weights so small that their scale is 0 in its dtype, gets the scale 0: kernels add codes
+and zeros up apart, and their roundings, times 0, stay 0.
 """
 
 from __future__ import annotations
@@ -30,8 +34,12 @@ def range_search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored scales and zeros [G, 1] (fp32) of groups [G, g], whatever the factor is. Raises QuantizeError."""
     low, high = groups.aminmax(dim=1, keepdim=True)
-    if spec.zero == "none":
+    if spec.fixed_zero is not None:
         return _symmetric(groups, low, high, spec)
+    if spec.zero == "min":
+        span = high - low  # the other form may be off by a rounding, this one overflow
+        steps = torch.where(torch.isfinite(span), span / spec.max_code, high / spec.max_code - low / spec.max_code)
+        return checked_scale(steps, spec), checked_scale(low, spec, "minimum")
     around_zero = _from_range(low.clamp(max=0), high.clamp(min=0), spec)
     if spec.zero == "int":
         return around_zero
@@ -56,10 +64,13 @@ def _from_range(low: torch.Tensor, high: torch.Tensor, spec: BlockSpec) -> tuple
 def _symmetric(
     groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: BlockSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    zero = torch.full_like(low, spec.symmetric_zero)
+    below = spec.fixed_zero
+    assert below is not None
+    zero = torch.full_like(low, below)
     if spec.bits == 1:
         return checked_scale(row_sum(groups.abs()) * (2 / groups.shape[1]), spec), zero
-    below = float(spec.symmetric_zero)
+    if spec.zero == "half":
+        return checked_scale(torch.maximum(high, -low) / below, spec), zero
     above = below - 1
     sign = torch.where(high > -low, -1.0, 1.0)
     large, small = torch.maximum(high, -low), torch.minimum(high, -low)

@@ -139,7 +139,7 @@ def first(config):
 
 
 CONFIGS = {
-    "another layout": (lambda q: q.update(layout_id="mpq1-0"), "layout_id is mpq1-0"),
+    "another layout": (lambda q: q.update(layout_id="mpq2-0"), "layout_id is mpq2-0"),
     "another version": (lambda q: q.update(format_version=99), "format_version"),
     "another method": (lambda q: q.update(quant_method="gptq"), "quant_method"),
     "no layouts": (lambda q: q.pop("layouts"), "layouts is missing"),

@@ -12,7 +12,8 @@ from mpq_kernels.backends import ACTIVATIONS, BACKENDS
 from mpq_kernels.cli import plan
 from mpq_kernels.cli.choices import choices
 from mpq_kernels.dense.checkpoint import COMPUTE_DTYPES
-from mpq_kernels.format.codes import SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.plan.foreign import FORMATS
 from mpq_kernels.quantize import QUANTIZERS
 
@@ -21,7 +22,7 @@ COMMANDS |= {("plan", name): command for name, command in plan.COMMANDS.items()}
 CHOICES = [(words, name, one_of) for words, command in COMMANDS.items() for name, one_of in choices(command).items()]
 # Whatever command has a parameter of this name takes nothing but names of this table.
 TABLES: dict[str, Iterable[str]] = {
-    "zero": set(ZERO_KINDS) - {"none"},  # which is --symmetric
+    "zero": ZERO_KINDS,
     "scale_dtype": SCALE_DTYPES,
     "quantizer": QUANTIZERS,
     "backend": BACKENDS,

@@ -35,7 +35,11 @@ def test_facts():
 
 
 def test_the_instruction_set_in_use_is_reported(isa):
-    assert doctor.compiled_parts([])["operators"]["isa"] == isa
+    operators = doctor.compiled_parts([])["operators"]
+    assert operators["isa"] == isa
+    first = {path["activations"]: path for path in reversed(operators["paths"])}
+    assert set(first) == {"bf16", "fp16 or fp32", "rounded to int8"}
+    assert all(path["tokens_from"] == "1" for path in first.values())
 
 
 def test_text_names_every_part_and_backend(capsys):

@@ -29,7 +29,8 @@ struct Call {
   DType dtype, bias_dtype;
   int64_t M, stride;
   bool odd, int8 = false;
-  LinearInt8 kernel = nullptr;  // in place of that of `isa`
+  LinearInt8 kernel = nullptr;      // in place of that of `isa`
+  const Products* pairs = nullptr;  // the same for linear, on AVX-512
   Buffer x, bias, y;
   std::string name;
 
@@ -54,6 +55,8 @@ struct Call {
     args.workspace = workspace.data(), args.workspace_bytes = workspace.size;
     if (kernel) {
       kernel(args, parallel);
+    } else if (pairs) {
+      exact_avx512().linear(args, parallel, pairs);
     } else {
       check((int8 ? linear_int8 : linear)(args, isa, parallel) == kOk, name, "error code");
     }
@@ -61,5 +64,24 @@ struct Call {
     return y.bytes;
   }
 };
+
+// Whether the last result of `call` is W times x, within what fp32 sums may miss.
+void check_values(Call& call, bool bias) {
+  const Model& model = call.model;
+  const double unit = call.dtype == DType::kF32 ? 0x1p-24 : call.dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
+  for (int64_t m = 0; m < call.M; ++m) {
+    for (int64_t n = 0; n < model.N; ++n) {
+      double sum = bias ? decode(call.bias_at(n), call.bias_dtype) : 0.0, size = std::fabs(sum);
+      for (int64_t k = 0; k < model.K; ++k) {
+        const double x = decode(call.x_at(m, k), call.dtype);
+        sum += model.w[n * model.K + k] * x;
+        size += model.size[n * model.K + k] * std::fabs(x);
+      }
+      // K + 16 fp32 roundings of terms that add up to at most `size`, and one rounding to the output dtype.
+      const double bound = (model.K + 16) * 0x1p-24 * size + unit * std::fabs(sum) * 1.01 + 0x1p-25;
+      check(std::fabs(decode(call.y_at(m, n), call.dtype) - sum) <= bound, call.name, "value");
+    }
+  }
+}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// For the C++ kernel tests: a scalar packer written from mpq_kernels/format/codes.py alone, rounding by arithmetic, and
+// For the C++ kernel tests: a scalar packer written from docs/format.md alone, rounding by arithmetic, and
 // buffers that notice writes outside of them. Included by one source file; failed checks are counted here.
 #pragma once
 
@@ -101,16 +101,18 @@ struct BandSpec {
 
 // Row bands at any row, column segments of different widths, group sizes and zero kinds.
 inline std::vector<std::vector<BandSpec>> mixed_weights() {
-  const int none = kZeroNone, whole = kZeroInt, real = kZeroFloat;
+  const int none = kZeroNone, half = kZeroHalf, whole = kZeroInt, real = kZeroFloat, least = kZeroMin;
   return {
-      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{640, 4, 64, whole}}}},
-      {{1, {{172, 2, 43, real}}}, {63, {{172, 7, 172, none}}}, {65, {{64, 5, 16, real}, {108, 6, 27, real}}}},
-      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {448, 4, 64, real}}}, {3, {{640, 8, 5, none}}}},
+      {{64, {{128, 8, 64, whole}, {512, 3, 128, none}}}, {100, {{320, 4, 64, whole}, {320, 2, 32, half}}}},
+      {{1, {{172, 2, 43, least}}}, {63, {{172, 7, 172, half}}}, {65, {{64, 5, 16, real}, {108, 6, 27, least}}}},
+      {{172, {{64, 1, 64, none}, {64, 2, 32, real}, {64, 3, 1, none}, {192, 4, 32, least}, {256, 4, 64, real}}},
+       {3, {{320, 8, 5, none}, {320, 8, 5, least}}}},
       {{640, {{64, 4, 64, whole}, {1, 8, 1, whole}}}},
   };
 }
 
-// A packed weight with what it means: w in original column order, size = (code + |zero|) * |scale| for error bounds.
+// A packed weight with what it means: w in original column order, size for error bounds: (code + |zero|) * |scale|, or
+// for the kind min code * |scale| + |zero|.
 struct Model {
   int64_t N = 0, K = 0;
   DType scale_dtype = DType::kF32;
@@ -149,8 +151,12 @@ void set_code(Segment& s, int64_t col_tiles, int64_t n, int64_t k, int code) {
 void add_segment(Model& model, int64_t n0, int64_t n1, int64_t k0, const SegmentSpec& spec, bool odd) {
   Segment s{n0, n1, k0, k0 + spec.cols, spec.bits, spec.group_size, spec.zero_kind, {}, nullptr, nullptr};
   const int64_t rows = n1 - n0, row_tiles = (rows + 63) / 64, col_tiles = (spec.cols + 63) / 64;
+  const bool none = spec.zero_kind == kZeroNone || spec.zero_kind == kZeroHalf, min = spec.zero_kind == kZeroMin;
   const size_t width = bytes_of(model.scale_dtype), zero_width = spec.zero_kind == kZeroInt ? 1 : width;
   const int64_t groups = spec.cols / spec.group_size, count = groups * row_tiles * 64;
+  const auto place = [&](int64_t n, int64_t group) {
+    return (n / 64 * groups + group) * 64 + 8 * (n % 8) + 4 * (n % 16 / 8) + n % 64 / 16;
+  };
   const auto keep = [&](size_t bytes, int fill) {
     model.storage.emplace_back(bytes, odd);
     std::memset(model.storage.back().data(), fill, bytes);
@@ -161,17 +167,17 @@ void add_segment(Model& model, int64_t n0, int64_t n1, int64_t k0, const Segment
     s.planes[i] = reinterpret_cast<const uint32_t*>(keep(bytes, 0));
   }
   unsigned char* scales = keep(static_cast<size_t>(count) * width, 0xff);
-  unsigned char* zeros = spec.zero_kind == kZeroNone ? nullptr : keep(static_cast<size_t>(count) * zero_width, 0xff);
+  unsigned char* zeros = none ? nullptr : keep(static_cast<size_t>(count) * zero_width, 0xff);
   s.scales = scales, s.zeros = zeros;
-  std::vector<float> scale(count), zero(count, kSymmetricZero[s.bits]);
+  const float middle = spec.zero_kind == kZeroHalf || s.bits == 1 ? ((1 << s.bits) - 1) / 2.0f : 1 << (s.bits - 1);
+  std::vector<float> scale(count), zero(count, middle);
   for (int64_t i = 0; i < groups * rows; ++i) {
-    const int64_t n = i % rows;
-    const int64_t at = (i / rows * row_tiles + n / 64) * 64 + 8 * (n % 8) + 4 * (n % 16 / 8) + n % 64 / 16;
+    const int64_t at = place(i % rows, i / rows);
     encode(below(20) ? uniform(-0.1, 0.1) : uniform(-1, 1) * 0x1p-20, model.scale_dtype, scales + at * width);
     scale[at] = static_cast<float>(decode(scales + at * width, model.scale_dtype));
     if (spec.zero_kind == kZeroInt) zero[at] = zeros[at] = static_cast<unsigned char>(below(256));
-    if (spec.zero_kind == kZeroFloat) {
-      encode(uniform(-4, 1 << s.bits), model.scale_dtype, zeros + at * width);
+    if (spec.zero_kind == kZeroFloat || min) {
+      encode(min ? uniform(-1, 1) : uniform(-4, 1 << s.bits), model.scale_dtype, zeros + at * width);
       zero[at] = static_cast<float>(decode(zeros + at * width, model.scale_dtype));
     }
   }
@@ -180,11 +186,12 @@ void add_segment(Model& model, int64_t n0, int64_t n1, int64_t k0, const Segment
       const int code = below(1 << s.bits);
       set_code(s, col_tiles, n, k, code);
       if (k >= spec.cols) continue;
-      const int64_t at = (k / spec.group_size * row_tiles + n / 64) * 64 + 8 * (n % 8) + 4 * (n % 16 / 8) + n % 64 / 16;
+      const int64_t at = place(n, k / spec.group_size);
       const int64_t to = (n0 + n) * model.K + (model.perm.empty() ? k0 + k : model.perm[k0 + k]);
-      const float centered = static_cast<float>(code) - zero[at];
-      model.w[to] = centered * scale[at] + 0.0f;
-      model.size[to] = (code + std::fabs(zero[at])) * std::fabs(static_cast<double>(scale[at]));
+      const double size = std::fabs(static_cast<double>(scale[at]));
+      const float centered = static_cast<float>(code) - zero[at], scaled = static_cast<float>(code) * scale[at];
+      model.w[to] = (min ? scaled + zero[at] : centered * scale[at]) + 0.0f;
+      model.size[to] = min ? code * size + std::fabs(zero[at]) : (code + std::fabs(zero[at])) * size;
     }
   }
   model.segments.push_back(s);

@@ -9,7 +9,7 @@ namespace {
 // Codes of 128 and more taken for negative ones, as by TDPBSSD.
 struct SignedTiles : SimulatedTiles {
   template <int Sums, int X, int W>
-  void dot() {
+  void dot_bytes() {
     dot_as<int8_t, int8_t>(Sums, X, W);
   }
 };
@@ -18,7 +18,7 @@ struct SignedTiles : SimulatedTiles {
 
 LinearInt8 simulated_int8() { return linear_int8_tokens<SimulatedTiles>; }
 
-bool simulated_multiplies() { return tiles_multiply<SimulatedTiles>(); }
-bool signed_multiplies() { return tiles_multiply<SignedTiles>(); }
+bool simulated_multiplies() { return tiles_multiply_bytes<SimulatedTiles>(); }
+bool signed_multiplies() { return tiles_multiply_bytes<SignedTiles>(); }
 
 }  // namespace mpq::cpu

@@ -2,13 +2,14 @@
 // registers of at most 16 rows of 64 bytes. What would fault there, or stay behind, is counted here.
 //
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TDPBSUD,
-// TILESTORED, TILERELEASE and the exception classes AMX-E1 to AMX-E6.
+// TDPBF16PS, TILESTORED, TILERELEASE and the exception classes AMX-E1 to AMX-E6.
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
-#include "cpu/int8/amx.h"
+#include "cpu/tiles/amx.h"
 
 namespace mpq::cpu {
 
@@ -90,7 +91,34 @@ class SimulatedTiles {
     ++tile_counts.dots;
   }
 
-  // As AmxTiles has them; dot is TDPBSUD, signed bytes of X times unsigned bytes of W.
+  // TDPBF16PS: even and odd columns are added up apart, from zero on, in fused steps; subnormal factors and sums are 0.
+  void dot_bf16(int to, int left, int right) {
+    if (!usable(to) || !usable(left) || !usable(right)) return;
+    Register& sums = registers_[to];
+    const Register &x = registers_[left], &w = registers_[right];
+    const bool fits = to != left && to != right && left != right && sums.bytes % 4 == 0 && x.bytes % 4 == 0 &&
+                      sums.rows == x.rows && sums.bytes == w.bytes && x.bytes / 4 == w.rows;
+    expect(fits);
+    if (!fits) return;
+    for (int m = 0; m < sums.rows; ++m) {
+      for (int n = 0; n < sums.bytes / 4; ++n) {
+        float parts[2] = {};
+        for (int k = 0; k < x.bytes / 4; ++k) {
+          for (int e = 0; e < 2; ++e) {
+            const float product_of[2] = {bf16(x.data[m] + 4 * k + 2 * e), bf16(w.data[k] + 4 * n + 2 * e)};
+            parts[e] = flushed(std::fma(product_of[0], product_of[1], parts[e]));
+          }
+        }
+        float sum;
+        std::memcpy(&sum, sums.data[m] + 4 * n, 4);
+        sum = flushed(flushed(sum) + flushed(parts[0] + parts[1]));
+        std::memcpy(sums.data[m] + 4 * n, &sum, 4);
+      }
+    }
+    ++tile_counts.dots;
+  }
+
+  // As AmxTiles has them; dot_bytes is TDPBSUD, signed bytes of X times unsigned bytes of W.
   template <int T>
   void zero() {
     zero(T);
@@ -104,8 +132,12 @@ class SimulatedTiles {
     store(T, to, stride);
   }
   template <int Sums, int X, int W>
-  void dot() {
+  void dot_bytes() {
     dot_as<int8_t, uint8_t>(Sums, X, W);
+  }
+  template <int Sums, int X, int W>
+  void dot_pairs() {
+    dot_bf16(Sums, X, W);
   }
 
  private:
@@ -113,6 +145,17 @@ class SimulatedTiles {
     int rows, bytes;
     unsigned char data[16][64];
   };
+
+  static float flushed(float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; }
+
+  static float bf16(const unsigned char* at) {
+    uint16_t half;
+    std::memcpy(&half, at, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return flushed(value);
+  }
 
   static void expect(bool right) { tile_counts.misuses += !right; }
 

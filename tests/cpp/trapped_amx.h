@@ -69,6 +69,8 @@ struct Trapped {
       tiles.store(reg, address, index);
     } else if (opcode == 0x5e && prefix == 2 && registers) {
       tiles.dot_as<int8_t, uint8_t>(reg, rm, third);
+    } else if (opcode == 0x5c && prefix == 2 && registers) {
+      tiles.dot_bf16(reg, rm, third);
     } else {
       return false;
     }

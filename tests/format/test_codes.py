@@ -13,6 +13,7 @@ from mpq_kernels.format.codes import (
     row_position,
     word_index,
 )
+from mpq_kernels.format.kinds import KINDS
 
 CELLS = [(n, k) for n in range(TILE_N) for k in range(TILE_K)]
 
@@ -41,15 +42,17 @@ def test_planes_add_up_and_shifts_place_them(fmt):
     assert fmt.tile_words * 4 == 512 * fmt.bits
 
 
-def test_symmetric_zero_is_the_middle_code():
-    for fmt in FORMATS.values():
-        assert fmt.symmetric_zero == (0.5 if fmt.bits == 1 else 2 ** (fmt.bits - 1))
-
-
 def test_layout_id_depends_on_the_tables(monkeypatch):
     assert codes._layout_id() == codes.LAYOUT_ID
-    monkeypatch.setattr(codes, "TILE_K", 32)
-    assert codes._layout_id() != codes.LAYOUT_ID
+    for change in (
+        {"TILE_K": 32},
+        {"KINDS": {name: kind for name, kind in KINDS.items() if name != "min"}},
+        {"scale_block": lambda row_tile, group, groups: group * 3 + row_tile},
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setattr(codes, name, value)
+            assert codes._layout_id() != codes.LAYOUT_ID
 
 
 def test_compiled_parts_have_this_layout():

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from mpq_kernels.errors import FormatError
-from mpq_kernels.format.codes import SEGMENT_INTS, ZERO_KINDS
+from mpq_kernels.format.codes import SEGMENT_INTS
+from mpq_kernels.format.kinds import KINDS, ZERO_KINDS
 from mpq_kernels.format.layout import Segment, SizeBreakdown, WeightLayout, segments_from_ints
 
 FUSED = (
@@ -24,7 +25,8 @@ FUSED = (
         ((64, 64, 0, 64, 4, 64, "int"), "empty or negative"),
         ((-1, 64, 0, 64, 4, 64, "int"), "empty or negative"),
         ((0, 64, 0, 64, 4, 0, "int"), "group_size=0"),
-        ((0, 64, 0, 64, 4, 64, "half"), "zero='half'"),
+        ((0, 64, 0, 64, 4, 64, "nearly"), "zero='nearly' is not one of ('none', 'half', 'int', 'float', 'min')"),
+        ((0, 64, 0, 64, 4, 64, "table"), "zero='table' is reserved for codes that name one of up to 16 values"),
         ((0, 64.0, 0, 64, 4, 64, "int"), "n1=64.0 is not an integer"),
         ((0, True, 0, 64, 4, 64, "int"), "n1=True is not an integer"),
     ],
@@ -47,6 +49,7 @@ def test_bad_segments_are_refused(arguments, words):
         ((*FUSED[:2], Segment(110, 132, 0, 200, 2, 40, "none")), "rows 100..110 are missing"),
         ((FUSED[2], *FUSED[:2]), "rows 0..100 are missing"),
         ((*FUSED[:2], Segment(100, 132, 0, 200, 2, 40, "float")), "cannot mix integer and float zeros"),
+        ((*FUSED[:2], Segment(100, 132, 0, 200, 2, 40, "min")), "cannot mix integer and float zeros"),
     ],
 )
 def test_segments_that_do_not_tile_are_refused(segments, words):
@@ -60,7 +63,7 @@ def test_the_table_of_operators_comes_back_as_the_segments():
     for zero in ZERO_KINDS:
         segments = (
             (*FUSED[:2], Segment(100, 132, 0, 200, 2, 40, zero))
-            if zero != "float"
+            if KINDS[zero].stored != "scales"
             else (Segment(0, 132, 0, 200, 5, 200, zero),)
         )
         ints = WeightLayout(132, 200, segments).segment_ints()
@@ -104,6 +107,20 @@ def test_size_adds_up_by_hand():
     assert size == SizeBreakdown(65 * 80 * 3, 65 * 5 * 16, 65 * 5 * 8, 0, stored - used, 65 * 80)
     assert size.total_bits == stored and size.total_bytes == stored // 8
     assert size.bits_per_weight == stored / (65 * 80)
+
+
+@pytest.mark.parametrize("zero", ZERO_KINDS)
+def test_zeros_are_counted_where_they_are_stored(zero):
+    bits = {"none": 0, "half": 0, "int": 8, "float": 32, "min": 32}[zero]
+    layout = WeightLayout.uniform(64, 128, 4, 64, zero, "float32")
+    assert layout.size() == SizeBreakdown(64 * 128 * 4, 128 * 32, 128 * bits, 0, 0, 64 * 128)
+    assert ("zeros" in layout.tensor_specs()) == (bits > 0)
+
+
+def test_float_zeros_and_minima_share_a_tensor():
+    segments = (Segment(0, 64, 0, 64, 4, 64, "float"), Segment(0, 64, 64, 128, 2, 64, "min"))
+    layout = WeightLayout(64, 128, segments, "bfloat16")
+    assert layout.tensor_specs()["zeros"] == ("bfloat16", (128,)) and layout.offsets[1].zeros == 64
 
 
 def test_whole_tiles_have_no_padding():

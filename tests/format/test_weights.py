@@ -27,6 +27,12 @@ SCALES = torch.ones(4, 2, dtype=torch.float16)
         ((4, CODES, SCALES, SCALES.float()), "zeros must be uint8 or torch.float16"),
         ((4, CODES, SCALES, torch.zeros(4, 1, dtype=torch.uint8)), "of shape (4, 2)"),
         ((4, CODES, SCALES, SCALES * float("nan")), "float zeros hold NaN or Inf"),
+        ((4, CODES, SCALES, SCALES * float("inf"), "min"), "float zeros hold NaN or Inf"),
+        ((4, CODES, SCALES, SCALES, "half"), "zero='half': zeros are given"),
+        ((4, CODES, SCALES, None, "min"), "zero='min': zeros are missing"),
+        ((4, CODES, SCALES, SCALES, "int"), "zero='int': zeros are float16"),
+        ((4, CODES, SCALES, CODES[:, :2], "min"), "zero='min': zeros are uint8"),
+        ((4, CODES, SCALES, None, "table"), "zero='table' is reserved"),
     ],
 )
 def test_bad_blocks_are_refused(arguments, words):

@@ -171,7 +171,7 @@ def test_a_missing_kept_tensor_is_an_error_of_load(copied):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 2, "format_version=2"),
+        ("format_version", 3, "format_version=3"),
         ("layout_id", "mpq1-0000000000000000", "layout_id"),
         ("layouts", [], "is not one of the 0 layouts"),
     ],

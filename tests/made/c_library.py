@@ -8,7 +8,8 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64,
 import torch
 
 from mpq_kernels import capi
-from mpq_kernels.format.codes import SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.weights import TORCH_DTYPES
 
 VERSION = 1

@@ -5,7 +5,8 @@ import itertools
 import torch
 
 from mpq_kernels.format import reference
-from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import Segment
 from mpq_kernels.format.weights import TORCH_DTYPES, QuantizedBlock, QuantizedWeight
 
@@ -20,7 +21,7 @@ TOKENS = (0, 1, 2, 7, 17, 33, 129)
 MIXED_SEGMENTS = (
     Segment(0, 70, 0, 128, 3, 64, "int"),
     Segment(0, 70, 128, 320, 8, 32, "int"),
-    Segment(70, 134, 0, 320, 2, 16, "none"),
+    Segment(70, 134, 0, 320, 2, 16, "half"),
     Segment(134, 199, 0, 64, 5, 64, "int"),
     Segment(134, 199, 64, 192, 1, 128, "none"),
     Segment(134, 199, 192, 320, 6, 8, "int"),
@@ -49,7 +50,10 @@ def random_block(n, k, bits, group_size, zero="int", scale_dtype="float16", seed
         zeros = zeros.to(torch.uint8)
     elif zero == "float":
         zeros = (torch.rand(n, groups, generator=rng) * (1 << bits) - 0.5).to(dtype)
-    return QuantizedBlock(bits, codes, scales.to(dtype), zeros)
+    elif zero == "min":
+        zeros = ((torch.rand(n, groups, generator=rng) - 0.5) * (1 << bits)).to(dtype)
+        scales[torch.rand(n, groups, generator=rng) < 0.1] = 0.0  # a group of one value
+    return QuantizedBlock(bits, codes, scales.to(dtype), zeros, zero)
 
 
 def random_weight(n, k, bits, group_size=-1, zero="int", scale_dtype="float16", permuted=False, seed=0):

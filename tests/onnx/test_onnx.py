@@ -107,7 +107,9 @@ def test_bands_columns_and_permutation(scale_dtype):
 REFUSALS = {
     "3 bits": ({"bits": 3}, {}, "has no 3-bit codes"),
     "groups": ({"bits": 4, "group_size": 24}, {}, "no groups of 24"),
+    "half zeros": ({"bits": 4, "zero": "half"}, {}, "zeros of kind half"),
     "float zeros": ({"bits": 4, "zero": "float"}, {}, "zeros of kind float"),
+    "minima": ({"bits": 4, "zero": "min"}, {}, "zeros of kind min"),
     "x of fp16": ({"bits": 4, "zero": "none"}, {"dtype": "float16"}, "rounds with x of float16"),
     "int8": ({"bits": 4, "zero": "none"}, {"activations": "int8"}, "activations of its own"),
     "an embedding": ({"bits": 4, "zero": "none"}, {"embedding": True}, "looks up no rows"),

@@ -81,6 +81,14 @@ ZERO_KINDS = {
     "segment symmetric": ({"bits": 3, "zero": "float"}, {"symmetric": True}, "none"),
     "segment asymmetric": ({"bits": 3, "symmetric": True}, {"symmetric": False}, "int"),
     "segment zero": ({"bits": 3, "symmetric": True}, {"zero": "float"}, "float"),
+    "half": ({"bits": 3, "zero": "half"}, {}, "half"),
+    "min": ({"bits": 3, "zero": "min"}, {}, "min"),
+    "none": ({"bits": 3, "zero": "none"}, {}, "none"),
+    "symmetric half": ({"bits": 3, "zero": "half", "symmetric": True}, {}, "half"),
+    "segment symmetric as the rule": ({"bits": 3, "zero": "half"}, {"symmetric": True}, "half"),
+    "segment asymmetric in half": ({"bits": 3, "zero": "half"}, {"symmetric": False}, "int"),
+    "segment symmetric in min": ({"bits": 3, "zero": "min"}, {"symmetric": True}, "none"),
+    "segment half": ({"bits": 3, "zero": "min"}, {"zero": "half", "symmetric": True}, "half"),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpq_kernels.errors import QuantizeError
-from mpq_kernels.format.codes import ZERO_KINDS
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import WeightLayout
 from mpq_kernels.format.reference import dequantize
 from mpq_kernels.format.words import pack_weight, unpack_weight

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mpq_kernels.errors import FormatError, QuantizeError
-from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import Segment, WeightLayout
 from mpq_kernels.format.reference import dequantize, dequantize_block
 from mpq_kernels.format.weights import TORCH_DTYPES, QuantizedBlock
@@ -69,12 +70,12 @@ def test_codes_are_the_nearest_ones_of_the_stored_scale_and_zero(spec: BlockSpec
     if spec.zero == "int":
         assert int(block.zeros.max()) <= FORMATS[spec.bits].max_code
     scale = block.scales.double().unsqueeze(2)
-    zero = spec.symmetric_zero if block.zeros is None else block.zeros.double().unsqueeze(2)
-    steps = in_groups(w, block) / scale + zero
+    zero = spec.fixed_zero if block.zeros is None else block.zeros.double().unsqueeze(2)
+    steps = block.kind.steps(in_groups(w, block), scale, zero)
     codes = in_groups(block.codes, block)
     inside = (steps >= -0.5) & (steps <= spec.max_code + 0.5)
     # Half a step, and what fp32 adds: a division and an addition of values up to |w/s| + |z|, 2**-24 each, margin 2.
-    slack = 2 * (steps.abs() + 2 * abs(zero)) * 2.0**-23
+    slack = 2 * (steps.abs() + 2 * abs(zero / scale if spec.zero == "min" else zero)) * 2.0**-23
     assert bool(((steps - codes).abs() <= 0.5 + slack)[inside].all())
     assert bool((codes == (steps > 0) * spec.max_code)[~inside].all())
 
@@ -88,7 +89,8 @@ def test_rtn_is_off_by_at_most_half_a_step_everywhere(spec: BlockSpec) -> None:
     # The scale, rounded, may shorten the range of max_code steps; a float zero, rounded, moves it. Each by half a unit
     # in the last place of the stored dtype: eps / 2 = 2**-9 at worst.
     eps = torch.finfo(block.scales.dtype).eps / 2
-    zero = 0.0 if block.zeros is None else block.zeros.double().abs().max()
+    zero = torch.zeros(1) if block.zeros is None else block.zeros.double().abs()
+    zero = (zero / block.scales.double() if spec.zero == "min" else zero).max()
     assert float(off.max()) <= 0.5 + eps * (spec.max_code + float(zero) + 1) + 2.0**-14
 
 
@@ -119,10 +121,12 @@ def test_weights_on_a_grid_come_back_exactly(spec: BlockSpec, method: str) -> No
     dtype = TORCH_DTYPES[spec.scale_dtype]
     scales = (torch.randint(4, 8, (16, 2), generator=generator) / 64).to(dtype)
     zeros = None
-    if spec.zero != "none":
+    if spec.zero == "min":
+        zeros = (torch.randint(-32, 32, (16, 2), generator=generator) / 16).to(dtype)
+    elif spec.fixed_zero is None:
         zeros = torch.randint(0, spec.max_code + 1, (16, 2), generator=generator)
         zeros = zeros.to(torch.uint8 if spec.zero == "int" else dtype)
-    w = dequantize_block(QuantizedBlock(spec.bits, codes, scales, zeros))
+    w = dequantize_block(QuantizedBlock(spec.bits, codes, scales, zeros, spec.zero))
     restored = dequantize_block(block_by(method, w, spec))
     assert torch.equal(restored, w)
 
@@ -166,6 +170,23 @@ def test_rtn_is_plain_min_max_rounding() -> None:
     assert block.codes.tolist() == [[0, 1, 2, 3], [1, 2, 2, 3]]  # 1.5 is halfway: to even
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_of_one_value_is_its_minimum(method: str) -> None:
+    w = weights(n=4, k=128)
+    w[1] = 0.375
+    w[2, 64:] = -1.5
+    block = block_by(method, w, BlockSpec(4, 64, "min"))
+    restored = dequantize_block(block)
+    assert torch.equal(restored[1], w[1]) and torch.equal(restored[2, 64:], w[2, 64:])
+    assert (block.scales == 0).tolist() == [[False] * 2, [True] * 2, [False, True], [False] * 2]
+
+
+def test_a_minimum_that_overflows_is_refused() -> None:
+    w = torch.linspace(-70000.0, -69000.0, 16).view(1, 16)
+    with pytest.raises(QuantizeError, match=r"a minimum of -7e\+04 overflows float16"):
+        quantize_block(w, BlockSpec(4, 16, "min"), "rtn")
+
+
 @pytest.mark.parametrize("method", having("far from zero"))
 def test_float_zeros_reach_a_range_away_from_zero(method: str) -> None:
     w = torch.linspace(10.0, 10.3, 16).view(1, 16)
@@ -193,7 +214,7 @@ def test_same_result_for_any_number_of_threads_and_chunks(spec: BlockSpec, metho
     for other in results[1:]:
         assert torch.equal(results[0].codes, other.codes)
         assert torch.equal(results[0].scales, other.scales)
-        assert spec.zero == "none" or torch.equal(results[0].zeros, other.zeros)
+        assert spec.fixed_zero is not None or torch.equal(results[0].zeros, other.zeros)
 
 
 @pytest.mark.parametrize("method", having("any threads"))
@@ -328,7 +349,7 @@ def test_groups_whose_scale_vanishes_are_zeros(method: str, dtype: str, zero: st
         assert torch.equal(restored[none], torch.zeros(4, 64).double())
         cleaned = block_by(method, w * ~none.repeat_interleave(64, 1), BlockSpec(bits, 64, zero, dtype))
         assert torch.equal(block.codes, cleaned.codes) and torch.equal(block.scales, cleaned.scales)
-        assert zero == "none" or torch.equal(block.zeros, cleaned.zeros)
+        assert block.zeros is None or torch.equal(block.zeros, cleaned.zeros)
 
 
 @pytest.mark.parametrize("zero", ZERO_KINDS)

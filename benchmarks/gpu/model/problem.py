@@ -16,7 +16,8 @@ from typing import Any
 
 from benchmarks.gpu.model.machines import Machine
 from benchmarks.layers.shapes import make_layout
-from mpq_kernels.format.codes import SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.layout import WeightLayout
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,13 +1,15 @@
 // Decode, M = 1..4 tokens: codes are multiplied as they come out of the words, without a dequantized copy.
 //
 //   y[n] = sum over groups of scale * (sum code * x  -  zero * sum x)
+//          kind min:          scale * sum code * x  +  zero * sum x
 //
 // All sums are kept per lane until the end, the sum of x included: for a one-hot x the one lane that is not zero then
-// computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. The zero is taken off last, from a sum
-// of codes that is exact there, whatever the number of pieces that a Math takes codes in.
+// computes fl(fl(code - zero) * scale), the very bits that dequantize() returns. Scale and zero come last, to a sum of
+// codes that is exact there, whatever the number of pieces that a Math takes codes in.
 //
 // A Math has the products: Math::accumulate<Bits, M>(stripe, x, begin, end, g0, acc[G][2][M]) adds codes * x over the
-// chunks [begin, end) to the lanes (q, t), and Math::kPrefetch<Bits> tells whether words are asked for ahead.
+// chunks [begin, end) to the lanes (q, t), Math::kPrefetch<Bits> tells whether words are asked for ahead, and
+// Math::kDecode up to how many tokens it is worth it.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +36,7 @@ MPQ_INLINE F sum_x(const float* chunks, int64_t begin, int64_t end) {
   return lane_sums(by_q);
 }
 
-// totals[m][2 g + h] += scale * (codes * x - zero * sum x) over a span of chunks inside one group.
+// totals[m][2 g + h] += the weights times x over a span of chunks inside one group.
 //
 // Not inlined: GCC would hoist the loads of scales and zeros out of the loop over spans and spill all of them.
 template <class Math, int Bits, int M>
@@ -52,16 +54,19 @@ __attribute__((noinline)) void add_span(const Stripe& stripe, const Tokens& x, i
       for (int m = 0; m < M; ++m) acc[i >> 1][i & 1][m] = zeros_f();
     }
     Math::template accumulate<Bits, M>(stripe, x, begin, end, g0, acc);
+    const auto add_sums = [&](auto min) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 2 * G; ++i) {
-      const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
-      const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
+      for (int i = 0; i < 2 * G; ++i) {
+        const F zero = spread_t(params.zeros + 8 * g0 + 4 * i);
+        const F scale = spread_t(params.scales + 8 * g0 + 4 * i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const F centered = fnma(zero, xsum[m], acc[i >> 1][i & 1][m]);
-        totals[m][2 * g0 + i] = fma(scale, centered, totals[m][2 * g0 + i]);
+        for (int m = 0; m < M; ++m) {
+          F& total = totals[m][2 * g0 + i];
+          total = add_group<min.value>(total, acc[i >> 1][i & 1][m], xsum[m], scale, zero);
+        }
       }
-    }
+    };
+    params.min ? add_sums(Index<1>{}) : add_sums(Index<0>{});
   }
 }
 
@@ -86,7 +91,8 @@ MPQ_INLINE void for_each_span(const Segment& segment, DType scale_dtype, int64_t
 }
 
 MPQ_INLINE Tokens at_column(const Tokens& x, int64_t column) {
-  return {x.chunks + column, x.pairs ? x.pairs + column / 2 : nullptr, x.stride};
+  return {x.chunks + column, x.pairs ? x.pairs + column / 2 : nullptr,
+          x.sums ? x.sums + column / 16 * kTokenChunk : nullptr, x.stride};
 }
 
 // sums[m * 64 + position] += W[row tile of this segment] @ x, for M tokens.
@@ -111,28 +117,33 @@ void decode_segment(const Segment& segment, DType scale_dtype, int64_t row_tile,
   }
 }
 
+template <class Math, int Bits, int M>
+constexpr DecodeSegment decode_or_none() {
+  if constexpr (M <= Math::kDecode) return decode_segment<Math, Bits, M>;
+  return nullptr;
+}
+
+template <class Math, int Bits>
+constexpr void set_decode(Products& out) {
+  out.decode[Bits][1] = decode_or_none<Math, Bits, 1>();
+  out.decode[Bits][2] = decode_or_none<Math, Bits, 2>();
+  out.decode[Bits][3] = decode_or_none<Math, Bits, 3>();
+  out.decode[Bits][4] = decode_or_none<Math, Bits, 4>();
+}
+
 template <class Math>
-constexpr Products products_of(TileSegment tile) {
-  return {{
-              {},
-              {nullptr, decode_segment<Math, 1, 1>, decode_segment<Math, 1, 2>, decode_segment<Math, 1, 3>,
-               decode_segment<Math, 1, 4>},
-              {nullptr, decode_segment<Math, 2, 1>, decode_segment<Math, 2, 2>, decode_segment<Math, 2, 3>,
-               decode_segment<Math, 2, 4>},
-              {nullptr, decode_segment<Math, 3, 1>, decode_segment<Math, 3, 2>, decode_segment<Math, 3, 3>,
-               decode_segment<Math, 3, 4>},
-              {nullptr, decode_segment<Math, 4, 1>, decode_segment<Math, 4, 2>, decode_segment<Math, 4, 3>,
-               decode_segment<Math, 4, 4>},
-              {nullptr, decode_segment<Math, 5, 1>, decode_segment<Math, 5, 2>, decode_segment<Math, 5, 3>,
-               decode_segment<Math, 5, 4>},
-              {nullptr, decode_segment<Math, 6, 1>, decode_segment<Math, 6, 2>, decode_segment<Math, 6, 3>,
-               decode_segment<Math, 6, 4>},
-              {nullptr, decode_segment<Math, 7, 1>, decode_segment<Math, 7, 2>, decode_segment<Math, 7, 3>,
-               decode_segment<Math, 7, 4>},
-              {nullptr, decode_segment<Math, 8, 1>, decode_segment<Math, 8, 2>, decode_segment<Math, 8, 3>,
-               decode_segment<Math, 8, 4>},
-          },
-          tile};
+constexpr Products products_of(int64_t pass_tokens, TileSegment tile) {
+  static_assert(Math::kDecode <= kDecodeTokens && kDecodeTokens == 4);
+  Products out{Math::kDecode, pass_tokens, {}, tile};
+  set_decode<Math, 1>(out);
+  set_decode<Math, 2>(out);
+  set_decode<Math, 3>(out);
+  set_decode<Math, 4>(out);
+  set_decode<Math, 5>(out);
+  set_decode<Math, 6>(out);
+  set_decode<Math, 7>(out);
+  set_decode<Math, 8>(out);
+  return out;
 }
 
 // body(chunk, Index<C>) for the chunks [begin, end), C = chunk % 4 where

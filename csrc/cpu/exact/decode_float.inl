@@ -41,6 +41,8 @@ MPQ_INLINE void multiply_chunk(const Stripe& stripe, int64_t chunk, const Tokens
 }
 
 struct FloatMath {
+  static constexpr int64_t kDecode = kDecodeTokens;
+
   // Where the words are in planes of which one has 4 bits. Best times of one thread, 1024 x 4096 from memory, AMD EPYC,
   // without and with: 5 bits 162 and 172 us, 6 bits 166 and 169, 7 bits 361 and 230; medians 394 and 196, 406 and 265,
   // 522 and 296. The other widths lost as much as they won.

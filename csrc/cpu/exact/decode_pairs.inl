@@ -89,6 +89,8 @@ MPQ_INLINE void multiply_pairs(const Stripe& stripe, int64_t chunk, const Tokens
 }
 
 struct PairMath {
+  static constexpr int64_t kDecode = kPairedDecodeTokens;
+
   // Best times of two threads, 4096 x 4096 from memory, AMD EPYC, without and with: 1 bit 114 and 104 us, 5 bits 350
   // and 330, 7 bits 359 and 479; of one thread: 1 bit 214 and 185, 2 bits 241 and 211, 5 bits 592 and 366, 7 bits 482
   // and 633. The other widths lost as much as they won.

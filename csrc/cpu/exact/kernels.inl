@@ -22,6 +22,7 @@ struct LinearJob {
   const LinearArgs* args;
   float* x;         // [tokens, padded_k]: fp32 in chunk order, permuted, zero beyond K
   uint32_t* pairs;  // Tokens::pairs, or null where nothing wants them
+  float* sums;      // Tokens::sums, or null
   bool tiny;        // an x of the job is too small for products of pairs
   const Products* products;
   int64_t token0;  // in args
@@ -38,6 +39,15 @@ MPQ_INLINE bool pair_columns(const float* values, uint32_t* words) {
   for (int i = 0; i < 64; ++i) tiny |= static_cast<uint32_t>((bits[i] & 0x7fffffff) - 1 < kSmallestPaired - 1);
   for (int i = 0; i < 32; ++i) words[i] = bits[2 * i] >> 16 | bits[2 * i + 1];
   return tiny;
+}
+
+// Sums of 4 times 16 values, one token's of Tokens::sums.
+MPQ_INLINE void sum_chunks(const float* values, float* sums) {
+  for (int c = 0; c < 4; ++c) {
+    float sum[8];
+    for (int i = 0; i < 8; ++i) sum[i] = values[16 * c + i] + values[16 * c + 8 + i];
+    sums[c * kTokenChunk] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  }
 }
 
 void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
@@ -57,6 +67,7 @@ void prepare_tokens(void* ctx, int64_t begin, int64_t end) {
         for (int place = 0; place < 16; ++place) out[k + c + place] = values[c + column_of(place)];
       }
       if (job.pairs) tiny |= pair_columns(values, job.pairs + (m * padded_k(K) + k) / 2);
+      if (job.sums) sum_chunks(values, job.sums + k / 16 * kTokenChunk + m);
     }
   }
   if (tiny) __atomic_store_n(&job.tiny, true, __ATOMIC_RELAXED);
@@ -73,13 +84,15 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
     const int64_t split = item / job.row_blocks;
     const int64_t first = job.tokens * split / job.splits;
     const int64_t count = job.tokens * (split + 1) / job.splits - first;
-    const Tokens x = at_column({job.x, job.pairs, padded_k(weight.K)}, first * padded_k(weight.K));
+    const int64_t stride = padded_k(weight.K);
+    const Tokens x{job.x + first * stride, job.pairs ? job.pairs + first * stride / 2 : nullptr,
+                   job.sums ? job.sums + first : nullptr, stride};
     for (int64_t i = 0; i < 64 * count; ++i) sums[i] = 0.0f;
     for (int i = 0; i < block.count; ++i) {
       const Segment& segment = block.segments[i];
       if (!groups_are_chunks(segment)) {
         tile_segment(segment, weight.scale_dtype, block.row_tile, x, count, sums);
-      } else if (job.tokens <= kDecodeTokens) {
+      } else if (job.tokens <= job.products->decode_tokens) {
         job.products->decode[segment.bits][count](segment, weight.scale_dtype, block.row_tile, x, sums);
       } else {
         job.products->tile(segment, weight.scale_dtype, block.row_tile, x, count, sums);
@@ -89,21 +102,24 @@ void linear_items(void* ctx, int64_t begin, int64_t end) {
   }
 }
 
-constexpr Products kFloatProducts = products_of<FloatMath>(tile_segment);
+constexpr Products kFloatProducts = products_of<FloatMath>(kTokenBlock, tile_segment);
 
 void linear_tokens(const LinearArgs& args, const Parallel& parallel, const Products* pairs) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   const uintptr_t aligned = (address + kAlignment - 1) / kAlignment * kAlignment;
   float* x = reinterpret_cast<float*>(aligned);
-  LinearJob job{&args, x, nullptr, false, nullptr, 0, 0, count_row_blocks(args.weight), 1};
+  LinearJob job{&args, x, nullptr, nullptr, false, nullptr, 0, 0, count_row_blocks(args.weight), 1};
   const int64_t chunks = ceil_div(args.M, kTokenChunk);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     job.token0 = args.M * chunk / chunks;
     job.tokens = args.M * (chunk + 1) / chunks - job.token0;
-    const int64_t most = ceil_div(job.tokens, 2 * kTokenBlock);
+    const int64_t pass = pairs ? pairs->pass_tokens : kTokenBlock;
+    const int64_t most = ceil_div(job.tokens, 2 * pass);  // so that no range is shorter than a pass
     const int64_t wanted = ceil_div(kFewBlocks, job.row_blocks);
     job.splits = job.tokens <= kDecodeTokens ? 1 : (wanted < most ? wanted : most);
-    if (pairs) job.pairs = reinterpret_cast<uint32_t*>(x + job.tokens * padded_k(args.weight.K));
+    const int64_t values = job.tokens * padded_k(args.weight.K);
+    if (pairs) job.pairs = reinterpret_cast<uint32_t*>(x + values);
+    if (pairs && job.tokens > kPairedDecodeTokens) job.sums = x + values + values / 2;
     job.tiny = false;
     if (job.tokens <= kDecodeTokens) {
       prepare_tokens(&job, 0, job.tokens);

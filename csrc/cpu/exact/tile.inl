@@ -40,8 +40,15 @@ inline void load_chunk_params(const Segment& s, DType scale_dtype, int64_t row_t
   out.group = first == last ? first : -1;
 }
 
-// tile[16][64] = (code - zero) * scale of one chunk, the C-th of its supertile.
-template <int Bits, int C>
+// A weight, two roundings.
+template <bool Min>
+MPQ_INLINE F weight_of(F code, F scale, F zero) {
+  if constexpr (Min) return add(mul(code, scale), zero);
+  return mul(sub(code, zero), scale);
+}
+
+// tile[16][64] = the weights of one chunk, the C-th of its supertile.
+template <int Bits, int C, bool Min>
 void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& params, float* tile) {
 #pragma GCC unroll 1
   for (int part = 0; part < 16 / kLanes; ++part) {
@@ -64,8 +71,8 @@ void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& pa
             const int place = 4 * j.value + kSet * part + i;
             const int row = 8 * g + 4 * set;
             const GroupParams& group = params.params[params.entry[place]];
-            const F centered = sub(v[set + i], load(group.zeros + row));
-            store(tile + 64 * place + row, mul(centered, load(group.scales + row)));
+            const F scale = load(group.scales + row), zero = load(group.zeros + row);
+            store(tile + 64 * place + row, weight_of<Min>(v[set + i], scale, zero));
           }
         }
       });
@@ -76,13 +83,17 @@ void dequantize_chunk(const Stripe& stripe, int64_t chunk, const ChunkParams& pa
 // tile[16 * (end - begin)][64] of the chunks [begin, end) of a segment.
 template <int Bits>
 void dequantize_tile(const TileSource& source, int64_t begin, int64_t end, float* tile) {
-  constexpr void (*kChunks[4])(const Stripe&, int64_t, const ChunkParams&, float*) = {
-      dequantize_chunk<Bits, 0>, dequantize_chunk<Bits, 1>, dequantize_chunk<Bits, 2>, dequantize_chunk<Bits, 3>};
+  constexpr void (*kChunks[2][4])(const Stripe&, int64_t, const ChunkParams&, float*) = {
+      {dequantize_chunk<Bits, 0, false>, dequantize_chunk<Bits, 1, false>, dequantize_chunk<Bits, 2, false>,
+       dequantize_chunk<Bits, 3, false>},
+      {dequantize_chunk<Bits, 0, true>, dequantize_chunk<Bits, 1, true>, dequantize_chunk<Bits, 2, true>,
+       dequantize_chunk<Bits, 3, true>}};
+  const auto& chunks = kChunks[source.segment.zero_kind == kZeroMin];
   const Stripe stripe = stripe_of(source.segment, source.row_tile);
   ChunkParams params;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     load_chunk_params(source.segment, source.scale_dtype, source.row_tile, chunk, params);
-    kChunks[chunk % 4](stripe, chunk, params, tile + 1024 * (chunk - begin));
+    chunks[chunk % 4](stripe, chunk, params, tile + 1024 * (chunk - begin));
   }
 }
 

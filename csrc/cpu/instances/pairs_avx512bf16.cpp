@@ -5,6 +5,6 @@
 
 namespace mpq::cpu {
 
-const Products* pairs_avx512bf16() { return &kPairProducts; }
+const Products* pairs_avx512bf16() { return &kPairProducts<NoTiles>; }
 
 }  // namespace mpq::cpu

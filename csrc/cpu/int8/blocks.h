@@ -66,7 +66,8 @@ struct Place {
   int64_t chunk, block;
 };
 
-// Chunks and blocks stored for one token; fills places[num_segments] unless it is null.
+// Chunks and blocks stored for one token; fills places[num_segments] unless it is null. The chunks are an odd number of
+// cache lines, so that the same columns of many tokens fall into all sets of a cache.
 static inline Place place_blocks(const Weight& weight, Place* places) {
   Place end{0, 0};
   for (int i = 0; i < weight.num_segments; ++i) {
@@ -80,6 +81,7 @@ static inline Place place_blocks(const Weight& weight, Place* places) {
       places[i] = places[owner];
     }
   }
+  end.chunk = ((end.chunk + 3) / 4 | 1) * 4;
   return end;
 }
 

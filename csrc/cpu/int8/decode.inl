@@ -1,6 +1,6 @@
 // Decode with int8 x, M = 1..4 tokens: the codes of a row, four in a lane, times four x in one instruction.
 //
-//   y[n] = sum over blocks of  (scale of w * scale of x) * (sum code * x  -  zero * sum x)
+//   y[n] = sum over blocks of  (scale of w * scale of x) * (sum code * x  -  zero * sum x)       kind min: see add_dots
 //
 // Both sums are exact integers; they are added up over the columns of a block before anything is rounded.
 #pragma once
@@ -113,8 +113,7 @@ __attribute__((noinline)) void add_block(const Stripe& stripe, const DecodeBlock
         if constexpr (kDotTakesBytes && natural_start<Bits, 1>() > 0) {
           dots = mul(dots, load(kHalfScales<Bits>.values + (row & 15)));
         }
-        dots = fnma(load(params.zeros + row), x_sum, dots);
-        store(totals[m] + row, fma(mul(load(params.scales + row), x_scale), dots, load(totals[m] + row)));
+        add_dots(params, row, dots, x_scale, x_sum, totals[m]);
       }
     }
   }

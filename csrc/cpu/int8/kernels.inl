@@ -13,6 +13,7 @@
 #include "cpu/shared/codes.inl"
 #include "cpu/shared/convert.inl"
 #include "cpu/shared/frame.inl"
+#include "cpu/tiles/registers.inl"
 
 namespace mpq::cpu {
 namespace {

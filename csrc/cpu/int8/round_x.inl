@@ -9,7 +9,9 @@
 #include "cpu/cpu.h"
 #include "cpu/inline.h"
 #include "cpu/int8/blocks.h"
+#include "cpu/shared/convert.inl"
 #include "cpu/shared/frame.inl"
+#include "cpu/simd/simd.h"
 
 namespace mpq::cpu {
 namespace {
@@ -28,6 +30,14 @@ struct Int8Tokens {
   const float* sums;      // [tokens, blocks_stride]: of the codes of a block
   int64_t words_stride, blocks_stride;
 };
+
+// sums[row..] += the weights of a block times x, for one token and the rows of one vector: with W = (code - zero) *
+// scale, that is scale of w * scale of x * (dots - zero * sum of x). One rounding of `sums` in either kind.
+MPQ_INLINE void add_dots(const GroupParams& params, int row, F dots, F x_scale, F x_sum, float* sums) {
+  const F scale = mul(load(params.scales + row), x_scale), zero = load(params.zeros + row), before = load(sums + row);
+  store(sums + row, params.min ? add(before, fma(scale, dots, mul(zero, mul(x_scale, x_sum))))
+                               : fma(scale, fnma(zero, x_sum, dots), before));
+}
 
 // Largest |value|, as its bits: those of Inf and NaN are the largest of all.
 inline uint32_t largest_bits(const float* values, int64_t count) {

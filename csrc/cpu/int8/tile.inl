@@ -67,13 +67,6 @@ struct Int8Tile {
   Int8Tokens x;  // at the block and the first token
 };
 
-// sums[row..] += scale of w * scale of x * (dots - zero * sum of x), for one token and the rows of one vector.
-MPQ_INLINE void add_dots(const GroupParams& params, int row, I exact, F x_scale, F x_sum, float* sums) {
-  const F dots = fnma(load(params.zeros + row), x_sum, to_f(exact));
-  const F scale = mul(load(params.scales + row), x_scale);
-  store(sums + row, fma(scale, dots, load(sums + row)));
-}
-
 // sums[T][64] += x[T] @ the block.
 template <bool Wide, int T>
 void multiply_int8(const Int8Tile& block, float* sums) {
@@ -92,7 +85,7 @@ void multiply_int8(const Int8Tile& block, float* sums) {
       const F x_scale = set1(block.x.scales[m * block.x.blocks_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        add_dots(*block.params, row + kLanes * v, acc[m][v], x_scale, x_sum, sums + 64 * m);
+        add_dots(*block.params, row + kLanes * v, to_f(acc[m][v]), x_scale, x_sum, sums + 64 * m);
       }
     }
   }

@@ -71,23 +71,39 @@ inline void write_columns(const int32_t* perm, int64_t k, int64_t count, const f
   }
 }
 
-// fp32 scales and zeros of one group, 64 rows of a tile in position order.
+// fp32 scales and zeros of one group, 64 rows of a tile in position order. min: a weight is code * scale + zero, else
+// (code - zero) * scale.
 struct GroupParams {
   alignas(64) float scales[64];
   alignas(64) float zeros[64];
+  bool min;
 };
 
+// total + the weights of a group times x, from the sum of codes times x and that of x. For a one-hot x and a total of 0
+// these are the two roundings of a weight.
+template <bool Min>
+MPQ_INLINE F add_group(F total, F dots, F x_sum, F scale, F zero) {
+  if constexpr (Min) return fma(zero, x_sum, fma(scale, dots, total));
+  return fma(scale, fnma(zero, x_sum, dots), total);
+}
+
+// The first block of 64 scales or zeros of a row tile; those of its groups follow each other.
+MPQ_INLINE int64_t first_scale(const Segment& segment, int64_t row_tile) {
+  return row_tile * ((segment.k1 - segment.k0) / segment.group_size) * 64;
+}
+
 inline void load_group(const Segment& segment, DType scale_dtype, int64_t row_tile, int64_t group, GroupParams& out) {
-  const int64_t row_tiles = ceil_div(segment.n1 - segment.n0, kTileN);
-  const int64_t first = (group * row_tiles + row_tile) * 64;
+  const int64_t first = first_scale(segment, row_tile) + group * 64;
   const int64_t width = dtype_bytes(scale_dtype);
   to_f32_64(bytes_at(segment.scales, first * width), scale_dtype, out.scales);
-  if (segment.zero_kind == kZeroFloat) {
-    to_f32_64(bytes_at(segment.zeros, first * width), scale_dtype, out.zeros);
+  out.min = segment.zero_kind == kZeroMin;
+  if (!stores_zeros(segment.zero_kind)) {
+    const F fixed = set1(kFixedZero[segment.zero_kind][segment.bits]);
+    for (int i = 0; i < 64; i += kLanes) store(out.zeros + i, fixed);
   } else if (segment.zero_kind == kZeroInt) {
     for (int i = 0; i < 64; i += kLanes) store(out.zeros + i, load_u8(bytes_at(segment.zeros, first + i)));
   } else {
-    for (int i = 0; i < 64; i += kLanes) store(out.zeros + i, set1(kSymmetricZero[segment.bits]));
+    to_f32_64(bytes_at(segment.zeros, first * width), scale_dtype, out.zeros);
   }
 }
 

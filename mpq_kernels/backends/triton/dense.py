@@ -1,6 +1,6 @@
 """W itself, and y for groups that `linear.py` does not take.
 
-Both make (code - zero) * scale in fp32 from a scale for every element: any group, no power of two, one rounding for
+Both make the weight (kinds.py) in fp32 from a scale for every element: any group, no power of two, one rounding for
 each of the two operations as in reference.py.
 """
 
@@ -13,16 +13,17 @@ from .linear import (
     COLUMNS,
     EXPERT,
     GROUP,
+    GROUPS,
     ITEM_INTS,
     KIND,
     LOCAL,
     ROW0,
     ROW_END,
-    ROW_TILES,
     SCALES,
     TILES_LEFT,
     ZERO_FLOAT,
     ZERO_INT,
+    ZERO_MIN,
     ZEROS,
     addends,
     bits_of,
@@ -34,7 +35,7 @@ from .linear import (
     store_rows,
     zero_of,
 )
-from .unpack import FP16, inverse_unit, operand, row_of, row_place, symmetric_zero
+from .unpack import FP16, fixed_zero, inverse_unit, operand, row_of, row_place
 
 CODES_IN = tl.constexpr(FP16)  # no zero points here, so no need of PTX
 
@@ -46,9 +47,10 @@ def store_step():
 
 
 @triton.jit
-def values_at(values, first, group, row_tiles, mask, S: tl.constexpr):
+def values_at(values, first, group, groups, mask, S: tl.constexpr):
     """Scales or zeros as fp32: [64 S, columns], or [64 S, 1] where `group` is a scalar for all of them."""
-    at = values + (first + group * row_tiles).to(tl.int64) * 64 + row_place(S)[:, None]
+    place = row_place(S)[:, None]
+    at = values + (first + group + place // 64 * groups).to(tl.int64) * 64 + place % 64
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -58,7 +60,7 @@ def dense_tile(
     COARSE: tl.constexpr,
 ):  # fmt: skip
     """W [64 S, STEP] in fp32, columns as they are stored. COARSE: scales change at multiples of STEP columns."""
-    left, row_tiles, group_size = tl.load(item + TILES_LEFT), tl.load(item + ROW_TILES), tl.load(item + GROUP)
+    left, groups, group_size = tl.load(item + TILES_LEFT), tl.load(item + GROUPS), tl.load(item + GROUP)
     local = tl.load(item + LOCAL) + step * STEP
     words = step_words(bases, step, tl.arange(0, S)[:, None] < left, BITS, STEP, S)
     nothing = addends((0, 0), BITS, ZERO_FLOAT, S, CODES_IN)
@@ -71,12 +73,17 @@ def dense_tile(
         k = local + tl.arange(0, STEP)[None, :]
         group = k // group_size
         mask = rows & (k < local - step * STEP + tl.load(item + COLUMNS))
-    scale = values_at(scales, tl.load(item + SCALES), group, row_tiles, mask, S)
-    if ZERO == ZERO_INT or ZERO == ZERO_FLOAT:
-        centred = codes - values_at(zeros, tl.load(item + ZEROS), group, row_tiles, mask, S)
+    scale = values_at(scales, tl.load(item + SCALES), group, groups, mask, S)
+    if ZERO == ZERO_INT or ZERO == ZERO_FLOAT or ZERO == ZERO_MIN:
+        zero = values_at(zeros, tl.load(item + ZEROS), group, groups, mask, S)
     else:
-        centred = codes - symmetric_zero(BITS)
-    return centred * scale + 0.0
+        zero = fixed_zero(ZERO, BITS)
+    if ZERO == ZERO_MIN:
+        # The product is an fma, which no compiler joins with the sum: two roundings.
+        out = tl.fma(codes, tl.broadcast_to(scale, codes.shape), tl.zeros(codes.shape, tl.float32)) + zero
+    else:
+        out = (codes - zero) * scale + 0.0
+    return out
 
 
 @triton.jit

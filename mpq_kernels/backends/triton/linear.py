@@ -3,12 +3,13 @@
 A program takes one item of the table (work.py): S supertiles of rows times a range of columns of one segment, for one
 block of tokens. In each step it multiplies STEP columns, then adds the sums times the scales to y:
 
-    y[row][token] += scale * sum((code - zero) x)                          integer zeros, and none: exact in operand A
-    y[row][token] += scale * (sum(code x) - zero * sum(x))                 float zeros
+    y[row][token] += scale * sum((code - zero) x)                          none, half, int: exact in operand A
+    y[row][token] += scale * (sum(code x) - zero * sum(x))                 float
+    y[row][token] += scale * sum(code x);  += zero * sum(x)                min
 
-so that one-hot x gives fl32(fl32(code - zero) * scale), bit for bit. The words, zeros and scales of a step are loaded
-while the step before it is multiplied. Where an item is not alone in its block it writes its sums apart, and `reduce`
-adds them in the order of the columns: no atomics, the same bits every time.
+so that one-hot x gives fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit. The words,
+zeros and scales of a step are loaded while the step before it is multiplied. Where an item is not alone in its block it
+writes its sums apart, and `reduce` adds them in the order of the columns: no atomics, the same bits every time.
 
 Experts: an item belongs to one, whose tokens are the rows offsets[e] .. offsets[e + 1] of x.
 """
@@ -16,11 +17,14 @@ Experts: an item belongs to one, whose tokens are the rows offsets[e] .. offsets
 import triton
 import triton.language as tl
 
-from ...format.codes import FORMATS, ZERO_KINDS
+from ...format.codes import FORMATS
+from ...format.kinds import ZERO_KINDS
 from . import work
 from .unpack import (
     WIDE,
     column_of,
+    fixed_zero,
+    in_operand,
     inverse_unit,
     load_words,
     operand,
@@ -28,13 +32,13 @@ from .unpack import (
     row_of,
     row_place,
     split4,
-    symmetric_zero,
     unit,
     word_of,
 )
 
 ZERO_INT = tl.constexpr(ZERO_KINDS.index("int"))
 ZERO_FLOAT = tl.constexpr(ZERO_KINDS.index("float"))
+ZERO_MIN = tl.constexpr(ZERO_KINDS.index("min"))
 IN_FP32 = tl.constexpr(WIDE)
 
 KIND, ROW0, ROW_END = tl.constexpr(work.KIND), tl.constexpr(work.ROW0), tl.constexpr(work.ROW_END)
@@ -42,7 +46,7 @@ COLUMN0, COLUMN_END = tl.constexpr(work.COLUMN0), tl.constexpr(work.COLUMN_END)
 LOCAL, COLUMNS, PLANE0 = tl.constexpr(work.LOCAL), tl.constexpr(work.COLUMNS), tl.constexpr(work.PLANE0)
 TILE_STRIDE, TILES_LEFT = tl.constexpr(work.TILE_STRIDE), tl.constexpr(work.TILES_LEFT)
 SCALES, ZEROS = tl.constexpr(work.SCALES), tl.constexpr(work.ZEROS)
-ROW_TILES, GROUP = tl.constexpr(work.ROW_TILES), tl.constexpr(work.GROUP)
+GROUPS, GROUP = tl.constexpr(work.GROUPS), tl.constexpr(work.GROUP)
 PART, PARTS, EXPERT = tl.constexpr(work.PART), tl.constexpr(work.PARTS), tl.constexpr(work.EXPERT)
 ITEM_INTS = tl.constexpr(work.ITEM_INTS)
 BLOCK_ROW0, BLOCK_ROW_END = tl.constexpr(work.BLOCK_ROW0), tl.constexpr(work.BLOCK_ROW_END)
@@ -114,7 +118,7 @@ def step_zeros(zeros, group, item, mask, ZERO: tl.constexpr, S: tl.constexpr):
     if ZERO == ZERO_INT:
         s = tl.arange(0, S)[:, None]
         j = tl.arange(0, 128)[None, :]
-        row = tl.load(item + ZEROS) + group * tl.load(item + ROW_TILES) + s
+        row = tl.load(item + ZEROS) + group + tl.load(item + GROUPS) * s
         at = zeros + row.to(tl.int64) * 64 + j // 16 * 8 + j % 4
         m = tl.broadcast_to(mask, (S, 128))
         out = (tl.load(at, mask=m, other=0), tl.load(at + 4, mask=m, other=0))
@@ -131,16 +135,17 @@ def addends(raw, BITS: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr, MATH: 
         high = split4(word_of(raw[1].to(tl.float32) * -unit(MATH), MATH), S)
         out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])
     else:
-        value: tl.constexpr = 0.0 if ZERO == ZERO_FLOAT else -symmetric_zero(BITS) * unit(MATH)
+        value: tl.constexpr = -fixed_zero(ZERO, BITS) * unit(MATH) if in_operand(ZERO) else 0.0
         z = word_of(tl.full((S, 8, 4), value, tl.float32), MATH)
         out = (z, z, z, z, z, z, z, z)
     return out
 
 
 @triton.jit
-def row_values(values, first, group, row_tiles, mask, S: tl.constexpr):
+def row_values(values, first, group, groups, mask, S: tl.constexpr):
     """Scales or float zeros of one group, fp32 [64 S]."""
-    at = values + (first + group * row_tiles).to(tl.int64) * 64 + row_place(S)
+    place = row_place(S)
+    at = values + (first + group + place // 64 * groups).to(tl.int64) * 64 + place % 64
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -170,7 +175,7 @@ def item_sums(
     EVEN: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """fp32 [64 S, BLOCK_M]: the item's rows times tokens."""
-    local, group_size, row_tiles = tl.load(item + LOCAL), tl.load(item + GROUP), tl.load(item + ROW_TILES)
+    local, group_size, groups = tl.load(item + LOCAL), tl.load(item + GROUP), tl.load(item + GROUPS)
     # Items begin at a multiple of 64 columns: 16-byte loads of x.
     column, column_end = tl.multiple_of(tl.load(item + COLUMN0), 64), tl.load(item + COLUMN_END)
     left, first_scale, first_zero = tl.load(item + TILES_LEFT), tl.load(item + SCALES), tl.load(item + ZEROS)
@@ -187,7 +192,7 @@ def item_sums(
     if not NATURAL:
         xs = tokens_at(x, perm, column, column_end, tokens, tokens_end, x_stride, STEP, NATURAL, HAS_PERM, EVEN, MATH)
     for step in range(steps):
-        scale = row_values(scales, first_scale, group, row_tiles, row_mask, S)
+        scale = row_values(scales, first_scale, group, groups, row_mask, S)
         if NATURAL:
             # The compiler keeps the next steps' x on its way to shared memory, where wgmma reads it.
             xs = tokens_at(
@@ -196,12 +201,15 @@ def item_sums(
             )  # fmt: skip
         a = operand(words, addends(raw, BITS, ZERO, S, MATH), BITS, STEP // 16, S, MATH, NATURAL)
         sums = tl.dot(a, xs, input_precision="ieee")
-        if ZERO == ZERO_FLOAT:
-            zero = row_values(zeros, first_zero, group, row_tiles, row_mask, S) * -unit(MATH)
+        if not in_operand(ZERO):
+            zero = tl.broadcast_to(row_values(zeros, first_zero, group, groups, row_mask, S)[:, None], y.shape)
             sum_x = tl.broadcast_to(tl.sum(xs.to(tl.float32), axis=0)[None, :], y.shape)
-            sums = tl.fma(tl.broadcast_to(zero[:, None], y.shape), sum_x, sums)
+        if ZERO == ZERO_FLOAT:
+            sums = tl.fma(zero * -unit(MATH), sum_x, sums)
         # The power of two joins the scale: exact below 2^119.
         y = tl.fma(tl.broadcast_to((scale * inverse_unit(MATH))[:, None], y.shape), sums, y)
+        if ZERO == ZERO_MIN:
+            y = tl.fma(zero, sum_x, y)
         # What the next step needs.
         rest = steps - 1 - step
         mask = tl.arange(0, S)[:, None] < tl.minimum(left, rest * S)

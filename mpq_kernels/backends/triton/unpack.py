@@ -7,7 +7,7 @@ power of two, `unit`, and subtracts the zero point:
     fp16: fma(field, 2^(15 - shift), -zero * 2^-9)    = (code - zero) * 2^-9
     bf16: fma(field, 2^(127 - shift), -zero * 2^-6)   = (code - zero) * 2^-6
 
-Both are exact: code - zero is an integer, or with the zero of symmetric 1-bit weights a half, of at most 8 bits. The
+Both are exact: code - zero is a whole number of halves, of at most 8 bits. The
 multiply-add takes subnormal operands (PTX ISA, fma.f16x2 and fma.bf16x2; AMD's default mode); whether tensor cores do
 is of no consequence, because none reaches them.
 
@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ...format import codes
 from ...format.codes import FORMATS
+from ...format.kinds import FIXED_KINDS, KINDS, ZERO_KINDS
 
 bit_index = triton.constexpr_function(codes.bit_index)
 
@@ -38,9 +39,16 @@ def planes_of(bits, width):
 
 
 @triton.constexpr_function
-def symmetric_zero(bits):
-    """Zero point of a symmetric weight."""
-    return FORMATS[bits].symmetric_zero
+def in_operand(kind):
+    """Whether operand A of a storage kind is code - zero; else it is the code."""
+    name = ZERO_KINDS[kind]
+    return name in FIXED_KINDS or KINDS[name].stored == "uint8"
+
+
+@triton.constexpr_function
+def fixed_zero(kind, bits):
+    """Zero point of a storage kind that stores none."""
+    return KINDS[ZERO_KINDS[kind]].zero(bits, 0.0)
 
 
 @triton.constexpr_function

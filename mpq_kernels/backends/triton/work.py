@@ -17,12 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import FormatError
-from ...format.codes import FORMATS, TILE_K, TILE_N, ZERO_KINDS
+from ...format.codes import FORMATS, TILE_K, TILE_N, scale_block
+from ...format.kinds import ZERO_KINDS
 from ...format.layout import DTYPE_BYTES, Segment, SegmentOffsets, WeightLayout, ceil_div
 
 # Columns of a row of the table of items.
 (KIND, ROW0, ROW_END, COLUMN0, COLUMN_END, LOCAL, COLUMNS, PLANE0, PLANE1, PLANE2, TILE_STRIDE, TILES_LEFT, SCALES,
- ZEROS, ROW_TILES, GROUP, PART, PARTS, EXPERT) = range(19)  # fmt: skip
+ ZEROS, GROUPS, GROUP, PART, PARTS, EXPERT) = range(19)  # fmt: skip
 ITEM_INTS = 20
 # Columns of a row of the table of blocks that have several parts.
 BLOCK_ROW0, BLOCK_ROW_END, BLOCK_PARTS, BLOCK_EXPERT = range(4)
@@ -35,14 +36,13 @@ MAX_INT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Work:
-    """Tables of one weight. kinds: (bits, zero kind) that appear, as bits of an integer (`kind_of`)."""
+    """Tables of one weight. kinds: (bits, storage kind) that appear, as bits of an integer (`kind_of`)."""
 
     items: tuple[int, ...]
     blocks: tuple[int, ...]
     kinds: int
     step: int  # columns that one step multiplies; 0: groups that need the slow kernel
     parts: int  # most parts of a block
-    float_zeros: bool
 
     @property
     def num_items(self) -> int:
@@ -56,7 +56,7 @@ class Work:
 
 
 def kind_of(segment: Segment) -> int:
-    """Number of a segment's (bits, zero kind)."""
+    """Number of a segment's (bits, storage kind)."""
     return (segment.bits - 1) * KINDS + ZERO_KINDS.index(segment.zero)
 
 
@@ -69,8 +69,8 @@ def step_of(segment: Segment) -> int:
 
 def tile_cost(segment: Segment, scale_bytes: int) -> float:
     """Bytes of a supertile with its scales and zeros."""
-    zero = {"none": 0, "int": 1, "float": scale_bytes}[segment.zero]
-    return 512 * segment.bits + TILE_N * TILE_K * (scale_bytes + zero) / segment.group_size
+    zero_bytes = {None: 0, "uint8": 1, "scales": scale_bytes}[segment.kind.stored]
+    return 512 * segment.bits + TILE_N * TILE_K * (scale_bytes + zero_bytes) / segment.group_size
 
 
 def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1) -> Work:
@@ -112,7 +112,7 @@ def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1)
     for segment in layout.segments:
         kinds |= 1 << kind_of(segment)
     step = min(step_of(s) for s in layout.segments)
-    return Work(tuple(items), tuple(blocks), kinds, step, most, any(s.zero == "float" for s in layout.segments))
+    return Work(tuple(items), tuple(blocks), kinds, step, most)
 
 
 def _cut(segment: Segment, scale_bytes: int, share: float) -> list[tuple[int, int]]:
@@ -140,8 +140,9 @@ def _item(
     for index, (words, width) in enumerate(zip(start.planes, widths, strict=True)):
         row[PLANE0 + index] = words // 128 + (row_tile * segment.col_tiles + first) * width
     row[TILE_STRIDE], row[TILES_LEFT] = segment.col_tiles, min(supertiles, segment.row_tiles - row_tile)
-    row[SCALES] = start.scales // TILE_N + row_tile
-    row[ZEROS] = start.zeros // TILE_N + row_tile
-    row[ROW_TILES], row[GROUP] = segment.row_tiles, segment.group_size
+    first_scale = scale_block(row_tile, 0, segment.groups)
+    row[SCALES] = start.scales // TILE_N + first_scale
+    row[ZEROS] = start.zeros // TILE_N + first_scale
+    row[GROUPS], row[GROUP] = segment.groups, segment.group_size
     row[PART], row[PARTS], row[EXPERT] = place
     return row

@@ -66,4 +66,4 @@ def test_standalone_kernel_checks(kernels, tmp_path):
 
 def test_tile_registers_give_the_same_bits(kernels, tmp_path):
     """Simulated ones everywhere; those of the processor, or its traps, as far as it has them."""
-    assert "amx: " in passes("test_int8_tiles", kernels, tmp_path, ("simulated_amx",))
+    assert "amx: " in passes("test_tiles", kernels, tmp_path, ("simulated_amx",))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mpq_kernels.format.codes import ZERO_KINDS
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.format.weights import PackedWeight
 
 ROOT = Path(__file__).resolve().parents[3]

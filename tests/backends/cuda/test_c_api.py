@@ -47,7 +47,7 @@ def simulator_flags():
 def check_host_part(output):
     """What the example prints whatever it is linked with."""
     lines = output.splitlines()
-    assert lines[:2] == ["version 1", f"layout {LAYOUT_ID}"]
+    assert lines[:2] == ["version 2", f"layout {LAYOUT_ID}"]
     assert re.fullmatch(r"workspace \d+ bytes", lines[2])
     refused = {int(m[2]): (m[1], m[3]) for m in re.finditer(r"^refused, (.*): (\d+), (.*)$", output, re.M)}
     assert refused.keys() == REFUSALS.keys()

@@ -280,9 +280,8 @@ def test_unpacking_on_the_device_gives_the_same_codes():
 def test_packing_on_the_device_gives_the_same_words(bits, zero, scale_dtype):
     weight = random_weight(100, 96, bits, 32, zero, scale_dtype)
     block = weight.blocks[0][2]
-    moved = QuantizedBlock(
-        bits, block.codes.cuda(), block.scales.cuda(), None if block.zeros is None else block.zeros.cuda()
-    )
+    zeros = None if block.zeros is None else block.zeros.cuda()
+    moved = QuantizedBlock(bits, block.codes.cuda(), block.scales.cuda(), zeros, zero)
     on_device = pack_weight(QuantizedWeight.uniform(moved), "torch")
     assert torch.equal(on_device.qweight.cpu(), pack_weight(weight).qweight)
 

@@ -15,7 +15,8 @@ from mpq_kernels.backends.triton import configs, launch
 from mpq_kernels.backends.triton.configs import Config
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.format import reference
-from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES, ZERO_KINDS
+from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
+from mpq_kernels.format.kinds import ZERO_KINDS
 from mpq_kernels.nn.linear import packed_modules
 from tests.backends.cuda import simulated
 from tests.made.checkpoints import tiny_model
@@ -31,10 +32,10 @@ PLAN = {
     "modules": {
         "model.layers.0.self_attn.q_proj": {"bits": 3} | INT,
         "model.layers.0.self_attn.k_proj": {"bits": 4} | SYMMETRIC,
-        "model.layers.0.self_attn.v_proj": {"bits": 8} | INT,
+        "model.layers.0.self_attn.v_proj": {"bits": 8, "group_size": 32, "zero": "half"},
         "model.layers.0.self_attn.o_proj": {"bits": 1, "scale_dtype": "bfloat16"} | INT,
         "model.layers.0.mlp.gate_proj": {"bits": 2} | FLOAT,
-        "model.layers.0.mlp.up_proj": {"bits": 7} | FLOAT,
+        "model.layers.0.mlp.up_proj": {"bits": 7, "group_size": 16, "zero": "min"},
         "model.layers.0.mlp.down_proj": {"bits": 5, "group_size": 25},  # the slow kernel
         "model.layers.1.mlp.down_proj": {
             "bits": 4,

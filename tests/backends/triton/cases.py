@@ -64,7 +64,7 @@ def test_groups_with_a_scale_of_zero_add_nothing(zero):
     x = torch.randn(3, 128).half()
     y = linear(x, packed)
     check(y, x, packed)
-    assert not y[:, ::2].any()
+    assert zero == "min" or not y[:, ::2].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -273,8 +273,8 @@ REFUSALS = [
     ({"bias": torch.zeros(9)}, "out_features=10 elements"),
     ({"bias": torch.zeros(10, dtype=torch.float64)}, "bias must be float32"),
     ({"segments": [0, 10, 0, 64, 4, 64]}, "7 integers"),
-    ({"segments": [0, 10, 0, 64, 4, 64, 3]}, "unknown kind of zeros"),
-    ({"segments": [0, 9, 0, 64, 4, 64, 1]}, "segments cover 9 of 10 rows"),
+    ({"segments": [0, 10, 0, 64, 4, 64, 5]}, "unknown kind of zeros"),
+    ({"segments": [0, 9, 0, 64, 4, 64, 2]}, "segments cover 9 of 10 rows"),
 ]
 
 

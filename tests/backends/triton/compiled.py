@@ -25,7 +25,7 @@ from mpq_kernels.backends.triton import configs
 from mpq_kernels.backends.triton.dense import dequantize_kernel, slow_kernel
 from mpq_kernels.backends.triton.linear import linear_kernel, reduce_kernel
 from mpq_kernels.backends.triton.unpack import BF16, FP16, PTX_BF16, PTX_FP16
-from mpq_kernels.format.codes import ZERO_KINDS
+from mpq_kernels.format.kinds import KINDS, ZERO_KINDS
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TARGETS = {
@@ -108,7 +108,7 @@ def compile_case(case: Case, arch: str) -> Any:
         "NATURAL": configs.natural_columns(key, VERSION), "HAS_PERM": False, "HAS_BIAS": True, "EVEN": True,
         "MATH": math, "GROUPED": case.grouped, "COARSE": True,
     }  # fmt: skip
-    zeros = {"int": "u8", "none": "fp16", "float": "fp16"}[case.kinds[0][1]]
+    zeros = "u8" if KINDS[case.kinds[0][1]].stored == "uint8" else "fp16"
     types = {"x": case.dtype, "zeros": zeros}
     signature = {
         name: "constexpr"

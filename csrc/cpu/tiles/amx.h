@@ -1,7 +1,7 @@
 // AMX, the tile registers of x86-64: whether they may be used here, and the form of their configuration.
 //
 // A processor can list AMX and still fault, and Linux gives a process the registers only when it asks for them. So one
-// product is tried in a child process first; nothing of this happens before somebody asks for AMX.
+// product of each kind is tried in a child process first, and nothing of this happens where the processor lists no AMX.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ enum class Trial { kRight, kWrong, kFaulted, kNoChild };
 // Runs `right` in a child process, where a fault ends only the child. It must do nothing but compute.
 Trial try_in_child(bool (*right)());
 
-// One product on the tile registers, compared with plain C++. Faults where there are none.
-bool amx_multiplies();
+// Products of bytes and of bf16 on the tile registers, compared with plain C++. They fault where there are none.
+bool amx_multiplies_bytes();
+bool amx_multiplies_pairs();
 
 }  // namespace mpq::cpu

@@ -1,10 +1,11 @@
-// Standalone test of the kernels of csrc/cpu/int8/tile_registers.inl, on any machine: over simulated tile registers
-// they must give the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the processor where
-// it has AMX, and where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated. Returns 1 on
-// failure.
+// Standalone test of the kernels on tile registers, on any machine. Those of int8 x (cpu/int8/tile_registers.inl), over
+// simulated registers, must give the bits of the kernels without any. So must the machine code of int8_amx.cpp: on the
+// processor where it has AMX, and where it has AVX-512 VNNI alone, with every instruction of AMX trapped and simulated.
+// The machine code of pairs_amx.cpp, likewise with AVX512_BF16, must give W times x, and W for a one-hot x. Returns 1
+// on failure.
 #include <csignal>
 
-#include "cpu/int8/amx.h"
+#include "cpu/tiles/amx.h"
 #include "cpu_calls.h"
 #include "simulated_tiles.h"
 #include "trapped_amx.h"
@@ -73,6 +74,44 @@ void check_model(const std::vector<BandSpec>& bands, int64_t tokens, int seed, c
   }
 }
 
+// bf16 x on tile registers: the bits of W for a one-hot x, else the sum within the bound; the same on three threads.
+void check_pairs(const std::vector<BandSpec>& bands, int64_t tokens, int seed, const std::string& label) {
+#if defined(__x86_64__) && defined(__linux__)
+  if (!supported(Isa::avx512bf16)) return;
+  const bool odd = seed & 1, permuted = seed & 2, bias = seed & 4;
+  Model model = make_model(bands, kDTypes[seed % 3], permuted, odd);
+  bool whole_chunks = false;
+  for (const BandSpec& band : bands) {
+    for (const auto& s : band.segments) whole_chunks |= s.group_size % 16 == 0 || s.group_size == s.cols;
+  }
+  for (const bool one_hot : {true, false}) {
+    Call call(model, Isa::amx, DType::kBF16, tokens, bias && !one_hot, odd, label + " pairs");
+    if (!supported(Isa::amx)) call.pairs = pairs_amx();
+    std::vector<int64_t> columns;
+    for (int64_t m = 0; m < tokens; ++m) columns.push_back(m ? below(static_cast<int>(model.K)) : model.K - 1);
+    for (int64_t i = 0; i < tokens * model.K; ++i) {
+      const int64_t m = i / model.K, k = i % model.K;
+      encode(one_hot ? columns[m] == k : uniform(-1, 1), call.dtype, call.x_at(m, k));
+    }
+    const long before = tile_counts.dots;
+    const std::vector<unsigned char> first = call.run(kSerial);
+    if (!supported(Isa::amx)) {
+      check((tile_counts.dots > before) == (tokens >= 16 && whole_chunks), call.name,
+            "tiles used for the wrong tokens");
+    }
+    if (!one_hot) check_values(call, bias);
+    for (int64_t i = 0; one_hot && i < tokens * model.N; ++i) {
+      unsigned char want[2];
+      encode(model.w[i % model.N * model.K + columns[i / model.N]], call.dtype, want);
+      check(!std::memcmp(call.y_at(i / model.N, i % model.N), want, 2), call.name, "not the bits of W");
+    }
+    check(call.run(kThreads) == first, call.name, "1 and 3 threads differ");
+  }
+#else
+  (void)bands, (void)tokens, (void)seed, (void)label;
+#endif
+}
+
 struct ColumnCase {
   int64_t K, group_size;
 };
@@ -88,13 +127,14 @@ int check_uniform() {
   int cases = 0;
   for (int bits = 1; bits <= 8; ++bits) {
     for (const ColumnCase& columns : kColumns) {
-      for (int zero_kind = kZeroNone; zero_kind <= kZeroFloat; ++zero_kind, ++cases) {
+      for (int zero_kind = 0; zero_kind < kZeroKinds; ++zero_kind, ++cases) {
         const int64_t N = kRows[(cases + cases / 5) % 5];
         const std::string label = "bits=" + std::to_string(bits) + " N=" + std::to_string(N) +
                                   " K=" + std::to_string(columns.K) + " group=" + std::to_string(columns.group_size) +
                                   " zero=" + std::to_string(zero_kind);
         const int64_t tokens = kTokens[(cases + cases / 8) % 8];
         check_model({{N, {{columns.K, bits, columns.group_size, zero_kind}}}}, tokens, below(1 << 20), label);
+        check_pairs({{N, {{columns.K, bits, columns.group_size, zero_kind}}}}, tokens, below(1 << 20), label);
       }
     }
   }
@@ -106,6 +146,7 @@ int check_segments() {
   for (const auto& bands : mixed_weights()) {
     for (const int64_t tokens : {1, 4, 5, 15, 16, 17, 33, 129, 401}) {
       check_model(bands, tokens, 5 * cases, "segments " + std::to_string(cases));
+      check_pairs(bands, tokens, 5 * cases, "segments " + std::to_string(cases));
       ++cases;
     }
   }
@@ -145,7 +186,8 @@ int check_misuse() {
     change(config);
     return misuses([&](SimulatedTiles& tiles) {
       tiles.configure(config);
-      tiles.dot<0, 1, 2>();
+      tiles.dot_bytes<0, 1, 2>();
+      tiles.dot_pairs<0, 1, 2>();
       tiles.release();
     });
   };
@@ -188,14 +230,16 @@ int check_trials() {
   check(try_in_child([] { return sink == 1; }) == Trial::kWrong, "trial", "wrong, or memory shared");
   check(try_in_child([] { return kill(getpid(), SIGSEGV) != 0; }) == Trial::kFaulted, "trial", "no memory");
   check(try_in_child([]() -> bool { __builtin_trap(); }) == Trial::kFaulted, "trial", "no such instruction");
-  const Trial found = try_in_child(amx_multiplies);
-  if (supported(Isa::amx)) check(found == Trial::kRight, "trial", "AMX");
-  if (!supported(Isa::amx))
-    check(found == Trial::kFaulted || found == Trial::kWrong, "trial", "AMX where there is none");
+  for (const auto multiplies : {amx_multiplies_bytes, amx_multiplies_pairs}) {
+    const Trial found = try_in_child(multiplies);
+    if (supported(Isa::amx)) check(found == Trial::kRight, "trial", "AMX");
+    if (!supported(Isa::amx))
+      check(found == Trial::kFaulted || found == Trial::kWrong, "trial", "AMX where there is none");
+  }
   check(waitpid(-1, nullptr, __WALL) == -1 && errno == ECHILD, "trial", "a child is left");
   check(!told, "trial", "SIGCHLD");
   std::signal(SIGCHLD, SIG_DFL);
-  return 5;
+  return 6;
 }
 #else
 int check_trials() { return 0; }

@@ -1,5 +1,5 @@
 // Whether the tile registers of AMX may be used: the processor, the system, and one product for proof.
-#include "cpu/int8/amx.h"
+#include "cpu/tiles/amx.h"
 
 #include "cpu/cpu.h"
 
@@ -19,12 +19,12 @@ namespace {
 
 constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
 constexpr int kTileData = 18;               // component of the extended state, and its bit in XCR0; 17: configuration
-constexpr unsigned kTilesAndInt8 = 1u << 24 | 1u << 25;  // CPUID leaf 7, EDX
-constexpr unsigned kXgetbv = 1u << 27;                   // CPUID leaf 1, ECX
+constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // CPUID leaf 7, EDX: bf16, tiles, int8
+constexpr unsigned kXgetbv = 1u << 27;                       // CPUID leaf 1, ECX
 
 bool processor_lists_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTilesAndInt8) == kTilesAndInt8;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles;
 }
 
 bool system_saves_tiles() {
@@ -39,17 +39,19 @@ bool system_saves_tiles() {
 // https://docs.kernel.org/arch/x86/xstate.html.
 bool request_permission() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0; }
 
+bool multiplies() { return amx_multiplies_bytes() && amx_multiplies_pairs(); }
+
 void leave_faulted(int) { _exit(static_cast<int>(Trial::kFaulted)); }
 
 const char* refusal() {
-  if (!processor_lists_amx()) return "the processor does not list AMX-TILE and AMX-INT8";
-  if (!supported(Isa::avx512vnni)) return "the processor has no AVX-512 VNNI, which these kernels use besides AMX";
+  if (!processor_lists_amx()) return "the processor does not list AMX-TILE, AMX-INT8 and AMX-BF16";
+  if (!supported(Isa::avx512bf16)) return "the processor has no AVX512_BF16, which these kernels use besides AMX";
   if (!system_saves_tiles()) return "the operating system does not save the tile registers (XCR0, bits 17 and 18)";
   if (!request_permission()) {
     if (errno == ENOSPC) return "an alternate signal stack of this process is too small for the tile registers";
     return "the operating system grants this process no tile registers (arch_prctl ARCH_REQ_XCOMP_PERM)";
   }
-  switch (try_in_child(amx_multiplies)) {
+  switch (try_in_child(multiplies)) {
     case Trial::kRight:
       return nullptr;
     case Trial::kWrong:

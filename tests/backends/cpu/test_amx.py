@@ -1,6 +1,6 @@
-"""AMX: never chosen by itself, refused with a reason, the right instructions, and the bits of the other kernels.
+"""AMX: chosen by itself where it works, refused with a reason, the right instructions, the bits of the other kernels.
 
-That its kernels compute the right thing on machines without AMX is shown by tests/cpp/test_int8_tiles.cpp.
+That its kernels compute the right thing on machines without AMX is shown by tests/cpp/test_tiles.cpp.
 """
 
 import itertools
@@ -44,20 +44,21 @@ def test_a_refusal_says_why_and_changes_nothing(int8_isas):
     assert torch.ops.mpq.cpu_isa() == before and "amx" not in int8_isas
 
 
-def test_never_the_default():
+def test_the_first_that_works_is_the_default():
     code = "import torch, mpq_kernels.backends.ops; print(torch.ops.mpq.cpu_isa(), torch.ops.mpq.cpu_isas())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     default, names = done.stdout.split()
-    assert default != "amx" and default == names.split(",")[0]
+    assert default == names.split(",")[0] and (default == "amx") == (not REFUSAL)
     assert all(torch.ops.mpq.cpu_isa_refusal(name) == "" for name in names.split(","))
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="AMX is of x86-64")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)")
 def test_machine_code():
-    """Signed x times unsigned codes into four registers of sums, for full steps and tails; nothing else of AMX."""
+    """Signed x times unsigned codes, and bf16, into four registers of sums, for full steps and tails; nothing else."""
     text = subprocess.run(["objdump", "-d", str(ops.LIBRARY)], capture_output=True, text=True, check=True).stdout
     found = set(re.findall(r"\t((?:ldtilecfg|sttilecfg|tilerelease|tilezero|tileload|tilestore|tdp)\w*)", text))
-    assert found == {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbsud"}
-    products = set(re.findall(r"\ttdpbsud %tmm(\d),%tmm(\d),%tmm(\d)", text))
-    assert products == {(codes, x, sums) for codes, x in ("54", "76") for sums in "0123"}
+    assert found == {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbsud", "tdpbf16ps"}
+    for name in ("tdpbsud", "tdpbf16ps"):
+        products = set(re.findall(rf"\t{name} %tmm(\d),%tmm(\d),%tmm(\d)", text))
+        assert products == {(codes, x, sums) for codes, x in ("54", "76") for sums in "0123"}
