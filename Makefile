@@ -23,8 +23,9 @@ CXX_FILES := $(shell find csrc mpq_kernels/jax tests/cpp benchmarks examples -ty
 LM_EVAL := $(VENV)/lm-eval
 JAX := $(VENV)/jax
 ONNX := $(VENV)/onnx
+KERNELS := $(VENV)/kernels
 
-.PHONY: install demo test test-lm-eval test-jax test-onnx sanitize lint format docs bench clean
+.PHONY: install demo test test-lm-eval test-jax test-onnx hf-kernel test-hf-kernel sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -69,6 +70,9 @@ $(JAX)/.installed: | $(VENV)/.environment
 $(ONNX)/.installed: | $(VENV)/.environment
 	$(call beside,$(ONNX),'onnx==1.23.2' 'onnxruntime==1.32.0')
 
+$(KERNELS)/.installed: | $(VENV)/.environment
+	$(call beside,$(KERNELS),'kernels==0.17.2')
+
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
@@ -80,6 +84,13 @@ test-jax: install $(JAX)/.installed
 # Packed modules in ONNX Runtime, by its own operator and by ours.
 test-onnx: install $(ONNX)/.installed
 	$(ONNX)/bin/python -m pytest tests/onnx $(PYTEST_FLAGS)
+
+# The operators as a kernel for Hugging Face's `kernels`, in build/hf-kernel.
+hf-kernel: install
+	$(BIN)/python hf_kernel/layout.py build/hf-kernel
+
+test-hf-kernel: install $(KERNELS)/.installed
+	$(KERNELS)/bin/python -m pytest tests/hf_kernel $(PYTEST_FLAGS)
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py
