@@ -64,8 +64,8 @@ MPQ_API void mpq_cpu_pool_run(void* pool, int64_t n, void (*task)(void* context,
 /* When no call uses it; null is allowed. */
 MPQ_API void mpq_cpu_pool_close(mpq_cpu_pool* pool);
 
-/* Bytes that the tensors of a weight must have; its pointers are not read. perm: if there is one. What comes from a file
- * or from another program should be compared: the kernels cannot. */
+/* Bytes that the tensors of a weight must have; its pointers are not read. perm: if there is one. What comes from a
+ * file or from another program should be compared: the kernels cannot. */
 typedef struct mpq_weight_bytes {
   size_t qweight, scales, zeros, perm;
 } mpq_weight_bytes;
