@@ -25,7 +25,11 @@ JAX := $(VENV)/jax
 ONNX := $(VENV)/onnx
 KERNELS := $(VENV)/kernels
 
-.PHONY: install demo test test-lm-eval test-jax test-onnx hf-kernel test-hf-kernel sanitize lint format docs bench clean
+# Libraries of other formats: another environment too, of packages alone, without what those ask for.
+ORACLES := $(VENV)/oracles
+
+.PHONY: install demo test test-lm-eval test-jax test-onnx hf-kernel test-hf-kernel test-export oracles sanitize \
+	lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -91,6 +95,24 @@ hf-kernel: install
 
 test-hf-kernel: install $(KERNELS)/.installed
 	$(KERNELS)/bin/python -m pytest tests/hf_kernel $(PYTEST_FLAGS)
+
+# Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
+test-export: install
+	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py $(PYTEST_FLAGS)
+
+$(ORACLES)/.installed: pyproject.toml | $(VENV)/.environment
+	$(BIN)/python -m venv $(ORACLES)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(ORACLES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*extras["oracles"], sep="\n")' > $(ORACLES)/packages.txt
+	$(ORACLES)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $(ORACLES)/packages.txt
+	$(ORACLES)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) --target $(ORACLES)/old 'compressed-tensors==0.17.0'
+	touch $@
+
+# Makes the golden files of the importers again, with the libraries of the formats.
+oracles: install $(ORACLES)/.installed
+	GPTQMODEL_DISABLE_PACK_EXT=1 $(ORACLES)/bin/python -m tests.made.golden
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py

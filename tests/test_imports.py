@@ -18,7 +18,7 @@ LAYERS = (
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate", "jax", "onnx"),
     ("hf", "packer"),
-    ("evaluate",),
+    ("evaluate", "imports"),
     ("allocate",),
     ("__init__",),
     ("cli",),
