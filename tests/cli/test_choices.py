@@ -37,6 +37,7 @@ TABLES: dict[str, Iterable[str]] = {
 FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}, ("import",): {"auto", *IMPORTED}}
 LESS = {  # commands that take only a part of a table
     ("plan", "latency", "dtype"): COMPUTE_DTYPES,
+    ("export", "dtype"): COMPUTE_DTYPES,
     ("plan", "allocate", "quantizer"): {"rtn", "hqq"},
     ("plan", "sweep", "quantizer"): {"rtn", "hqq"},
 }
@@ -50,6 +51,7 @@ NEEDED = {  # what stands before the option, so that only its value is wrong
     ("bench",): ["packed"],
     ("serve",): ["packed"],
     ("eval",): ["packed", "--tasks", "x"],
+    ("export",): ["packed", "new", "--to", "onnx"],
     ("plan", "uniform"): ["dense", "--bits", "4"],
     ("plan", "allocate"): ["dense", "--budget", "3"],
     ("plan", "sweep"): ["dense", "--text", "text.txt", "-o", "o.json"],
