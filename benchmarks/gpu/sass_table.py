@@ -73,7 +73,7 @@ def report(library: Path) -> Iterator[str]:
     yield from resource_table(kernels)
     for k in kernels:
         # bf16 differs by a few instructions outside the loops, other architectures by one or two.
-        if k.stem == "linear_kernel" and "false" in k.name and (k.arch, k.token_tiles) in DETAILS:
+        if k.stem in ("grouped_kernel", "linear_kernel") and "false" in k.name and (k.arch, k.token_tiles) in DETAILS:
             yield ""
             yield f"`{k.name}`, up to {8 * k.token_tiles} tokens for each block, sm_{k.arch}:"
             yield ""

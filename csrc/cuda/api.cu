@@ -128,7 +128,7 @@ int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream)
   const bool bf16 = a.x_dtype == MPQ_BF16;
   if (launch.generic) return launched(launch_generic(bf16, how, params));
   if (launch.wide) return run_wide(a, device, launch, how, params);
-  return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
+  return launched(launch_decode(bf16, launch.shape.token_tiles, launch.side, launch.width, how, params));
 }
 
 // Tokens of one launch; the grid's second dimension is limited.

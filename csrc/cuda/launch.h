@@ -7,8 +7,9 @@
 
 namespace mpq::cuda {
 
-// Up to 16 tokens: token_tiles 1 or 2, of 8 tokens each.
-int launch_decode(bool bf16, int token_tiles, const dev::Launch& how, const LinearParams& params);
+// Up to 16 tokens: token_tiles 1 or 2, of 8 tokens each; side: groups side by side, 4 for up to 2 tokens;
+// width: kWidth of decode_kernel.
+int launch_decode(bool bf16, int token_tiles, int side, int width, const dev::Launch& how, const LinearParams& params);
 // More: 32 or 64 for each block.
 int launch_wide(bool bf16, const dev::Launch& how, const WideParams& params);
 // x for them. how: the grid's second dimension is the blocks of tokens.

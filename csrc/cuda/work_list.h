@@ -14,6 +14,9 @@ namespace mpq::cuda {
 
 // One launch of the kernels of linear.
 struct LinearLaunch {
+  bool decode;   // up to 16 tokens: decode.cuh
+  int side;      // of it: groups side by side, 4 or 1
+  int width;     // of it: kWidth of decode_kernel
   bool generic;  // groups that tensor cores cannot take: one slower kernel for all of them
   bool wide;     // more than 16 tokens: the kernels of wide.cuh, with their map of shared memory
   WideMap map;

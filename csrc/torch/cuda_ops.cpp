@@ -109,6 +109,7 @@ struct Call {
     args.tokens = y.numel() / columns;
     args.y = y.data_ptr();
     args.y_row_stride = columns;
+    args.flags = MPQ_OVERLAP;  // nothing writes a packed weight beside its use: docs/kernels.md, limits
     if (!bias) return;
     mpq::check_bias(*bias, packed.N, place);
     args.bias = bias->data_ptr();

@@ -94,9 +94,10 @@ def figure(problem: Problem, machine: Machine, library: Path = LIBRARY, cold: bo
     code = kernel(library, plan.kernel, machine.arch)
     share = memory_share(plan, machine)
 
+    # decode_kernel copies the 64 bytes of a group's zeros by the instruction that copies its scales, fp16.
     def run(block: int, last: bool) -> Run:
         traces = code.emulator.run(launch_of(plan, machine, code, block, last))
-        return simulate(code.program, traces, machine, share, code.phases, cold)
+        return simulate(code.program, traces, machine, share, code.phases, cold, 12 if plan.side else 8)
 
     last, block = max(((run(b, True), b) for b in plan.representatives(problem.layout)), key=lambda r: r[0].cycles)
     return Figure(problem, machine, plan, block, run(block, False), last, arrange(problem, plan, machine, library))

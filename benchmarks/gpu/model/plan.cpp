@@ -54,9 +54,10 @@ int main(int count, char** words) {
   params.partials = static_cast<float*>(address(7));
   printf(
       "{\"phases\": %d, \"arrange_bytes\": %zu, \"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, "
-      "\"group_rows\": %d, \"cuts\": [",
+      "\"side\": %d, \"width\": %d, \"group_rows\": %d, \"cuts\": [",
       launch.wide ? launch.map.phases : 0, launch.wide ? sizeof(ArrangeParams) : 0, launch.grid_x, launch.grid_y,
-      launch.shape.warps, launch.shape.token_tiles, mpq::kTileN << launch.shape.log2_group_rows);
+      launch.shape.warps, launch.shape.token_tiles, launch.decode ? launch.side : 0, launch.width,
+      mpq::kTileN << launch.shape.log2_group_rows);
   for (uint32_t i = 0; i <= launch.grid_x; ++i) {
     const Cut& c = params.cuts[i];
     printf("%s[%u, %u, %u, %u]", i ? ", " : "", c.group, c.tile, unsigned(c.first), unsigned(c.last));

@@ -70,6 +70,8 @@ class Plan:
     grid: tuple[int, int]
     warps: int
     token_tiles: int
+    side: int  # groups side by side of decode_kernel, 0 for another one
+    width: int  # of a weight of one segment, else 0
     group_rows: int
     cuts: tuple[Cut, ...]
     params: bytes
@@ -81,7 +83,9 @@ class Plan:
     def kernel(self) -> str:
         """Name as in sass_files.py."""
         bf16 = str(self.bf16).lower()
-        return f"wide_kernel<{bf16}, {self.phases}>" if self.phases else f"linear_kernel<{bf16}, {self.token_tiles}>"
+        if self.side:
+            return f"decode_kernel<{bf16}, {self.token_tiles}, {self.side}, {self.width}>"
+        return f"wide_kernel<{bf16}, {self.phases}>"
 
     @property
     def arrange_kernel(self) -> str | None:
@@ -153,6 +157,7 @@ def prepare(problem: Problem, machine: Machine) -> Plan:
     end = len(params) - facts["arrange_bytes"]
     return Plan(
         grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"],
-        group_rows=facts["group_rows"], cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params[:end],
-        bf16=problem.bf16, phases=facts["phases"], arrange_params=params[end:],
+        side=facts["side"], width=facts["width"], group_rows=facts["group_rows"],
+        cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params[:end], bf16=problem.bf16, phases=facts["phases"],
+        arrange_params=params[end:],
     )  # fmt: skip

@@ -108,6 +108,18 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(device, order, interleave)
         assert torch.equal(check(weight, x, device=device, order=order, interleave=interleave), plain)
 
 
+@pytest.mark.parametrize("order", [(0, 0), (1, 0), (2, 5)], ids=["forward", "reverse", "random5"])
+@pytest.mark.parametrize("m", [1, 2, 5, 12, 40])
+def test_a_kernel_may_start_before_the_one_ahead_is_done(m, order):
+    """x is NaN until a thread has waited for the kernel that writes it: nothing of it was read before."""
+    for weight in (random_weight(130, 384, 4, 128), bands([70, 140], (4, 3, 8), (64, 128), 384), mixed_weight()):
+        k = weight.blocks[-1][1] + weight.blocks[-1][2].codes.shape[1]
+        x = tokens(m, k)
+        early = torch.full_like(x, float("nan"))
+        y = simulated.linear(pack_weight(weight), early, late=x, order=order, interleave=1)
+        assert torch.equal(y, simulated.linear(pack_weight(weight), x))
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 11, 37, 132, 500])
 def test_any_number_of_multiprocessors(multiprocessors):
     device = simulated.Device(0, 90, multiprocessors, 232448)

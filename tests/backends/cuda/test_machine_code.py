@@ -18,8 +18,11 @@ LIBRARY = ROOT / "mpq_kernels" / "_cuda.so"
 REGISTER_FILE = 65536
 # Registers of a thread by kernel and blocks of 8 tokens: the most of any architecture, nvcc 13.0, rounded up to 8.
 REGISTERS = {
-    ("linear_kernel", 1): 168,
-    ("linear_kernel", 2): 216,
+    ("linear_kernel", 1): 168,  # the made-up kernel of this file
+    ("decode_kernel", 1): 128,  # two blocks of 256 threads on a multiprocessor
+    ("decode_kernel", 2): 208,
+    ("decode_kernel of any weight", 1): 200,
+    ("decode_kernel of any weight", 2): 240,
     ("wide_kernel", 1): 248,
     ("wide_kernel", 2): 248,
     ("grouped_kernel", 1): 184,
@@ -31,8 +34,9 @@ REGISTERS = {
     ("table_kernel", 1): 16,
     ("arrange_kernel", 1): 64,
 }
-# Kernels that multiply, and their template's numbers: blocks of 8 tokens, or phases of a step.
-MULTIPLY = {"linear_kernel": (1, 2), "grouped_kernel": (1, 2, 4), "wide_kernel": (1, 2)}
+# Kernels that multiply.
+MULTIPLY = ("linear_kernel", "decode_kernel", "grouped_kernel", "wide_kernel")
+COUNTING = ("linear_kernel", "decode_kernel", "wide_kernel")
 WIDE_TILES = 4  # blocks of 8 tokens of a warp of wide_kernel
 # Instructions for each weight of a supertile, for up to 8 tokens. Those of 2, 3, 4 and 8 bits are goals: at 4.3 TB/s an
 # H200 has 0.97 b issue slots for each weight of b bits. The others are what they were, rounded up.
@@ -63,7 +67,8 @@ def collect(kernels, check):
 def check_resources(kernel):
     """Registers within budget and register file, nothing in local memory."""
     r = kernel.resources
-    budget = REGISTERS.get((kernel.stem, kernel.token_tiles))
+    any_weight = kernel.stem == "decode_kernel" and kernel.arguments[3] == "0"
+    budget = REGISTERS.get((kernel.stem + (" of any weight" if any_weight else ""), kernel.token_tiles))
     if budget is None:
         yield "has no budget of registers in this file"
     elif r["REG"] > budget:
@@ -81,18 +86,18 @@ def check_instructions(kernel):
     if n := kernel.count(r"RED|ATOM[A-Z]*\..*(F16|F32|F64|BF16)"):
         yield f"{n} reductions in memory, or float atomics: the order of additions would be left to chance"
     atomics = kernel.count("ATOM")
-    if atomics != (kernel.stem in ("linear_kernel", "wide_kernel")):
-        yield f"{atomics} atomics; linear_kernel and wide_kernel have one, the counter of arrivals"
+    if atomics != (kernel.stem in COUNTING):
+        yield f"{atomics} atomics; {', '.join(COUNTING)} have one, the counter of arrivals"
     if kernel.stem not in MULTIPLY:
         return
     kind = r"HMMA\.16816\.F32\.BF16$" if "true" in kernel.name else r"HMMA\.16816\.F32$"
-    # 8 widths, a whole supertile of 4 chunks and a single chunk, 4 products of 16 rows in each.
-    tiles = WIDE_TILES if kernel.stem == "wide_kernel" else kernel.token_tiles
-    expected = 8 * (4 + 1) * 4 * tiles
+    expected = products_of(kernel)
     if (n := kernel.count(kind)) != expected or kernel.count("HMMA") != n:
         yield f"{n} products m16n8k16 of {kernel.count('HMMA')}, expected {expected}"
     if n := in_main_loops(kernel, "I2F|F2F"):
         yield f"{n} conversions in main loops"
+    if kernel.stem == "decode_kernel":
+        return
     needed = {
         r"LDGSTS\.E\.BYPASS\.128": 7,  # planes of width 4 (4 a tile), 2 (2) and 1 (1)
         r"LDSM\.16\.M88\.4": 8 * 3 * kernel.token_tiles,
@@ -103,6 +108,19 @@ def check_instructions(kernel):
             yield f"{n} instructions {opcode}, expected {least} or more"
     if n := kernel.count(r"LDGSTS\.E(\.BYPASS)?(\.LTC\w+)?$"):
         yield f"{n} asynchronous copies of 4 bytes"
+
+
+def products_of(kernel):
+    """Products m16n8k16 in the code."""
+    if kernel.stem != "decode_kernel":
+        # 8 widths, a whole supertile of 4 chunks and a single chunk, 4 products of 16 rows in each.
+        return 8 * (4 + 1) * 4 * (WIDE_TILES if kernel.stem == "wide_kernel" else kernel.token_tiles)
+    side, width = map(int, kernel.arguments[2:])
+    # Up to 4 bits: a pair of supertiles, what is left of one, and, but for a fixed width, units of one. 4 products and
+    # the sums of x in a chunk.
+    chunks = 4 * (3 if width <= 4 else 1) if width > 0 else 4 * (4 * 4 + 4)
+    chunks += 8 if width == 0 and side == 1 else 0  # groups narrower than a supertile
+    return 5 * chunks * kernel.token_tiles
 
 
 def in_main_loops(kernel, pattern):
@@ -126,8 +144,12 @@ def check_costs(kernel):
 
 
 def test_every_kernel_is_there(kernels):
-    names = {f"{stem}<{b}, {n}>" for stem, numbers in MULTIPLY.items() for b in ("false", "true") for n in numbers}
-    names |= {f"{stem}<{b}>" for stem in ("generic_kernel", "arrange_kernel") for b in ("false", "true")}
+    flags = ("false", "true")
+    names = {f"grouped_kernel<{b}, {n}>" for b in flags for n in (1, 2, 4)} | {
+        f"wide_kernel<{b}, {n}>" for b in flags for n in (1, 2)
+    }
+    names |= {f"decode_kernel<{b}, {n}, {w}>" for b in flags for n in ("1, 4", "1, 1", "2, 1") for w in range(-1, 9)}
+    names |= {f"{stem}<{b}>" for stem in ("generic_kernel", "arrange_kernel") for b in flags}
     names |= {"dequantize_kernel", "embedding_kernel", "table_kernel"}
     for arch in {k.arch for k in kernels}:
         assert {k.name for k in kernels if k.arch == arch} == names
@@ -142,7 +164,7 @@ def test_instructions(kernels):
 
 
 def test_costs(kernels):
-    assert collect([k for k in kernels if k.stem == "linear_kernel" and k.token_tiles == 1], check_costs) == []
+    assert collect([k for k in kernels if k.stem == "grouped_kernel" and k.token_tiles == 1], check_costs) == []
 
 
 def test_architectures(kernels):
