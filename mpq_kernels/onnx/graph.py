@@ -124,7 +124,7 @@ def _nbits(
 
 def _band(graph: Graph, x: str, n0: int, in_features: int, parts: Sequence[tuple[int, QuantizedBlock]]) -> str:
     """Sum of the products of the segments of one band of rows."""
-    sums = []
+    sums: list[str] = []
     for k0, block in parts:
         rows, cols = block.codes.shape
         name, given = f"rows_{n0}_columns_{k0}", x
