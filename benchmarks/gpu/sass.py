@@ -61,10 +61,14 @@ class Kernel:
         return self.name.partition("<")[0]
 
     @property
+    def arguments(self) -> list[str]:
+        """Template arguments."""
+        return self.name.partition("<")[2].rstrip(">").split(", ")
+
+    @property
     def token_tiles(self) -> int:
         """Blocks of 8 tokens; 1 for kernels without this argument."""
-        arguments = self.name.partition("<")[2].rstrip(">").split(", ")
-        return int(arguments[1]) if len(arguments) == 2 else 1
+        return int(self.arguments[1]) if len(self.arguments) > 1 else 1
 
     @cached_property
     def opcodes(self) -> Counter[str]:

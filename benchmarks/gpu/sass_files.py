@@ -35,13 +35,13 @@ def find_tool(name: str) -> str | None:
 
 
 def kernel_name(symbol: str) -> str | None:
-    """Mangled name -> "linear_kernel<false, 1>"; None for what is not a kernel."""
-    match = re.search(r"\d([a-z]+_kernel)(?:ILb([01])E(?:Li(\d+)E)?E)?", symbol)
+    """Mangled name -> "decode_kernel<false, 1, 4>"; None for what is not a kernel."""
+    match = re.search(r"\d([a-z]+_kernel)(?:I((?:L[bi]n?\d+E)+)E)?", symbol)
     if not match:
         return None
-    stem, flag, tiles = match.groups()
-    arguments = [("false", "true")[int(flag)]] if flag else []
-    arguments += [tiles] if tiles else []
+    stem, text = match.groups()
+    found = re.findall(r"L([bi])(n?\d+)", text or "")
+    arguments = [("false", "true")[int(v)] if kind == "b" else v.replace("n", "-") for kind, v in found]
     return f"{stem}<{', '.join(arguments)}>" if arguments else stem
 
 

@@ -42,7 +42,8 @@ class Cutter {
         rest -= tiles * cost_of_tile;
         continue;
       }
-      const int64_t tile = (rest / cost_of_tile) >> log2_unit(s, max_unit_) << log2_unit(s, max_unit_);
+      const int log2 = std::max(log2_unit(s, max_unit_), int(pairs(s)));
+      const int64_t tile = (rest / cost_of_tile) >> log2 << log2;
       return {uint32_t(first_group_ + group), uint32_t(s.k0 / kTileK + tile), 0, 0};
     }
     return {uint32_t(first_group_ + group + 1), 0, 0, 0};
@@ -133,6 +134,39 @@ bool one_part_each(const mpq_weight& w, int log2_group_rows, uint32_t blocks, St
   return true;
 }
 
+// Some row groups for each block, all of K: no partial sums. Where there are more groups than blocks, and the blocks
+// with the most have at most an eighth above the average.
+bool whole_groups_each(const mpq_weight& w, int log2_group_rows, uint32_t blocks, Starts& starts) {
+  int64_t total = 0, begin = 0, most = 0, of_block = 0;
+  const auto for_each_group = [&](const auto& body) {
+    for (int i = 0, next; i < w.num_segments; i = next) {
+      int64_t of_row_tile = 0;
+      for (next = i; next == i || same_band(w, i, next); ++next) {
+        const mpq_segment& s = w.segments[next];
+        of_row_tile += ceil_div(s.k1 - s.k0, kTileK) * tile_cost(s, w.scale_dtype);
+      }
+      for (int64_t rows = ceil_div(w.segments[i].n1 - w.segments[i].n0, kTileN); rows > 0; rows -= 1 << log2_group_rows)
+        body(std::min<int64_t>(rows, 1 << log2_group_rows) * of_row_tile);
+    }
+  };
+  for_each_group([&](int64_t cost) { total += cost; });
+  const int64_t average = total / blocks, limit = average + average / kOverAverage;
+  starts.blocks = 0;
+  for_each_group([&](int64_t cost) {
+    // A block goes on until one more group would be too much.
+    if (begin == 0 || of_block + cost > limit) {
+      if (starts.blocks < blocks) starts.at[starts.blocks] = begin;
+      ++starts.blocks;
+      of_block = 0;
+    }
+    of_block += cost, begin += cost;
+    most = std::max(most, of_block);
+  });
+  if (starts.blocks > blocks || most > limit) return false;
+  starts.at[starts.blocks] = begin;
+  return true;
+}
+
 void equal_bytes(int64_t total, uint32_t blocks, Starts& starts) {
   // total * i may pass 2^63 for weights of petabytes only.
   for (uint32_t i = 0; i <= blocks; ++i) starts.at[i] = i == blocks ? total : total * i / blocks;
@@ -146,6 +180,11 @@ int log2_rows_for_one_part(const mpq_weight& weight, int least, int most, uint32
     Starts starts;
     if (one_part_each(weight, log2, blocks, starts)) return log2;
   }
+  // The largest, so that a block has few of them.
+  for (int log2 = most; log2 >= least; --log2) {
+    Starts starts;
+    if (whole_groups_each(weight, log2, blocks, starts)) return log2;
+  }
   return least;
 }
 
@@ -153,7 +192,9 @@ uint32_t cut_work(const mpq_weight& weight, int log2_group_rows, int max_unit, u
                   bool& split) {
   Cutter cutter(weight, max_unit, log2_group_rows);
   Starts starts;
-  if (!one_part_each(weight, log2_group_rows, blocks, starts)) equal_bytes(cutter.total(), blocks, starts);
+  if (!one_part_each(weight, log2_group_rows, blocks, starts) &&
+      !whole_groups_each(weight, log2_group_rows, blocks, starts))
+    equal_bytes(cutter.total(), blocks, starts);
   Cut* cuts = params.cuts;
   uint32_t used = 0;
   for (uint32_t i = 0; i <= starts.blocks; ++i) {

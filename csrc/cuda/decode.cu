@@ -1,20 +1,24 @@
 // Up to 16 tokens: bound by the bytes of the weights.
 
+#include "decode_kernels.cuh"
 #include "launch.h"
-#include "linear.cuh"
 
 namespace mpq::cuda {
 
-int launch_decode(bool bf16, int token_tiles, const dev::Launch& how, const LinearParams& params) {
-  if (token_tiles == 1) return dev::launch(bf16 ? linear_kernel<true, 1> : linear_kernel<false, 1>, how, params);
-  return dev::launch(bf16 ? linear_kernel<true, 2> : linear_kernel<false, 2>, how, params);
+const DecodeKernel* decode_kernels_fp16(int width) { return decode_kernels<false>(width); }
+
+int launch_decode(bool bf16, int token_tiles, int side, int width, const dev::Launch& how, const LinearParams& params) {
+  const DecodeKernel* kernels = bf16 ? decode_kernels_bf16(width) : decode_kernels_fp16(width);
+  return dev::launch(kernels[side > 1 ? 0 : token_tiles], how, params);
 }
 
 int warmup_decode() {
-  if (int error = dev::load(linear_kernel<false, 1>)) return error;
-  if (int error = dev::load(linear_kernel<false, 2>)) return error;
-  if (int error = dev::load(linear_kernel<true, 1>)) return error;
-  if (int error = dev::load(linear_kernel<true, 2>)) return error;
+  for (int width = -1; width <= 8; ++width) {
+    for (int i = 0; i < 3; ++i) {
+      if (int error = dev::load(decode_kernels_fp16(width)[i])) return error;
+      if (int error = dev::load(decode_kernels_bf16(width)[i])) return error;
+    }
+  }
   return 0;
 }
 

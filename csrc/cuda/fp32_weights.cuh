@@ -10,14 +10,8 @@
 
 namespace mpq::cuda {
 
-MPQ_DEVICE Segment load_segment(const LinearParams& p, int i) {
-  return p.segments ? load_words(p.segments + i) : p.inline_segments[i];
-}
 MPQ_DEVICE int bits_of(const Segment& s) { return int(s.shape >> shape::kBits & 15); }
 MPQ_DEVICE int zero_kind_of(const Segment& s) { return int(s.shape >> shape::kZeroKind & 15); }
-MPQ_DEVICE Band load_band(const LinearParams& p, int i) {
-  return p.bands ? load_words(p.bands + i) : p.inline_bands[i];
-}
 // The band of a row group.
 MPQ_DEVICE int find_band(const LinearParams& p, uint32_t group) {
   int band = 0;

@@ -85,27 +85,4 @@ class RowFinder {
   int index_ = 0;
 };
 
-template <bool kBf16, int kTokenTiles>
-MPQ_KERNEL(kTokenTiles == 1 ? 384 : 256)
-linear_kernel(const MPQ_GRID_CONSTANT LinearParams p) {
-  const uint32_t base = dev::shared_base();
-  const LinearWork work{p.cuts[dev::block_x()], p.cuts[dev::block_x() + 1], p.k_tiles};
-  Ring<LinearWork> ring(p, base, work);
-  dev::launch_dependents();
-  dev::wait_for_earlier_kernels();
-  const int64_t first_token = int64_t{dev::block_y()} * (8 * kTokenTiles);
-  const int tokens = p.in.tokens - first_token < 8 * kTokenTiles ? int(p.in.tokens - first_token) : 8 * kTokenTiles;
-  RowFinder finder(p);
-  for (uint32_t item = work.first(); item != kNoItem; item = work.after(item)) {
-    const Extent extent = work.extent(item);
-    float y[4][kTokenTiles][4] = {};
-    run_item<kBf16, kTokenTiles>(p, base, ring, item, extent, first_token, tokens, y);
-    const Target target{finder.find(extent.group), first_token, tokens, 0};
-    if (extent.first_tile == 0 && extent.end_tile == p.k_tiles)
-      store_rows<kBf16, kTokenTiles>(p, base, target, y);
-    else
-      share_rows<kBf16, kTokenTiles>(p, base, target, work, extent, y);
-  }
-}
-
 }  // namespace mpq::cuda

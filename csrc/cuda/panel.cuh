@@ -53,13 +53,26 @@ MPQ_DEVICE uint4 silu_mul(uint4 gate, uint4 up) {
 MPQ_DEVICE uint4 load_columns(const Input& in, const void* matrix, int64_t row, int column) {
   const uint16_t* from = static_cast<const uint16_t*>(matrix) + row * in.row_stride;
   if (in.vector_loads && column + 8 <= in.columns) return dev::ld_global(reinterpret_cast<const uint4*>(from + column));
-  uint32_t v[4] = {};
-  MPQ_UNROLL for (int i = 0; i < 8; ++i) {
-    if (column + i >= in.columns) continue;
-    const int place = in.perm ? dev::ld_constant(in.perm + column + i) : column + i;
-    v[i >> 1] |= uint32_t(dev::ld_global(from + place)) << (16 * (i & 1));
+  // One at a time, moved in from above: eight of them side by side would be more code than all the rest.
+  uint4 v{0, 0, 0, 0};
+  MPQ_NO_UNROLL for (int i = column; i < column + 8; ++i) {
+    uint32_t next = 0;
+    if (i < in.columns) next = dev::ld_global(from + (in.perm ? dev::ld_constant(in.perm + i) : i));
+    v.x = v.x >> 16 | v.y << 16, v.y = v.y >> 16 | v.z << 16, v.z = v.z >> 16 | v.w << 16, v.w = v.w >> 16 | next << 16;
   }
-  return uint4{v[0], v[1], v[2], v[3]};
+  return v;
+}
+
+// bf16 by 2^80. Exact: only the exponent changes.
+MPQ_DEVICE uint4 scaled(uint4 v) {
+  uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  const float factor = dev::bits_to_float(kBf16Factor);
+  MPQ_UNROLL for (int i = 0; i < 4; ++i) {
+    const float low = dev::mul(dev::bf16_to_float(uint16_t(words[i])), factor);
+    const float high = dev::mul(dev::bf16_to_float(uint16_t(words[i] >> 16)), factor);
+    words[i] = (dev::float_to_bits(low) >> 16) | (dev::float_to_bits(high) & 0xffff0000u);
+  }
+  return uint4{words[0], words[1], words[2], words[3]};
 }
 
 // Stores 8 columns of a token and their sums. The lanes of a tile are 8 neighbours, those of a chunk 2.
@@ -155,6 +168,81 @@ MPQ_DEVICE void load_panel(const Input& in, const SharedMap& map, uint32_t base,
     load_strips<kBf16, kTokenTiles, true, 1>(in, map, base, first_token, tokens, first_tile, tiles);
   else
     load_strips<kBf16, kTokenTiles, false, kBatch>(in, map, base, first_token, tokens, first_tile, tiles);
+}
+
+// The same for kernels that take the sums of x by products: x alone, and a row of zeros as wide as two tiles.
+//
+// Rows of 256 columns are taken by the warps in turn.
+template <bool kBf16, bool kGate>
+MPQ_DEVICE void load_rows_of_x(const Input& in, const SharedMap& map, uint32_t base, int first_tile, int tiles) {
+  const int lane = int(dev::thread_index()) % 32, warps = int(dev::thread_count()) / 32, strips = (tiles + 3) / 4;
+  int token = 0, strip = int(dev::thread_index()) / 32;
+  for (;;) {
+    while (strip >= strips && token < in.tokens) strip -= strips, ++token;
+    if (token >= in.tokens) return;
+    const int column = strip * 256 + lane * 8, at = first_tile * kTileK + column;
+    uint4 x{0, 0, 0, 0};
+    if (at < in.columns) {
+      x = load_columns(in, in.x, token, at);
+      if constexpr (kGate) x = silu_mul<kBf16>(load_columns(in, in.gate, token, at), x);
+    }
+    if (column < tiles * kTileK) {
+      const uint32_t to = base + map.panel + uint32_t(token) * map.panel_stride + uint32_t(column) * 2;
+      dev::st_shared(to, kBf16 ? scaled(x) : x);
+    }
+    strip += warps;
+  }
+}
+
+// between(): what is to be done while the first loads are on their way. A thread loads four pieces of 8 columns of
+// one row at a time with up to two tokens (kSide > 1), else one piece of eight rows.
+template <bool kBf16, int kSide, class Between>
+MPQ_DEVICE void load_x(const Input& in, const SharedMap& map, uint32_t base, int first_tile, int tiles,
+                       const Between& between) {
+  constexpr int kBatch = kSide > 1 ? 4 : 8, kThreads = 256, kPieces = kSide > 1 ? kBatch : 1,
+                kRows = kSide > 1 ? 1 : kBatch;
+  const bool simple = in.vector_loads && !in.gate && in.columns % 8 == 0;
+  const int thread = int(dev::thread_index());
+  const int pieces = tiles * (kTileK / 8), there = in.columns / 8 - first_tile * (kTileK / 8);  // in memory
+  const uint16_t* row = static_cast<const uint16_t*>(in.x) + first_tile * kTileK;
+  uint4 x[kBatch];
+  const auto load_batch = [&](int token, int piece) {
+    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
+      const int of_row = piece + i % kPieces * kThreads, m = token + i / kPieces;
+      x[i] = uint4{0, 0, 0, 0};
+      if (of_row < there && (kRows == 1 || m < in.tokens))
+        x[i] = dev::ld_global(reinterpret_cast<const uint4*>(row + (i / kPieces) * in.row_stride + 8 * piece) +
+                              i % kPieces * kThreads);
+    }
+  };
+  const auto store_batch = [&](int token, int piece) {
+    const uint32_t to = base + map.panel + uint32_t(token) * map.panel_stride + uint32_t(piece) * 16;
+    MPQ_UNROLL for (int i = 0; i < kBatch; ++i) {
+      if (piece + i % kPieces * kThreads < pieces && (kRows == 1 || token + i / kPieces < in.tokens))
+        dev::st_shared(to + uint32_t(i / kPieces) * map.panel_stride + uint32_t(i % kPieces * kThreads * 16),
+                       kBf16 ? scaled(x[i]) : x[i]);
+    }
+  };
+  if (simple) load_batch(0, thread);
+  between();
+  if (thread < 16) dev::st_shared(base + map.zero_row + 16 * uint32_t(thread), uint4{0, 0, 0, 0});
+  if (!simple) {
+    if (in.gate)
+      load_rows_of_x<kBf16, true>(in, map, base, first_tile, tiles);
+    else
+      load_rows_of_x<kBf16, false>(in, map, base, first_tile, tiles);
+    return;
+  }
+  int token = 0, piece = thread;
+  for (;;) {
+    store_batch(token, piece);
+    piece += kPieces * kThreads;
+    if (piece >= pieces) {
+      token += kRows, piece = thread, row += kRows * in.row_stride;
+      if (token >= in.tokens) return;
+    }
+    load_batch(token, piece);
+  }
 }
 
 }  // namespace mpq::cuda

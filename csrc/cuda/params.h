@@ -17,6 +17,11 @@ constexpr int kInlineSegments = 20;
 constexpr int kMaxBlocks = 192;
 constexpr int kStages = 3;  // of the ring of weights of each warp
 constexpr int kMaxUnit = 4;
+constexpr int kOnceBands = 4;  // decode.cuh
+// decode.cuh: units that a warp has on their way, 4 to 8 KB of codes.
+constexpr int slots_of(int bits, bool pairs) {
+  return bits == 1 ? pairs ? 4 : 8 : bits <= 2 ? pairs ? 3 : 6 : bits <= 4 ? pairs ? 2 : 4 : 2;
+}
 
 // Tile: 64 x 64 weights. Unit: `1 << log2_unit` tiles along K, what a warp copies and multiplies at a time. A unit
 // never straddles the border of a group of scales unless it holds whole groups.
@@ -26,14 +31,17 @@ struct Segment {
   int32_t tile0, tiles;        // along K
   int32_t groups, group_size;  // of scales; columns
   float groups_per_tile;       // 1 / (tiles in a group); 0 where there is one group
+  uint32_t group_factor;       // group of tile t: t * group_factor >> 31; of groups of whole tiles
   uint32_t shape;
 };
 
 // Segment::shape, 4 bits each. A descriptor of a unit (ring.cuh) has the number of its tiles too.
 namespace shape {
 constexpr int kBits = 0, kZeroKind = 4, kSubTile = 8, kLog2Unit = 12, kCount = 16, kLog2Flush = 20;
+constexpr int kPairs = 28, kLog2Parts = 29;  // 24 to 27: wide_steps.cuh
 }  // namespace shape
-// Tiles that share scales, at most a unit; where kSubTile is 1: k16 chunks, 1 or 2.
+// kLog2Flush: tiles that share scales, at most a unit; where kSubTile is 1: k16 chunks, 1 or 2.
+// decode.cuh: 1 bit, units of two tiles; 2 bits, groups in a tile where they are narrower than that.
 
 struct Band {
   int32_t n0, rows;
@@ -71,7 +79,8 @@ struct SharedMap {
   uint32_t tile_sums, chunk_sums;
   uint32_t flag;
   uint32_t descriptors, ring, stage_bytes;
-  int32_t panel_tiles;  // tiles that units of one panel may begin in; kMaxUnit - 1 more are loaded
+  uint32_t zero_row, scale_bytes;  // decode.cuh: zeros as long as a row of two tiles; a warp's scales
+  int32_t panel_tiles;             // tiles that units of one panel may begin in; kMaxUnit - 1 more are loaded
   uint32_t total;
 };
 

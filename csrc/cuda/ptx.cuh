@@ -14,6 +14,8 @@
 
 #define MPQ_DEVICE __device__ __forceinline__
 #define MPQ_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
+// `blocks` on a multiprocessor, as far as registers go.
+#define MPQ_KERNEL_BESIDE(max_threads, blocks) __global__ void __launch_bounds__(max_threads, blocks)
 #define MPQ_GRID_CONSTANT __grid_constant__
 #define MPQ_UNROLL _Pragma("unroll")
 #define MPQ_NO_UNROLL _Pragma("unroll 1")
@@ -27,6 +29,12 @@ using Stream = cudaStream_t;
 MPQ_DEVICE uint32_t thread_index() { return threadIdx.x; }
 MPQ_DEVICE uint32_t thread_count() { return blockDim.x; }
 MPQ_DEVICE uint32_t block_x() { return blockIdx.x; }
+// The same number, read again: no register has held it since the kernel began.
+MPQ_DEVICE uint32_t block_x_again() {
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+  return v;
+}
 MPQ_DEVICE uint32_t block_y() { return blockIdx.y; }
 MPQ_DEVICE uint32_t grid_x() { return gridDim.x; }
 MPQ_DEVICE uint32_t grid_y() { return gridDim.y; }
@@ -77,6 +85,16 @@ MPQ_DEVICE uint4 ld_shared<uint4>(uint32_t address) {
   return v;
 }
 
+template <>
+MPQ_DEVICE float4 ld_shared<float4>(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 MPQ_DEVICE void st_shared(uint32_t address, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
@@ -88,6 +106,10 @@ MPQ_DEVICE void st_shared(uint32_t address, float v) {
 }
 MPQ_DEVICE void st_shared(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+MPQ_DEVICE void st_shared(uint32_t address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
 }
 
@@ -104,6 +126,12 @@ MPQ_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 
 MPQ_DEVICE void cp_async16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+// Nothing where `copies` is false: one predicate, no branch.
+MPQ_DEVICE void cp_async16_if(bool copies, uint32_t to, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(uint32_t(copies))
+               : "memory");
 }
 MPQ_DEVICE void cp_async8(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
@@ -199,6 +227,17 @@ MPQ_DEVICE void st_global(T* address, T v) {
   *address = v;
 }
 MPQ_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t v) { return atomicAdd(address, v); }
+// Counts up to `most` and then back to 0; returns what was there. What this thread stored, or knows of through a
+// block_sync, is there for whoever counts later, and what was there for earlier ones is there for this thread, and
+// behind a block_sync for its block.
+MPQ_DEVICE uint32_t count_arrival(uint32_t* address, uint32_t most) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(address)), "r"(most)
+               : "memory");
+  return before;
+}
 MPQ_DEVICE void thread_fence() { __threadfence(); }
 
 // ---- threads ----
@@ -238,8 +277,19 @@ MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) {
   asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
   return v;
 }
+// The same value, which from here on the compiler keeps in registers and does not work out again each time.
+MPQ_DEVICE const char* held(const char* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+MPQ_DEVICE int held(int v) {
+  asm("" : "+r"(v));
+  return v;
+}
 // Four of the bytes of b : a, chosen by the nibbles of `selector`, lowest first; 0 is the lowest byte of a.
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// The upper word of the product.
+MPQ_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 // One rounding.
 MPQ_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // A product or a sum that the compiler does not fuse with its neighbours.
@@ -267,6 +317,21 @@ MPQ_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d = a * b
+MPQ_DEVICE void mma_f16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+MPQ_DEVICE void mma_bf16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
 // ---- host side: launches and errors (0 is success) ----

@@ -26,29 +26,19 @@ struct Target {
   int row_of_column0;  // row of W that column 0 of y belongs to: the expert's first
 };
 
+MPQ_DEVICE float load_bias(const Output& out, int64_t row) {
+  if (out.bias_dtype == kDtypeF32) return dev::ld_constant(static_cast<const float*>(out.bias) + row);
+  const uint16_t bits = dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row);
+  return out.bias_dtype == kDtypeF16 ? dev::f16_to_float(bits) : dev::bf16_to_float(bits);
+}
+
 template <bool kBf16>
 MPQ_DEVICE void write_output(const Output& out, const Target& target, int token, int row_of_group, float v) {
   const int64_t row = target.rows.n0 + row_of_group;
-  if (out.bias) {
-    float bias;
-    if (out.bias_dtype == kDtypeF32)
-      bias = dev::ld_constant(static_cast<const float*>(out.bias) + row);
-    else if (out.bias_dtype == kDtypeF16)
-      bias = dev::f16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
-    else
-      bias = dev::bf16_to_float(dev::ld_constant(static_cast<const uint16_t*>(out.bias) + row));
-    v = dev::add(v, bias);
-  }
+  if (out.bias) v = dev::add(v, load_bias(out, row));
   dev::st_global(
       static_cast<uint16_t*>(out.y) + (target.first_token + token) * out.row_stride + (row - target.row_of_column0),
       from_float<kBf16>(v));
-}
-
-// Partial sums of block i: slot 0 for a row group that an earlier block begins, slot 1 for one that this block begins.
-template <int kTokenTiles>
-MPQ_DEVICE float* partial_slot(const LinearParams& p, uint32_t block, int slot) {
-  const uint64_t floats = uint64_t(8 * kTokenTiles) * uint32_t(kTileN << p.log2_group_rows);
-  return p.partials + ((uint64_t{dev::block_y()} * dev::grid_x() + block) * 2 + uint32_t(slot)) * floats;
 }
 
 // Adds the warps' accumulators of one token tile and hands every sum to store(token, row, value); token and row count
@@ -94,62 +84,14 @@ MPQ_DEVICE void store_rows(const LinearParams& p, uint32_t base, const Target& t
 
 // Blocks first .. last have a part of K each; true in the block that is the last to get here. Whole block.
 MPQ_DEVICE bool arrive_last(const LinearParams& p, uint32_t base, uint32_t first, uint32_t last) {
-  dev::thread_fence();
   dev::block_sync();
   uint32_t* counter = p.counters + dev::block_y() * dev::grid_x() + first;
   if (dev::thread_index() == 0) {
-    const bool is_last = dev::atomic_add(counter, 1) == last - first;
-    if (is_last) dev::st_global(counter, 0u);  // for the next launch
+    const bool is_last = dev::count_arrival(counter, last - first) == last - first;  // 0 again for the next launch
     dev::st_shared(base + p.shared.flag, uint32_t(is_last));
   }
   dev::block_sync();
-  const bool is_last = dev::ld_shared<uint32_t>(base + p.shared.flag);
-  dev::thread_fence();
-  return is_last;
-}
-
-// A part of K was in this block: to the workspace, and from there to y once all parts are there.
-template <bool kBf16, int kTokenTiles>
-MPQ_DEVICE void share_rows(const LinearParams& p, uint32_t base, const Target& target, const LinearWork& work,
-                           const Extent& extent, const float (&y)[4][kTokenTiles][4]) {
-  const bool begun_before = extent.first_tile > 0;
-  const uint32_t first = begun_before ? work.begin.first : work.end.first;
-  const uint32_t last = begun_before ? work.begin.last : work.end.last;
-  constexpr int kBatch = 4;  // parts that are read at a time
-  const int group_rows = kTileN << p.log2_group_rows;
-  float* mine = partial_slot<kTokenTiles>(p, dev::block_x(), begun_before ? 0 : 1);
-  // Whole fours of rows: that is how they are read back. The rows too many are padding.
-  const int rows = (target.rows.count + 3) & ~3;
-  MPQ_NO_UNROLL for (int n = 0; n < kTokenTiles && 8 * n < target.tokens; ++n) add_warps<kTokenTiles>(
-      p, base, y, n, target.tokens, rows,
-      [&](int token, int row, float sum) { dev::st_global(mine + token * group_rows + row, sum); });
-  if (!arrive_last(p, base, first, last)) return;
-  const float* begin = partial_slot<kTokenTiles>(p, first, 1);
-  const float* next = partial_slot<kTokenTiles>(p, first + 1, 0);
-  const uint64_t step = uint64_t(partial_slot<kTokenTiles>(p, 1, 0) - partial_slot<kTokenTiles>(p, 0, 0));
-  const int parts = int(last - first);  // after the first
-  for (int i = 4 * int(dev::thread_index()); i < target.tokens * group_rows; i += 4 * int(dev::thread_count())) {
-    const int row = i & (group_rows - 1), token = i >> (6 + p.log2_group_rows);
-    if (row >= target.rows.count) continue;
-    float4 sum = dev::ld_from_others(reinterpret_cast<const float4*>(begin + i));
-    MPQ_NO_UNROLL for (int part = 0; part < parts; part += kBatch) {
-      float4 v[kBatch];
-      MPQ_UNROLL for (int j = 0; j < kBatch; ++j) {
-        // Without a branch, so that all of them are on their way together; a part too many is read and not added.
-        const int there = part + j < parts ? part + j : parts - 1;
-        v[j] = dev::ld_from_others(reinterpret_cast<const float4*>(next + uint64_t(there) * step + i));
-      }
-      MPQ_UNROLL for (int j = 0; j < kBatch; ++j) {
-        if (part + j >= parts) continue;
-        sum.x = dev::add(sum.x, v[j].x), sum.y = dev::add(sum.y, v[j].y);
-        sum.z = dev::add(sum.z, v[j].z), sum.w = dev::add(sum.w, v[j].w);
-      }
-    }
-    const float out[4] = {sum.x, sum.y, sum.z, sum.w};
-    MPQ_UNROLL for (int r = 0; r < 4; ++r) {
-      if (row + r < target.rows.count) write_output<kBf16>(p.out, target, token, row + r, out[r]);
-    }
-  }
+  return dev::ld_shared<uint32_t>(base + p.shared.flag);
 }
 
 }  // namespace mpq::cuda

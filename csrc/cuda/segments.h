@@ -21,9 +21,19 @@ inline bool single_group(const mpq_segment& s) { return s.group_size == s.k1 - s
 
 inline bool sub_tile(const mpq_segment& s) { return !single_group(s) && s.group_size % kTileK != 0; }
 
-// Groups that tensor cores take: 16, 32 or a multiple of 64 columns, or the whole segment.
+// Groups that tensor cores take: 16, 32 or a multiple of 64 columns, or the whole segment. Beyond 2^31 tiles times
+// tiles of a group (params.h, group_factor) is more than any weight has.
 inline bool tensor_core_group(const mpq_segment& s) {
-  return single_group(s) || s.group_size % kTileK == 0 || s.group_size == 16 || s.group_size == 32;
+  if (single_group(s) || s.group_size == 16 || s.group_size == 32) return true;
+  return s.group_size % kTileK == 0 && (s.k1 - s.k0) / kTileK * (s.group_size / kTileK) < int64_t{1} << 31;
+}
+
+// decode.cuh: units of two tiles, where no group of scales ends between them.
+inline bool pairs(const mpq_segment& s) { return s.bits <= 4 && (single_group(s) || s.group_size % (2 * kTileK) == 0); }
+
+inline uint32_t group_factor(const mpq_segment& s) {
+  if (single_group(s) || s.group_size % kTileK) return 0;
+  return uint32_t(ceil_div(int64_t{1} << 31, s.group_size / kTileK));
 }
 
 // Tiles of a unit, as a power of two: no more than the codes' bytes allow, and in step with the groups of scales.

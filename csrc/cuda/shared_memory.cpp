@@ -52,4 +52,35 @@ bool map_shared(const mpq_linear_args& args, const mpq_device& device, const Sha
   }
 }
 
+bool map_decode(const mpq_linear_args& args, const mpq_device& device, const Shape& shape, int tiles, int side,
+                LinearParams& params) {
+  const mpq_weight& w = args.weight;
+  SharedMap& m = params.shared;
+  uint32_t codes = 0;
+  m = {};
+  for (int i = 0; i < w.num_segments; ++i) {
+    const mpq_segment& s = w.segments[i];
+    const uint32_t slots = uint32_t(slots_of(s.bits, pairs(s))), scale = kScaleBytes[w.scale_dtype];
+    const uint32_t of_group = kTileN * (scale + uint32_t(zero_bytes(s.zero, scale)));
+    const uint32_t groups = sub_tile(s) ? uint32_t(kTileK / s.group_size) : 1;
+    codes = std::max(codes, slots * 512 * uint32_t(s.bits) << pairs(s));
+    m.scale_bytes = std::max(m.scale_bytes, groups * of_group * (slots + uint32_t(side)));
+  }
+  m.stage_bytes = m.scale_bytes + codes;
+  m.zero_row = 0;
+  m.flag = 256;
+  m.ring = 384;
+  // A warp's sums lie where its weights were.
+  m.stage_bytes = std::max(m.stage_bytes, kLanes * 16 * uint32_t(side > 1 ? 1 : 4 * shape.token_tiles));
+  m.panel = m.ring + round_up(shape.warps * m.stage_bytes, 128);
+  const int most = tiles;
+  for (;; tiles = (tiles / 2 + 1) & -2) {
+    m.panel_tiles = tiles;
+    m.panel_stride = uint32_t(tiles + (tiles < most)) * kTileK * 2 + 16;
+    m.total = m.panel + round_up(uint32_t(args.tokens) * m.panel_stride, 128);
+    if (int64_t{m.total} <= device.shared_bytes) return true;
+    if (tiles <= 2) return false;
+  }
+}
+
 }  // namespace mpq::cuda

@@ -19,4 +19,8 @@ struct Shape {
 bool map_shared(const mpq_linear_args& args, const mpq_device& device, const Shape& shape, int max_unit,
                 LinearParams& params);
 
+// The same for decode_kernel, where a block has `tiles` tiles along K at the most and `side` groups side by side.
+bool map_decode(const mpq_linear_args& args, const mpq_device& device, const Shape& shape, int tiles, int side,
+                LinearParams& params);
+
 }  // namespace mpq::cuda

@@ -38,9 +38,14 @@ struct UnitPlace {
   int zero_kind, scale_dtype;
 };
 
-template <bool kBf16>
+// kFirst: d is written, not added to.
+template <bool kBf16, bool kFirst = false>
 MPQ_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kBf16)
+  if constexpr (kBf16 && kFirst)
+    dev::mma_bf16_first(d, a, b0, b1);
+  else if constexpr (kFirst)
+    dev::mma_f16_first(d, a, b0, b1);
+  else if constexpr (kBf16)
     dev::mma_bf16(d, a, b0, b1);
   else
     dev::mma_f16(d, a, b0, b1);

@@ -21,6 +21,13 @@ MPQ_DEVICE T load_words(const T* from) {
   return to;
 }
 
+MPQ_DEVICE Segment load_segment(const LinearParams& p, int i) {
+  return p.segments ? load_words(p.segments + i) : p.inline_segments[i];
+}
+MPQ_DEVICE Band load_band(const LinearParams& p, int i) {
+  return p.bands ? load_words(p.bands + i) : p.inline_bands[i];
+}
+
 constexpr uint32_t kNoItem = 0xffffffffu;
 
 struct Extent {

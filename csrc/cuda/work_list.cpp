@@ -16,7 +16,7 @@ uint32_t blocks_of(const mpq_linear_args& args, const Shape& shape, uint32_t mul
   return std::clamp(multiprocessors / token_blocks, 1u, uint32_t{kMaxBlocks});
 }
 
-Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors) {
+Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors, bool wide) {
   struct Row {
     int64_t max_tokens;
     Shape shape;
@@ -25,7 +25,9 @@ Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors) {
   // weighs more. Warps: as many as their registers allow, because at 2 bits two thirds of all issue slots are in use.
   // Computed, not measured.
   static constexpr Row kShapes[] = {{4, {1, 0, 12}}, {8, {1, 1, 12}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
-  const Row* row = kShapes;
+  // Tokens of a block: one warp of each row tile for 32, two for 64, or both for 32 and half of K each.
+  static constexpr Row kWideShapes[] = {{kWarpTokens, {4, 2, 8}}, {INT64_MAX, {8, 2, 8}}};
+  const Row* row = wide ? kWideShapes : kShapes;
   while (args.tokens > row->max_tokens) ++row;
   Shape shape = row->shape;
   int64_t most_tiles = 1;
@@ -65,11 +67,100 @@ bool TableReader::next(Segment& segment, Band& band) {
   const int log2 = log2_unit(s, max_unit_);
   segment.shape = uint32_t(s.bits) << shape::kBits | uint32_t(s.zero) << shape::kZeroKind |
                   uint32_t(sub_tile(s)) << shape::kSubTile | uint32_t(log2) << shape::kLog2Unit |
-                  uint32_t(log2_flush(s, log2)) << shape::kLog2Flush;
+                  uint32_t(log2_flush(s, log2)) << shape::kLog2Flush | uint32_t(pairs(s)) << shape::kPairs |
+                  uint32_t(sub_tile(s) ? (s.group_size == 16 ? 2 : 1) : 0) << shape::kLog2Parts;
+  segment.group_factor = group_factor(s);
   return begins;
 }
 
-int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params) {
+namespace {
+
+// Tiles along K that a block has at the most.
+int most_tiles(const LinearParams& params, uint32_t blocks) {
+  int most = 0;
+  for (uint32_t i = 0; i < blocks; ++i) {
+    const Cut &begin = params.cuts[i], &end = params.cuts[i + 1];
+    const int in_first = (end.group == begin.group ? int(end.tile) : params.k_tiles) - int(begin.tile);
+    most = std::max({most, in_first, end.group > begin.group + 1 ? params.k_tiles : 0,
+                     end.group > begin.group ? int(end.tile) : 0});
+  }
+  return most;
+}
+
+// Shape, cuts and shared memory of decode_kernel. Two of its blocks are to fit on a multiprocessor, one of this kernel
+// and one of the next: row groups of more row tiles, and fewer columns, until they do. False where one does not fit.
+bool prepare_decode(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params,
+                    bool& split) {
+  // x of more than 8 tokens is too large for that: there, what there is.
+  const uint32_t most = args.tokens <= 8 ? 113 * 1024 : uint32_t(device.shared_bytes);
+  const mpq_weight& w = args.weight;
+  const uint32_t blocks = std::clamp(uint32_t(device.multiprocessors), 1u, uint32_t{kMaxBlocks});
+  int64_t most_row_tiles = 1;
+  launch.side = args.tokens <= 2 ? 4 : 1;
+  for (int i = 0; i < w.num_segments; ++i) {
+    most_row_tiles = std::max(most_row_tiles, ceil_div(w.segments[i].n1 - w.segments[i].n0, kTileN));
+    if (sub_tile(w.segments[i])) launch.side = 1;
+  }
+  Shape& shape = launch.shape;
+  shape = {args.tokens <= 8 ? 1 : 2, 0, 8};
+  launch.max_unit = 2;
+  for (int log2 = args.tokens <= 8 ? 0 : 2;; ++log2) {
+    while (log2 > 0 && (1 << (log2 - 1)) >= most_row_tiles) --log2;
+    const bool largest = log2 == 3 || (1 << log2) >= most_row_tiles;
+    shape.log2_group_rows = log2_rows_for_one_part(w, log2, largest ? log2 : 3, blocks);
+    params.log2_group_rows = shape.log2_group_rows;
+    launch.grid_x = cut_work(w, shape.log2_group_rows, launch.max_unit, blocks, params, split);
+    if (!map_decode(args, device, shape, most_tiles(params, launch.grid_x), launch.side, params)) return false;
+    log2 = shape.log2_group_rows;
+    if ((params.shared.total <= most && params.shared.panel_tiles >= most_tiles(params, launch.grid_x)) || largest ||
+        log2 == 3)
+      break;
+  }
+  launch.grid_y = 1;
+  bool once = w.num_segments <= kOnceBands;
+  for (int i = 0; i < w.num_segments; ++i) once &= !sub_tile(w.segments[i]) && !same_band(w, i, i + 1);
+  for (uint32_t i = 0; i < launch.grid_x; ++i) {
+    const Cut &begin = params.cuts[i], &end = params.cuts[i + 1];
+    const int tiles = (end.group == begin.group ? int(end.tile) : params.k_tiles) - int(begin.tile);
+    once &= tiles <= params.shared.panel_tiles &&
+            (end.group == begin.group || (end.group == begin.group + 1 && end.tile == 0));
+  }
+  const bool one = w.num_segments == 1 && (w.segments[0].bits > 4 || pairs(w.segments[0]));
+  launch.width = !once ? 0 : one ? w.segments[0].bits : -1;
+  return true;
+}
+
+// Bands and segments into the parameters, or room for them in the workspace, with that for partial sums.
+void place_table(const mpq_weight& w, int num_bands, bool split, LinearLaunch& launch, LinearParams& params) {
+  size_t bytes = 0;
+  params.bands = nullptr;
+  params.segments = nullptr;
+  if (num_bands > kInlineBands || w.num_segments > kInlineSegments) {
+    launch.table = true;
+    bytes = (num_bands * sizeof(Band) + w.num_segments * sizeof(Segment) + 15) / 16 * 16;
+  } else {
+    TableReader reader(w, launch.max_unit, launch.generic ? 0 : launch.shape.log2_group_rows);
+    Band band{};
+    for (int i = 0, b = 0; reader.more(); ++i)
+      if (reader.next(params.inline_segments[i], band)) params.inline_bands[b++] = band;
+  }
+  launch.partials_offset = bytes;
+  if (split)
+    bytes += size_t{launch.grid_x} * launch.grid_y * 2 * (8 * launch.shape.token_tiles) *
+             (kTileN << launch.shape.log2_group_rows) * sizeof(float);
+  if (launch.wide) {
+    const size_t tiles = size_t{launch.grid_y} * uint32_t(params.k_tiles);
+    launch.x_offset = bytes;
+    launch.sums_offset = launch.x_offset + tiles * uint32_t(tokens_of_block(launch.map)) * (2 * kTileK);
+    bytes = launch.sums_offset + tiles * launch.map.sums_pitch;
+  }
+  launch.workspace_bytes = bytes;
+}
+
+}  // namespace
+
+int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params,
+                   bool experts) {
   const mpq_weight& w = args.weight;
   launch = {};
   params.in = {args.x, args.x_gate, w.perm, args.x_row_stride, int32_t(args.tokens), int32_t(w.in_features), 0, 0};
@@ -91,13 +182,30 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
   }
   params.num_bands = num_bands;
   params.num_segments = w.num_segments;
-  Shape shape = choose_shape(args, uint32_t(device.multiprocessors));
+  bool split = false;
+  // Where shared memory is short, and scales are many, the kernel for more tokens serves fewer too.
+  launch.decode = args.tokens <= kMostNarrowTokens && !launch.generic && !experts &&
+                  prepare_decode(args, device, launch, params, split);
+  if (launch.decode) {
+    place_table(w, num_bands, split, launch, params);
+    return MPQ_OK;
+  }
+  launch.wide = !launch.generic && !experts;
+  Shape shape = choose_shape(args, uint32_t(device.multiprocessors), launch.wide);
   if (launch.generic) shape.log2_group_rows = 0;
   params.log2_group_rows = shape.log2_group_rows;
   int max_unit = kMaxUnit;
+  while (launch.wide && !map_wide(args, device, params, launch.map, max_unit)) {
+    if (shape.log2_group_rows == 0) return MPQ_ERROR_DEVICE;
+    params.log2_group_rows = --shape.log2_group_rows;
+  }
+  if (launch.wide) {
+    shape.warps = threads_of_block(launch.map) / 32;
+    shape.token_tiles = tokens_of_block(launch.map) / 8;
+  }
   // Where shared memory is short: shorter units first, fewer warps then, as many for each row tile of a group.
   const uint32_t row_tiles_of_group = 1u << shape.log2_group_rows;
-  while (!launch.generic && !map_shared(args, device, shape, max_unit, params)) {
+  while (!launch.generic && !launch.wide && !map_shared(args, device, shape, max_unit, params)) {
     if (max_unit > 1)
       max_unit /= 2;
     else if (shape.warps > row_tiles_of_group)
@@ -108,7 +216,6 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
   launch.shape = shape;
   launch.max_unit = max_unit;
   launch.grid_y = uint32_t(ceil_div(args.tokens, 8 * shape.token_tiles));
-  bool split = false;
   if (launch.generic) {
     launch.grid_x = row_tiles;
     launch.grid_y = uint32_t(args.tokens);
@@ -116,23 +223,7 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
     const uint32_t blocks = blocks_of(args, shape, uint32_t(device.multiprocessors));
     launch.grid_x = cut_work(w, shape.log2_group_rows, max_unit, blocks, params, split);
   }
-  size_t bytes = 0;
-  params.bands = nullptr;
-  params.segments = nullptr;
-  if (num_bands > kInlineBands || w.num_segments > kInlineSegments) {
-    launch.table = true;
-    bytes = (num_bands * sizeof(Band) + w.num_segments * sizeof(Segment) + 15) / 16 * 16;
-  } else {
-    TableReader reader(w, max_unit, shape.log2_group_rows);
-    Band band{};
-    for (int i = 0, b = 0; reader.more(); ++i)
-      if (reader.next(params.inline_segments[i], band)) params.inline_bands[b++] = band;
-  }
-  launch.partials_offset = bytes;
-  if (split)
-    bytes += size_t{launch.grid_x} * launch.grid_y * 2 * (8 * shape.token_tiles) * (kTileN << shape.log2_group_rows) *
-             sizeof(float);
-  launch.workspace_bytes = bytes;
+  place_table(w, num_bands, split, launch, params);
   return MPQ_OK;
 }
 

@@ -61,6 +61,7 @@ enum class Load { kGlobal, kConstant, kFromOthers, kCpAsync, kBulk };
 void check_load(Load kind, const void* address, uint32_t bytes, uint32_t alignment);
 void check_store(void* address, uint32_t bytes, uint32_t alignment);
 uint32_t atomic_add(uint32_t* address, uint32_t v);
+uint32_t count_arrival(uint32_t* address, uint32_t most);
 void thread_fence();
 
 }  // namespace mpq::sim

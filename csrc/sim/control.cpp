@@ -18,6 +18,8 @@ void mpq_sim_order(int kind, uint32_t seed) {
   sim::simulation.random = seed * 2654435761u | 1;  // not 0
 }
 
+void mpq_sim_arrives_late(void* to, const void* from, size_t bytes) { sim::simulation.late = {to, from, bytes}; }
+
 void mpq_sim_interleave(int on) { sim::simulation.interleave = on != 0; }
 
 const char* mpq_sim_error(void) { return sim::simulation.error; }

@@ -28,6 +28,10 @@ MPQ_SIM_API void mpq_sim_allow(const void* address, size_t bytes, uint32_t flags
 // Order of blocks, of warps and of lanes: 0 forward, 1 reverse, 2 random from the seed.
 MPQ_SIM_API void mpq_sim_order(int kind, uint32_t seed);
 
+// The next launch starts while the kernel ahead of it still runs: what that kernel writes, `bytes` from `from`, is at
+// `to` once the first thread waits for it, and not before. Once.
+MPQ_SIM_API void mpq_sim_arrives_late(void* to, const void* from, size_t bytes);
+
 // 1: up to four blocks take turns at atomics, fences and block barriers. 0: one after the other.
 MPQ_SIM_API void mpq_sim_interleave(int on);
 

@@ -12,6 +12,7 @@
 
 #define MPQ_DEVICE inline
 #define MPQ_KERNEL(max_threads) void
+#define MPQ_KERNEL_BESIDE(max_threads, blocks) void
 #define MPQ_GRID_CONSTANT
 #define MPQ_UNROLL
 #define MPQ_NO_UNROLL
@@ -44,6 +45,7 @@ using Stream = void*;
 MPQ_DEVICE uint32_t thread_index() { return sim::place().thread; }
 MPQ_DEVICE uint32_t thread_count() { return sim::grid().threads; }
 MPQ_DEVICE uint32_t block_x() { return sim::place().block_x; }
+MPQ_DEVICE uint32_t block_x_again() { return block_x(); }
 MPQ_DEVICE uint32_t block_y() { return sim::place().block_y; }
 MPQ_DEVICE uint32_t grid_x() { return sim::grid().x; }
 MPQ_DEVICE uint32_t grid_y() { return sim::grid().y; }
@@ -57,7 +59,7 @@ MPQ_DEVICE uint32_t shared_base() { return sim::kSharedBase; }
 template <class T>
 MPQ_DEVICE T ld_shared(uint32_t address) {
   static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, float> || std::is_same_v<T, float2> ||
-                    std::is_same_v<T, uint2> || std::is_same_v<T, uint4>,
+                    std::is_same_v<T, uint2> || std::is_same_v<T, uint4> || std::is_same_v<T, float4>,
                 "ptx.cuh has no load of this type");
   T v;
   sim::load_shared(&v, address, sizeof v);
@@ -67,11 +69,15 @@ MPQ_DEVICE void st_shared(uint32_t address, uint16_t v) { sim::store_shared(addr
 MPQ_DEVICE void st_shared(uint32_t address, uint32_t v) { sim::store_shared(address, &v, sizeof v); }
 MPQ_DEVICE void st_shared(uint32_t address, float v) { sim::store_shared(address, &v, sizeof v); }
 MPQ_DEVICE void st_shared(uint32_t address, uint4 v) { sim::store_shared(address, &v, sizeof v); }
+MPQ_DEVICE void st_shared(uint32_t address, float4 v) { sim::store_shared(address, &v, sizeof v); }
 MPQ_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { sim::ldmatrix_x4(r, address); }
 
 // ---- asynchronous copies ----
 
 MPQ_DEVICE void cp_async16(uint32_t to, const void* from) { sim::cp_async(to, from, 16); }
+MPQ_DEVICE void cp_async16_if(bool copies, uint32_t to, const void* from) {
+  if (copies) sim::cp_async(to, from, 16);
+}
 MPQ_DEVICE void cp_async8(uint32_t to, const void* from) { sim::cp_async(to, from, 8); }
 MPQ_DEVICE void cp_async_commit() { sim::cp_async_commit(); }
 template <int kPending>
@@ -114,6 +120,10 @@ MPQ_DEVICE void st_global(T* address, T v) {
   *address = v;
 }
 MPQ_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t v) { return sim::atomic_add(address, v); }
+MPQ_DEVICE uint32_t count_arrival(uint32_t* address, uint32_t most) {
+  sim::thread_fence();
+  return sim::count_arrival(address, most);
+}
 MPQ_DEVICE void thread_fence() { sim::thread_fence(); }
 
 // ---- threads ----
@@ -141,12 +151,15 @@ MPQ_DEVICE uint16_t float_to_bf16(float v) { return sim::float_to_bf16(v); }
 MPQ_DEVICE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 MPQ_DEVICE uint32_t float_to_bits(float v) { return std::bit_cast<uint32_t>(v); }
 MPQ_DEVICE uint32_t bit_select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+MPQ_DEVICE const char* held(const char* address) { return address; }
+MPQ_DEVICE int held(int v) { return v; }
 MPQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t v = 0;
   for (int i = 0; i < 4; ++i) v |= uint32_t(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return v;
 }
+MPQ_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t{a} * b >> 32); }
 MPQ_DEVICE float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
 MPQ_DEVICE float mul(float a, float b) { return opaque(a * b); }
 MPQ_DEVICE float add(float a, float b) { return opaque(a + b); }
@@ -158,6 +171,14 @@ MPQ_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
   sim::mma(false, d, a, b0, b1);
 }
 MPQ_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  sim::mma(true, d, a, b0, b1);
+}
+MPQ_DEVICE void mma_f16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
+  sim::mma(false, d, a, b0, b1);
+}
+MPQ_DEVICE void mma_bf16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
   sim::mma(true, d, a, b0, b1);
 }
 

@@ -190,18 +190,31 @@ void check_store(void* address, uint32_t bytes, uint32_t alignment) {
   if (!range.defined.empty()) std::fill_n(range.defined.begin() + static_cast<std::ptrdiff_t>(offset), bytes, 1);
 }
 
-uint32_t atomic_add(uint32_t* address, uint32_t v) {
+namespace {
+
+// change(old) -> new
+template <class Change>
+uint32_t change_atomically(const char* what, uint32_t* address, const Change& change) {
   maybe_switch_block();
   Thread& t = *current;
-  Range& range = find(t, "atomic_add", address, 4, 4);
-  const size_t offset = check_written(t, "atomic_add", range, address);
-  check_defined(t, "atomic_add", range, offset, 4);
+  Range& range = find(t, what, address, 4, 4);
+  const size_t offset = check_written(t, what, range, address);
+  check_defined(t, what, range, offset, 4);
   publish(t);
   t.block->atomic_event = ++simulation.event;
   t.block->atomic_thread = t.index;
   const uint32_t before = *address;
-  *address += v;
+  *address = change(before);
   return before;
+}
+
+}  // namespace
+
+uint32_t atomic_add(uint32_t* address, uint32_t v) {
+  return change_atomically("atomic_add", address, [&](uint32_t before) { return before + v; });
+}
+uint32_t count_arrival(uint32_t* address, uint32_t most) {
+  return change_atomically("count_arrival", address, [&](uint32_t before) { return before >= most ? 0 : before + 1; });
 }
 
 void thread_fence() {

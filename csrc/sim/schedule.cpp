@@ -5,6 +5,7 @@
 // can run (and, in random order, now and then at a collective). Blocks follow the same order.
 #include <bit>
 #include <cstdio>
+#include <cstring>
 
 #include "state.h"
 
@@ -124,7 +125,12 @@ void maybe_switch_block() {
   fiber_switch(current->fiber, simulation.host);
 }
 
-void wait_for_earlier_kernels() { current->waited_for_earlier = true; }
+void wait_for_earlier_kernels() {
+  current->waited_for_earlier = true;
+  LateBytes& late = simulation.late;
+  if (late.bytes) std::memcpy(late.to, late.from, late.bytes);
+  late = {};
+}
 
 void block_sync() {
   Thread& t = *current;

@@ -103,7 +103,15 @@ struct Block {
 enum class Order { kForward, kReverse, kRandom };
 enum Counter { kBlocks, kMmas, kCpAsyncBytes, kBulkBytes, kUnwaitedCopies, kCounters };
 
+// What an earlier kernel writes while this launch has already begun (control.h).
+struct LateBytes {
+  void* to = nullptr;
+  const void* from = nullptr;
+  size_t bytes = 0;
+};
+
 struct Simulation {
+  LateBytes late;
   Order order = Order::kForward;
   bool interleave = false;
   uint32_t random = 1;

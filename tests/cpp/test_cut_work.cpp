@@ -105,16 +105,21 @@ void larger_row_groups() {
   EXPECT(cut(both, 2, 132).most_groups == 1);
   const Weight square(Weight(8192).add(8192, 4));
   EXPECT(log2_rows_for_one_part(square.weight, 0, 2, 132) == 0);
+  // 2004 row tiles: 16 of them for a block, in as few groups as may be.
   const Weight head(Weight(4096).add(128256, 4));
-  EXPECT(log2_rows_for_one_part(head.weight, 0, 2, 132) == 0);
+  EXPECT(log2_rows_for_one_part(head.weight, 0, 2, 132) == 2);
+  EXPECT(log2_rows_for_one_part(head.weight, 0, 3, 132) == 3);
+  const Result whole = cut(head, 3, 132);
+  EXPECT(whole.blocks == 126 && whole.most_groups == 2 && !whole.split && whole.most * 126 * 100 <= whole.total * 101);
 }
 
 void equal_bytes_where_parts_would_not_be() {
   // 100 groups on 132 multiprocessors: one part each would leave a quarter of them idle for 0.25 MB.
   const Result uneven = cut(Weight(28672).add(6400, 4), 0, 132);
   EXPECT(uneven.blocks == 132 && uneven.most * 132 * 100 <= uneven.total * 103);
-  const Result many = cut(Weight(4096).add(128256, 4), 0, 132);
-  EXPECT(many.blocks == 132 && many.most * 132 * 100 <= many.total * 103);
+  // Five groups for four blocks: none of them whole.
+  const Result many = cut(Weight(4096).add(320, 4), 0, 4);
+  EXPECT(many.blocks == 4 && many.most * 4 * 100 <= many.total * 110);
 }
 
 void random_shapes() {

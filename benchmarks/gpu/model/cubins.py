@@ -30,7 +30,7 @@ def code_of(text: str, symbol: str, found: dict[str, bytes]) -> Code:
     program = Program(parse(text)[symbol])
     names = {n: f".nv.constant{n}.{symbol}" for n in range(1, 6)}
     constants = {n: found[name] for n, name in names.items() if name in found}
-    return Code(program, Emulator(program), tuple(phases_of(program)), constants)
+    return Code(program, Emulator(program), tuple(phases_of(program, "decode_kernel" in symbol)), constants)
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""Which part of the work an instruction belongs to, from the nest of loops of csrc/cuda/linear.cuh:
+"""Which part of the work an instruction belongs to.
+
+csrc/cuda/linear.cuh, from its nest of loops:
 
 prologue                                    first copies, waiting for the kernel ahead
 for item:                       reduction   warps added, partial sums written, added by the last block
@@ -6,6 +8,9 @@ for item:                       reduction   warps added, partial sums written, a
         for unit:               copies      the next unit is copied, the ring turned
             for group:          flush       scales and zeros
                 for tile:       product     codes unpacked and multiplied
+
+csrc/cuda/decode.cuh has a loop of units alone. What is before it is its prologue, x included; in it, blocks of code
+with products are `product`, copies of the next unit among them, and the others `flush`; behind it is its reduction.
 """
 
 from __future__ import annotations
@@ -13,8 +18,8 @@ from __future__ import annotations
 from benchmarks.gpu.model.program import Program
 from benchmarks.gpu.sass import Graph, Loop
 
-PHASES = ("prologue", "panel", "product", "flush", "copies", "reduction")
-OTHER = ("before products", "products", "after products")  # of a kernel that is built otherwise
+ONE_LOOP = ("prologue", "product", "flush", "reduction")  # of decode_kernel
+OTHER = ("before products", "products", "products", "after products")  # of a kernel that is built otherwise
 
 
 def products(graph: Graph) -> list[Loop]:
@@ -31,11 +36,11 @@ def nest(graph: Graph) -> tuple[Loop, Loop, Loop] | None:
     return (outer[0], outer[1], outer[2]) if len(outer) == 3 and inner else None
 
 
-def phases_of(program: Program) -> list[str]:
-    """Phase of each instruction."""
+def phases_of(program: Program, decode: bool = False) -> list[str]:
+    """Phase of each instruction. decode: of decode_kernel."""
     graph = program.graph
-    found = nest(graph)
-    by_block = _by_loops(graph, *found) if found else _around_products(graph)
+    found = None if decode else nest(graph)
+    by_block = _by_loops(graph, *found) if found else _around_products(graph, ONE_LOOP if decode else OTHER)
     return [by_block[b] for b in program.block_of]
 
 
@@ -51,9 +56,14 @@ def _by_loops(graph: Graph, unit: Loop, panel: Loop, item: Loop) -> list[str]:
     return phases
 
 
-def _around_products(graph: Graph) -> list[str]:
+def _around_products(graph: Graph, names: tuple[str, str, str, str]) -> list[str]:
+    before, product, between, after = names
     inside = {b for loop in products(graph) for b in loop.blocks}
     first, last = min(inside, default=len(graph.blocks)), max(inside, default=-1)
-    before, products_, after = OTHER
-    return [products_ if b in inside else before if b < first else after if b > last else products_
-            for b in range(len(graph.blocks))]  # fmt: skip
+
+    def phase(b: int) -> str:
+        if b < first or b > last:
+            return before if b < first else after
+        return product if graph.count((b,), "HMMA") else between
+
+    return [phase(b) for b in range(len(graph.blocks))]

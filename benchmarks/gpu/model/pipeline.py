@@ -24,7 +24,7 @@ SCHEDULERS = 4
 # Addresses of the launches that the model makes up (problem.py): what is read from memory, and how many lanes of a warp
 # read different bytes.
 WEIGHTS = range(0x1_0000_0000, 0x4_0000_0000)
-SCALES_FROM = 0x2_0000_0000  # four lanes each read the same ones
+SCALES_FROM = 0x2_0000_0000  # a copy of scales: `scale_lanes` lanes read different bytes
 FAR = 1 << 62
 
 
@@ -105,7 +105,8 @@ class Multiprocessor:
     """State of one run."""
 
     def __init__(self, program: Program, traces: Sequence[list[Entry]], machine: Machine, share: float,
-                 phases: Sequence[str], cold: bool):  # fmt: skip
+                 phases: Sequence[str], cold: bool, scale_lanes: int):  # fmt: skip
+        self.scale_lanes, self.scales_seen = scale_lanes, set[int]()
         self.program, self.machine, self.phases = program, machine, phases
         self.bytes_per_cycle = share / machine.clock
         self.warps = [Warp(t) for t in traces]
@@ -208,7 +209,7 @@ class Multiprocessor:
         if finished:
             self.live -= 1
             self.run.cycles = max(self.run.cycles, cycle)
-        warp.at_barrier = step.latency == "barrier"
+        warp.at_barrier = step.latency == "barrier" and taken
         if not warp.at_barrier:
             self._look_ahead(w)
         return (warp.at_barrier or finished) and self._open_barrier(cycle)
@@ -247,7 +248,11 @@ class Multiprocessor:
         """When what was asked for is in shared memory."""
         if address not in WEIGHTS:
             return cycle + self.machine.latency["l2"]
-        lanes = 32 if address < SCALES_FROM else 8
+        if address >= SCALES_FROM:  # where a group is wider than a unit, the later ones find its scales in L2
+            if address in self.scales_seen:
+                return cycle + self.machine.latency["l2"]
+            self.scales_seen.add(address)
+        lanes = 32 if address < SCALES_FROM else self.scale_lanes
         self.memory_free = max(self.memory_free, cycle) + lane_bytes * lanes / self.bytes_per_cycle
         return self.memory_free + self.machine.latency["dram"]
 
@@ -274,9 +279,10 @@ REASONS = {
 
 
 def simulate(program: Program, traces: Sequence[list[Entry]], machine: Machine, share: float | None = None,
-             phases: Sequence[str] | None = None, cold: bool = False) -> Run:  # fmt: skip
+             phases: Sequence[str] | None = None, cold: bool = False, scale_lanes: int = 8) -> Run:  # fmt: skip
     """Runs the warps of a block. share: bytes/s of the memory for this block, an equal part unless told. phases: a name
-    for each instruction. cold: no code is in the multiprocessor's cache yet."""
+    for each instruction. cold: no code is in the multiprocessor's cache yet.
+    scale_lanes: lanes of a copy of scales that read different bytes."""
     share = machine.bandwidth / machine.multiprocessors if share is None else share
     names = [""] * len(program.instructions) if phases is None else phases
-    return Multiprocessor(program, traces, machine, share, names, cold).simulate()
+    return Multiprocessor(program, traces, machine, share, names, cold, scale_lanes).simulate()

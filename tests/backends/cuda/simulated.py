@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WRITABLE, UNDEFINED, INPUT, UNTRACKED = 1, 2, 4, 8
 COUNTER_BYTES = 1024
+OVERLAP = 1  # of mpq.h
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-DMPQ_SIM"]
 
 
@@ -229,17 +230,22 @@ def workspace_for(lib, size_function, args, device):
     return workspace
 
 
-def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interleave=0, row_stride=None):
-    """y of mpq_linear, from memory that was NaN before. x: (M, K), any row stride."""
+def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interleave=0, row_stride=None, late=None):
+    """y of mpq_linear, from memory that was NaN before. x: (M, K), any row stride.
+
+    late: the launch overlaps with the kernel ahead of it, which writes these values to x: they are there once a thread
+    waits for it.
+    """
     lib = library()
     lib.mpq_sim_reset()
     place = packed if isinstance(packed, Packed) else Packed(packed)
+    flags = 0 if late is None else OVERLAP
     tokens, (rows, _) = x.shape[0], place.shape
     out = aligned(torch.full((tokens, row_stride or rows), float("nan"), dtype=x.dtype))
     counters = torch.zeros(COUNTER_BYTES, dtype=torch.uint8)
     args = LinearArgs(
         place.weight, address(x), address(gate), x.stride(0), tokens, address(bias), address(out), out.stride(0),
-        address(counters), None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, 0,
+        address(counters), None, 0, DTYPES[x.dtype], DTYPES[bias.dtype] if bias is not None else 0, flags,
     )  # fmt: skip
     space = workspace_for(lib, lib.mpq_workspace_size, args, device)
     place.allow(lib)
@@ -254,6 +260,10 @@ def linear(packed, x, bias=None, gate=None, device=SMALL, order=(0, 0), interlea
     allow(lib, counters, WRITABLE, "counters")
     lib.mpq_sim_order(*order)
     lib.mpq_sim_interleave(interleave)
+    if late is not None:
+        lib.mpq_sim_arrives_late(
+            ctypes.c_void_p(address(x)), ctypes.c_void_p(address(late)), ctypes.c_size_t(late.nbytes)
+        )
     check(lib, lib.mpq_linear(ctypes.byref(args), ctypes.byref(device), None))
     del space  # until here the library had its address
     assert not counters.any(), "counters are not zero after the call"
