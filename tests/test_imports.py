@@ -17,7 +17,7 @@ LAYERS = (
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate"),
-    ("hf", "packer"),
+    ("hf", "packer", "vllm_plugin"),
     ("evaluate",),
     ("allocate",),
     ("__init__",),

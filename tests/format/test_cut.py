@@ -77,7 +77,9 @@ def test_ranges_that_cannot_be():
 
 
 def test_stacked_weights_are_one():
-    weights = [pack_weight(random_weight(n, 128, bits, 32, zero)) for n, bits, zero in ((70, 3, "int"), (64, 8, "none"))]
+    weights = [
+        pack_weight(random_weight(n, 128, bits, 32, zero)) for n, bits, zero in ((70, 3, "int"), (64, 8, "none"))
+    ]
     stacked = stack_weights(weights)
     assert len(stacked.layout.segments) == 2
     assert torch.equal(dequantize(stacked), torch.cat([dequantize(weight) for weight in weights]))
