@@ -1,7 +1,7 @@
 """Parts of a packed weight for several devices: rows and columns cut out of the tensors as they are stored.
 
     rows      at whole supertiles counted from the start of a row band, or at its end
-    columns   at multiples of 64; a group that is cut lives on in both parts, with the same scale, as a segment of its own
+    columns   at multiples of 64; a group that is cut lives on in both parts, with its scale, as a segment of its own
 
 Nothing is unpacked: codes, scales and zeros are copied supertile by supertile. `cover_rows` and `cover_columns` give
 the smallest range around the one wanted that can be cut. `stack_weights` puts weights of the same input one below the
