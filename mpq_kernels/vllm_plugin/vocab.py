@@ -44,6 +44,7 @@ class MPQVocabMethod(QuantizeMethodBase):
     ) -> None:
         """Say which rows this rank keeps, and put empty parameters where the loader looks for their names."""
         self.dtype, self.width = params_dtype, output_partition_sizes[0]
+        self.device = torch.get_default_device()
         if self.module is None:
             return
         shape = self.module.layout if isinstance(self.module, PackedModule) else self.module.shape
@@ -61,30 +62,31 @@ class MPQVocabMethod(QuantizeMethodBase):
         says = self.source.widened()
         if says is not None:
             logger.info("mpq: %s on rank %d: %s", self.prefix, layer.tp_rank, says)
-        device = torch.get_default_device()
         for name in (*PACKED, "weight"):
             empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-            empty.weight_loader = self._loader(name, device)  # type: ignore[attr-defined]
+            empty.weight_loader = self._loader(name)  # type: ignore[attr-defined]
             layer.register_parameter(name, empty)
 
-    def _loader(self, key: str, device: torch.device) -> Callable[..., None]:
+    def _loader(self, key: str) -> Callable[..., None]:
         def load(param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: Any = None) -> None:
             if key == "weight" and tuple(loaded_weight.shape) == GUARD_SHAPE:
                 return
             if self.source is None or key == "weight":
                 raise CheckpointError(f"{self.prefix}.{key} has no place in what config.json says")
-            self.source.take(key, loaded_weight, device)
+            self.source.take(key, loaded_weight, self.device)
 
         return load
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Choose the kernels."""
-        if self.source is None:
-            return
-        self.source.check_loaded()
-        self.skip = self.source.kept[0].skip
-        self.launches = place(layer, self.source.kept)
-        self.source = None
+        if self.source is not None:
+            self.source.check_loaded()
+            self.skip = self.source.kept[0].skip
+            self.launches = place(layer, self.source.kept)
+            self.source = None
+        # vLLM's adapters look at its dtype and device; one element in memory, NaN for whoever computes with it.
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+        layer.weight = nan.expand(self.width, layer.embedding_dim)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Multiply by the embedding's weight from now on, unless the files have one for this layer."""

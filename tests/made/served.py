@@ -61,7 +61,10 @@ MODELS = {
     "mixture": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 96, "tie_word_embeddings": False}, {
         "version": 1,
         "default": {"bits": 4, "group_size": 32},
-        "modules": {"re:.*gate_proj": {"bits": 5, "group_size": 32}, "re:.*experts\\.1\\..*": {"bits": 6, "group_size": 32}},
+        "modules": {
+            "re:.*experts\\.1\\..*": {"bits": 6, "group_size": 32},
+            "re:.*gate_proj": {"bits": 5, "group_size": 16},
+        },
     }),
 }  # fmt: skip
 PROMPTS = [list(range(3, 15)), list(range(40, 58)), [7, 9, 200, 3], [1999, 5, 1000, 77, 300, 4, 4]]
