@@ -173,6 +173,18 @@ def cuda_root(nvcc: Path) -> Path:
     return Path(re.search(r"TOP=(.*)", text).group(1).strip()).resolve()
 
 
+def static_runtime(root: Path) -> Path:
+    """Folder of the static CUDA runtime: looked for before anything is compiled for minutes."""
+    folders = [root / "targets/x86_64-linux/lib", root / "lib64", root / "lib"]
+    for folder in folders:
+        if (folder / "libcudart_static.a").is_file():
+            return folder
+    raise SystemExit(
+        f"mpq_kernels: no libcudart_static.a in {', '.join(map(str, folders))}: install the development files of the "
+        "CUDA runtime (cuda-cudart-dev), set CUDA_HOME to a whole toolkit, or build without CUDA (MPQ_CUDA_ARCHS=none)"
+    )
+
+
 def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
     """(flags of nvcc, compile, link) for the CUDA library."""
     codes: dict[str, list[str]] = {}
@@ -187,7 +199,7 @@ def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
     gencode = " ".join(f"-gencode 'arch=compute_{v},code=[{','.join(c)}]'" for v, c in codes.items())
     root = cuda_root(nvcc)
     includes = next(p for p in (root / "targets/x86_64-linux/include", root / "include") if p.is_dir())
-    library = next(p for p in (root / "targets/x86_64-linux/lib", root / "lib64") if p.is_dir())
+    library = static_runtime(root)
     torch_compile, torch_link = torch_flags()
     link = f"{torch_link} -L{library} -lcudart_static -lpthread -ldl -lrt"
     return gencode, f"{torch_compile} -isystem {includes}", link

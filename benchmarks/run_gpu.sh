@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU in one command, in less than 9 minutes and without a network: facts, wheels, build, what the
-# kernels assume of the device, GPU tests, compute-sanitizer, timings of layers beside their peers.
+# Everything that needs a GPU in one command, in less than 9 minutes and without a network: facts, wheels, build, first
+# contact with the device, GPU tests, compute-sanitizer, timings of layers beside their peers, tests that compile.
 #
-#   benchmarks/run_gpu.sh OUT             OUT gets log.txt, summary.json, probe.json, gemm.json, gemm.png
-#   benchmarks/run_gpu.sh --dry-run OUT   every step that needs no device, and a list of those left out
+#   benchmarks/run_gpu.sh OUT             OUT gets log.txt, summary.json, first_contact.json, probe.json, gemm.json, gemm.png
+#   benchmarks/run_gpu.sh --dry-run       the steps with the most seconds of each; 1 where a file that one needs is missing
+#   benchmarks/run_gpu.sh --dry-run OUT   the same, and every step that needs no device
 #
 # WHEELS=DIR    wheels of peers to install for this run; ./wheels without it, if there is one
 # VLLM_LIB=FILE vLLM's stable-ABI library, for Marlin; a name that ends in .xz is unpacked first
-# PYTHON=python3, LIMIT_S=530, MPQ_COMMIT=... where the checkout has no history
+# PYTHON=python3, LIMIT_S=530, JOBS=8 processes of tests, MPQ_COMMIT=... where the checkout has no history
 #
 # Every step has a time limit, and one that fails does not stop the others. Needs torch >= 2.11, transformers, pybind11,
-# ninja, pytest, nvcc; compute-sanitizer where there is one.
+# ninja, pytest (pytest-xdist for tests in several processes), nvcc; compute-sanitizer where there is one.
 set -uo pipefail
 
 dry=0
@@ -18,10 +19,54 @@ if [[ ${1:-} == --dry-run ]]; then
   dry=1
   shift
 fi
-out=${1:?usage: benchmarks/run_gpu.sh [--dry-run] OUT}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+out=${1:-}
+if [[ -z $out ]] && ((!dry)); then
+  echo "usage: benchmarks/run_gpu.sh [--dry-run] OUT" >&2
+  exit 2
+fi
+if [[ -n $out ]]; then
+  mkdir -p "$out"
+  out=$(cd "$out" && pwd)
+fi
 cd "$(dirname "$0")/.."
+
+# Steps in their order: the most seconds of each, and the files that it needs. gemm takes what is left.
+plan="
+facts          15  mpq_kernels/version.py
+wheels         20
+vllm_lib       20
+build         150  setup.py csrc/cuda csrc/torch csrc/cpu csrc/host
+first_contact  85  benchmarks/gpu/first_contact.cu benchmarks/gpu/first_contact.py benchmarks/gpu/check.cuh
+probe          20  benchmarks/gpu/probe.cu benchmarks/gpu/check.cuh
+gpu_tests      50  tests/backends/cuda/test_device.py tests/made/weights.py
+triton_tests   40  tests/backends/triton/test_device.py
+sanitize       50  benchmarks/gpu/sanitize.py
+gemm            0  benchmarks/layers/gemm.py benchmarks/gpu/command.py
+alone_tests    45  tests/backends/cuda/test_device.py tests/made/checkpoints.py
+summary         5  benchmarks/gpu/summary.py"
+
+seconds_of() { awk -v name="$1" '$1 == name { print $2 }' <<<"$plan"; }
+
+show_plan() { # 1 where a file is missing
+  local name seconds files file bad=0 sum=0
+  while read -r name seconds files; do
+    [[ -z $name ]] && continue
+    sum=$((sum + seconds))
+    if ((seconds)); then echo "$name: at most $seconds s"; else echo "$name: what is left of ${LIMIT_S:-530} s"; fi
+    for file in $files; do
+      [[ -e $file ]] && continue
+      echo "   missing: $file"
+      bad=1
+    done
+  done <<<"$plan"
+  echo "all but gemm: at most $sum s; nothing starts later than ${LIMIT_S:-530} s"
+  return $bad
+}
+
+if ((dry)); then
+  show_plan || exit 1
+  [[ -z $out ]] && exit 0
+fi
 
 python=${PYTHON:-python3}
 limit=${LIMIT_S:-530}
@@ -34,7 +79,7 @@ warm= # processes that compile
 mkdir -p "$site"
 : >"$log"
 : >"$steps"
-rm -f "$out"/{summary,probe,gemm}.json "$out/gemm.png"
+rm -f "$out"/{summary,first_contact,probe,gemm}.json "$out/gemm.png"
 export PYTHONPATH=$PWD PEERS_SITE=$site PYTHONUNBUFFERED=1
 export HUMMING_CACHE_DIR=$scratch/humming TRITON_CACHE_DIR=$scratch/triton
 
@@ -53,9 +98,9 @@ skip() { # skip STEP REASON
   note "$1" "left out: $2" 0
 }
 
-step() { # step NAME SECONDS COMMAND: run with a limit, keep the log, remember what came of it and go on
-  local name=$1 seconds=$2 from before state=passed
-  shift 2
+step() { # step NAME COMMAND: run with the plan's limit, keep the log, remember what came of it and go on
+  local name=$1 seconds=${SECONDS_MOST:-$(seconds_of "$1")} from before state=passed
+  shift
   before=$SECONDS
   from=$(wc -c <"$log")
   ((seconds > $(left) - 5)) && seconds=$(($(left) - 5))
@@ -93,24 +138,35 @@ install_wheels() {
 }
 
 build() { # for the device that is there alone: the others' code would cost minutes
-  local arch=90
+  local arch=90 programs=
+  compile_programs &
+  programs=$!
   if ((!dry)); then
     arch=$("$python" -c 'import torch; m, n = torch.cuda.get_device_capability(); print(f"{m}{n}")') || return 1
   fi
-  MPQ_CUDA_ARCHS=${MPQ_CUDA_ARCHS:-$arch} "$python" setup.py -q build_ext --inplace || return 1
+  MPQ_CUDA_ARCHS=${MPQ_CUDA_ARCHS:-$arch} "$python" setup.py -q build_ext --inplace || { wait "$programs"; return 1; }
+  wait "$programs" || echo "first_contact.cu or probe.cu does not compile"
   "$python" -c 'from mpq_kernels.backends import cuda; print("CUDA kernels:", cuda.why_unavailable() or "work")'
 }
 
-compile_probe() {
-  local arch=90a
+compile_programs() { # those that ask the device itself; at the same time as the library
+  local arch=90a name pids= bad=0
   if ((!dry)); then
     arch=$("$python" -c 'import torch; m, n = torch.cuda.get_device_capability(); print(f"{m}{n}" + ("a" if m == 9 else ""))') || return 1
   fi
-  nvcc -O3 -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" benchmarks/gpu/probe.cu -o "$scratch/probe"
+  for name in first_contact probe; do
+    nvcc -O3 -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" "benchmarks/gpu/$name.cu" -o "$scratch/$name" &
+    pids+=" $!"
+  done
+  for name in $pids; do wait "$name" || bad=1; done
+  return $bad
+}
+
+first_contact() {
+  "$python" benchmarks/gpu/first_contact.py --program "$scratch/first_contact" --budget-s 80 --json "$out/first_contact.json"
 }
 
 probe() {
-  compile_probe || return 1
   "$scratch/probe" >"$out/probe.json" || return 1
   cat "$out/probe.json"
 }
@@ -119,6 +175,8 @@ sanitize() { # SECONDS: the three tools at once, each over the same cases and ov
   local tool bad=0 verdicts=
   for tool in memcheck racecheck synccheck; do
     {
+      # A tensor that torch's allocator cuts from a larger block has no edge that memcheck could see.
+      if [[ $tool == memcheck ]]; then export PYTORCH_NO_CUDA_MEMORY_CACHING=1; fi
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$scratch/probe" --quick || exit 1
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu/sanitize.py --budget-s $(($1 - 35))
     } >"$scratch/$tool.log" 2>&1 &
@@ -146,45 +204,72 @@ print(len(names), "modules import")
 PY
 }
 
-export python site wheels scratch out dry
-export -f facts install_wheels build compile_probe probe sanitize imports
+# Files with tests for a device alone: every process of xdist would collect all the others too.
+gpu_files() { grep -rl --include='test_*.py' 'mark\.gpu' tests; }
 
-step facts 30 facts
+gpu_tests() { # in several processes where xdist is there
+  local several=
+  "$python" -c 'import xdist' 2>/dev/null && several="-n ${JOBS:-8} --dist worksteal"
+  # shellcheck disable=SC2046,SC2086
+  "$python" -m pytest $(gpu_files | grep -v triton) -q -m "gpu and not alone" -p no:cacheprovider --maxfail 20 $several
+}
+
+alone_tests() { # by themselves, and last: those that compile, or measure the memory of the device
+  # shellcheck disable=SC2046
+  "$python" -m pytest $(gpu_files | grep -v triton) -q -m "gpu and alone" -p no:cacheprovider
+}
+
+export python site wheels scratch out dry
+export -f facts install_wheels build compile_programs first_contact probe sanitize imports gpu_files gpu_tests alone_tests
+
+step facts facts
 if compgen -G "$wheels/*.whl" >/dev/null; then
-  step wheels 40 install_wheels
+  step wheels install_wheels
 else
   skip wheels "no $wheels/*.whl"
 fi
 if [[ ${VLLM_LIB:-} == *.xz ]]; then
-  step vllm_lib 60 '"$python" -c "import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], \"wb\"))" "$VLLM_LIB" "$scratch/vllm.so"'
+  step vllm_lib '"$python" -c "import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], \"wb\"))" "$VLLM_LIB" "$scratch/vllm.so"'
   export VLLM_LIB=$scratch/vllm.so
 fi
-step build 200 build
+step build build
 
 if ((dry)); then
-  if command -v nvcc >/dev/null; then step probe_compiles 90 compile_probe; else skip probe_compiles "no nvcc"; fi
-  step imports 60 imports
-  step plan 120 '"$python" benchmarks/layers/gemm.py --device cuda --dry-run'
-  step cases_on_cpu 120 '"$python" benchmarks/gpu/sanitize.py --device cpu'
-  step gpu_tests_collect 120 '"$python" -m pytest tests -q -m gpu --collect-only -p no:cacheprovider'
-  for name in probe warm gpu_tests triton_tests sanitize gemm; do skip "$name" "a dry run uses no device"; done
+  if command -v nvcc >/dev/null; then
+    SECONDS_MOST=120 step first_contact_compiles '"$python" benchmarks/gpu/first_contact.py --dry-run'
+  else
+    skip first_contact_compiles "no nvcc"
+  fi
+  SECONDS_MOST=60 step imports imports
+  SECONDS_MOST=120 step plan '"$python" benchmarks/layers/gemm.py --device cuda --dry-run'
+  SECONDS_MOST=120 step cases_on_cpu '"$python" benchmarks/gpu/sanitize.py --device cpu'
+  SECONDS_MOST=120 step gpu_tests_collect '"$python" -m pytest $(gpu_files) -q -m gpu --collect-only -p no:cacheprovider'
+  for name in first_contact probe warm gpu_tests triton_tests sanitize gemm alone_tests; do
+    skip "$name" "a dry run uses no device"
+  done
 else
-  step probe 40 probe
+  LINES_SHOWN=40 step first_contact first_contact
+  step probe probe
   # Kernels that are compiled at their first call are compiled while the device does little else.
   "$python" benchmarks/layers/gemm.py --device cuda --warm --peers humming --backend cuda --budget-s 150 >"$scratch/warm_humming.log" 2>&1 &
   warm=$!
   "$python" benchmarks/layers/gemm.py --device cuda --warm --peers bf16 --budget-s 150 >"$scratch/warm_triton.log" 2>&1 &
   warm+=" $!"
-  step gpu_tests 80 '"$python" -m pytest tests -q -m gpu -p no:cacheprovider --maxfail 20 --ignore tests/backends/triton/test_device.py'
-  step triton_tests 60 '"$python" -m pytest tests/backends/triton/test_device.py -q -p no:cacheprovider'
-  if command -v compute-sanitizer >/dev/null; then step sanitize 75 "sanitize 75"; else skip sanitize "no compute-sanitizer"; fi
+  step gpu_tests gpu_tests
+  step triton_tests '"$python" -m pytest tests/backends/triton/test_device.py -q -p no:cacheprovider'
+  if command -v compute-sanitizer >/dev/null; then
+    step sanitize "sanitize $(seconds_of sanitize)"
+  else
+    skip sanitize "no compute-sanitizer"
+  fi
   kill $warm 2>/dev/null
   wait $warm 2>/dev/null
   warm=
   { echo "== warm" && cat "$scratch"/warm_*.log; } >>"$log"
-  budget=$(($(left) - 45))
-  LINES_SHOWN=2 step gemm $((budget + 30)) \
+  budget=$(($(left) - $(seconds_of alone_tests) - 40))
+  LINES_SHOWN=2 SECONDS_MOST=$((budget + 30)) step gemm \
     "\"\$python\" benchmarks/layers/gemm.py --device cuda --budget-s $budget --json \"\$out/gemm.json\" --plot \"\$out/gemm.png\""
+  step alone_tests alone_tests
 fi
 
 "$python" benchmarks/gpu/summary.py "$out" "$steps"

@@ -18,7 +18,8 @@ from .version import VERSION as __version__
 if TYPE_CHECKING:
     from .backends.cuda import warmup
     from .calibrate.calibration import Calibration
-    from .hf.load import load
+    from .imports.convert import import_checkpoint
+    from .imports.load import load
     from .nn.linear import MixedLinear
     from .nn.replace import replace_linears
     from .packer.pack import pack
@@ -28,7 +29,8 @@ _LAZY = {
     "Calibration": "calibrate.calibration",
     "MixedLinear": "nn.linear",
     "Plan": "plan.plan",
-    "load": "hf.load",
+    "import_checkpoint": "imports.convert",
+    "load": "imports.load",
     "pack": "packer.pack",
     "replace_linears": "nn.replace",
     "warmup": "backends.cuda",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizeError",
     "UnsupportedError",
     "__version__",
+    "import_checkpoint",
     "load",
     "pack",
     "replace_linears",

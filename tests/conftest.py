@@ -5,6 +5,7 @@ import torch
 
 import mpq_kernels.backends.ops  # noqa: F401  (registers the operators)
 from tests.made.commands import run, space  # noqa: F401  (fixtures of the command-line tests)
+from tests.made.compiled import fresh, without_inductor  # noqa: F401  (fixtures of tests that compile)
 
 ISAS = torch.ops.mpq.cpu_isas().split(",")
 

@@ -13,7 +13,7 @@ import mpq_kernels
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", ".github/*.md", "benchmarks/README.md", "examples/c_api/README.md")
+    for pattern in ("*.md", "docs/*.md", ".github/*.md", "benchmarks/README.md", "examples/*/README.md")
     for path in ROOT.glob(pattern)
 )
 FOLDERS = ("mpq_kernels", "csrc", "tests", "benchmarks", "examples", "docs", ".github", ".ci")

@@ -18,7 +18,7 @@ LAYERS = (
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate"),
     ("hf", "packer", "vllm_plugin"),
-    ("evaluate",),
+    ("evaluate", "imports"),
     ("allocate",),
     ("__init__",),
     ("cli",),

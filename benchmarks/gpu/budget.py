@@ -22,6 +22,7 @@ PACKED_BACKENDS = ("cuda", "triton")  # what packed layers are measured with, wh
 
 # The less, the sooner: a unit's place is the sum of its shape's and its layer's number.
 SHAPE_RANK = {"8192x8192": 0, "llama-8b-token": 1, "llama-8b-gate-up": 2, "llama-8b-qkv": 2, "llama-8b-down": 3}
+SHAPE_RANK |= {"llama-8b-lm-head": 3.5}
 LAYER_RANK = {"bf16": 0, "packed 4": 0, "packed 2": 0.1, "packed 3": 0.2, "packed 8": 0.3, "packed 4|3|8": 0.3}
 LAYER_RANK |= {"packed 1": 0.5, "packed 5": 0.6, "packed 6": 0.6, "packed 7": 0.6, "packed 4 fp16": 0.9}
 LAYER_RANK |= {f"packed {width} triton": 0.4 for width in "4238"} | {"packed 4|3|8 triton": 0.6}

@@ -29,7 +29,7 @@ from benchmarks.peers.torch import Peer, held_calls, packed_layers
 from mpq_kernels.format import reference
 
 LEAST_COPIES = 8
-LEAST_CALLS = 32  # of a graph below FEW_TOKENS, so that the start of a graph weighs little
+LEAST_CALLS = 128  # of a graph below FEW_TOKENS, so that the start of a graph weighs little
 FEW_TOKENS = 256
 COMPILING_BACKENDS = ("triton",)  # at the first call, into a cache on disk that a second process finds
 

@@ -20,14 +20,7 @@
 #include <string>
 #include <vector>
 
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t status = (call);                                                     \
-    if (status != cudaSuccess) {                                                           \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(status)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
+#include "check.cuh"
 
 // One m16n8k16 product: every A element is the 16-bit pattern `a`, B is x in row k = 0 and zero below, so that each
 // accumulator is one product. out: [values of a][8 columns].

@@ -36,12 +36,12 @@ def find_tool(name: str) -> str | None:
 
 def kernel_name(symbol: str) -> str | None:
     """Mangled name -> "linear_kernel<false, 1>"; None for what is not a kernel."""
-    match = re.search(r"\d([a-z]+_kernel)(?:ILb([01])E(?:Li(\d+)E)?E)?", symbol)
+    match = re.search(r"\d([a-z]+_kernel)(?:I((?:L[bi]\d+E)+)E)?", symbol)
     if not match:
         return None
-    stem, flag, tiles = match.groups()
-    arguments = [("false", "true")[int(flag)]] if flag else []
-    arguments += [tiles] if tiles else []
+    stem, given = match.groups()
+    arguments = [("false", "true")[int(value)] if kind == "b" else value
+                 for kind, value in re.findall(r"L([bi])(\d+)E", given or "")]  # fmt: skip
     return f"{stem}<{', '.join(arguments)}>" if arguments else stem
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu import sass, sass_files  # noqa: E402
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by benchmarks/gpu/sass_table.py -->", "<!-- end -->"
 # Architecture and blocks of 8 tokens of the kernels whose instructions are printed.
-DETAILS = ((80, 1), (90, 1), (90, 2), (90, 4))
+DETAILS = ((80, 1), (90, 1), (90, 2))
 
 
 def row(*cells: object) -> str:

@@ -96,7 +96,8 @@ def main(out: Path, steps_file: Path) -> int:
                 f"(least {r['least']:.2f}x of {r['cells']})"
             )
     failed = [step["step"] for step in steps if step["state"].startswith("failed")]
-    summary = {"failed": failed, "steps": steps, "probe": read(out / "probe.json"), "gemm": short}
+    files = {name: read(out / f"{name}.json") for name in ("first_contact", "probe")}
+    summary = {"failed": failed, "steps": steps, **files, "gemm": short}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for step in steps:
         print(f"{step['step']:18} {step['seconds']:4} s  {step['state']}")

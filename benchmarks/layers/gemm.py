@@ -45,6 +45,7 @@ DEFAULTS = {
         "tokens": "1,16",
         "group": 64,
         "seconds": 1.0,
+        "total_mb": 200,
     },
     "cuda": {
         "shapes": "8192x8192,llama-8b-token,"
@@ -53,6 +54,7 @@ DEFAULTS = {
         "tokens": "1,2,4,8,16,32,64,256,1024,4096",
         "group": 128,
         "seconds": 0.02,
+        "total_mb": 500,  # ten times the L2 of an H200
     },
 }
 
@@ -173,7 +175,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--activations", default="exact", help="of packed layers: exact, int8, or both (exact,int8)")
     parser.add_argument("--isas", help="of packed layers on the CPU, a row for each, such as avx512vnni,amx")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--total-mb", type=float, default=200, help="bytes of all copies of a weight exceed this")
+    parser.add_argument("--total-mb", type=float, help="copies of a weight take more than this: 200, on CUDA 500")
     parser.add_argument("--seconds", type=float, help="time for each number; on CUDA for each of its two timings")
     parser.add_argument("--rounds", type=int, default=5, help="turns that make up the time of a number (CPU)")
     parser.add_argument("--json", type=Path, help="file to write; on CUDA again after every layer")

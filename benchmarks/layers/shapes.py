@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "llama-8b-gate": ((14336,), 4096),
     "llama-8b-gate-up": ((14336, 14336), 4096),
     "llama-8b-down": ((4096,), 14336),
+    "llama-8b-lm-head": ((128256,), 4096),
     "llama-70b-q": ((8192,), 8192),
     "llama-70b-k": ((1024,), 8192),
     "llama-70b-qkv": ((8192, 1024, 1024), 8192),

@@ -27,7 +27,7 @@ TENSORS = {
 }  # fmt: skip
 
 
-def _file(chance: Random, data: bytes) -> bytes:
+def mutate_file(chance: Random, data: bytes) -> bytes:
     """The bytes of a file with a changed header, a header of another length, or any bytes changed."""
     length = int.from_bytes(data[:8], "little")
     if chance.random() < 0.75:
@@ -49,7 +49,7 @@ def prepare(folder: Path) -> Run:
 
     def run(chance: Random) -> str:
         path = Path("model.safetensors")
-        path.write_bytes(_file(chance, whole))
+        path.write_bytes(mutate_file(chance, whole))
         files = TensorFiles.open([path])
         read = {name: files.read(name) for name in files.tensors}
         with safetensors.safe_open(path, "pt") as theirs:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import configs, faults, foreign, headers, models, numbers, operators, plans, records, values
+from . import configs, faults, foreign, headers, imports, models, numbers, operators, plans, records, values
 from .campaign import Kind
 
 KINDS: dict[str, Kind] = {
     "plans": Kind("plans of ours: read, resolved, written, read again", plans.prepare, 150_000),
     "foreign": Kind("plans of other programs: read and resolved", foreign.prepare, 150_000),
+    "imports": Kind("quantized checkpoints of other programs: read, dequantized", imports.prepare, 100_000, 1000),
     "headers": Kind("safetensors files: headers read, tensors mapped", headers.prepare, 300_000),
     "index": Kind("indexes of shards: files found and opened", headers.prepare_index, 120_000),
     "configs": Kind("quantization_config: packed directories opened", configs.prepare, 60_000),

@@ -99,10 +99,24 @@ dev::Launch launch_of(const mpq_linear_args& a, const LinearLaunch& launch, cons
   how.grid_x = launch.grid_x;
   how.grid_y = launch.grid_y;
   how.threads = launch.shape.warps * 32;
-  how.shared_bytes = launch.generic ? 0 : params.shared.total;
+  how.shared_bytes = launch.generic ? 0 : launch.wide ? launch.map.total : params.shared.total;
   how.stream = static_cast<dev::Stream>(stream);
   how.overlap = (a.flags & MPQ_OVERLAP) != 0 && !launch.table;
   return how;
+}
+
+// x is arranged first. The product may begin with the weights meanwhile, where devices can: it is behind that kernel
+// alone.
+int run_wide(const mpq_linear_args& a, const mpq_device& device, const LinearLaunch& launch, dev::Launch how,
+             const LinearParams& params) {
+  constexpr int kOverlapCapability = 90;
+  const bool bf16 = a.x_dtype == MPQ_BF16;
+  char* const workspace = static_cast<char*>(a.workspace);
+  const WideParams wide{params, launch.map, workspace + launch.x_offset, workspace + launch.sums_offset};
+  const ArrangeParams arrange{params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch};
+  if (int error = launch_arrange(bf16, how, arrange)) return launched(error);
+  how.overlap = device.capability >= kOverlapCapability;
+  return launched(launch_wide(bf16, how, wide));
 }
 
 int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream) {
@@ -113,8 +127,8 @@ int run_linear(const mpq_linear_args& a, const mpq_device& device, void* stream)
   if (int status = place(a, launch, how, 0, params)) return status;
   const bool bf16 = a.x_dtype == MPQ_BF16;
   if (launch.generic) return launched(launch_generic(bf16, how, params));
-  if (launch.shape.token_tiles < 4) return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
-  return launched(launch_medium(bf16, how, params));
+  if (launch.wide) return run_wide(a, device, launch, how, params);
+  return launched(launch_decode(bf16, launch.shape.token_tiles, how, params));
 }
 
 // Tokens of one launch; the grid's second dimension is limited.
@@ -148,7 +162,7 @@ int prepare_grouped(const mpq_grouped_args& a, const mpq_device& device, LinearL
   typical.tokens = std::max<int64_t>(1, ceil_div(a.linear.tokens, a.num_experts));
   if (typical.tokens > 16) typical.tokens = 32;
   if (typical.tokens <= 16) typical.tokens = typical.tokens <= 8 ? 8 : 16;
-  if (int status = prepare_linear(typical, device, launch, params.linear)) return status;
+  if (int status = prepare_linear(typical, device, launch, params.linear, true)) return status;
   params.linear.in.tokens = int32_t(a.linear.tokens);
   params.linear.out.row_stride = a.linear.y_row_stride;
   params.num_experts = a.num_experts;
@@ -297,8 +311,8 @@ int mpq_device_query(int ordinal, mpq_device* device) {
 int mpq_warmup(const mpq_device* device) {
   if (!device) return MPQ_ERROR_NULL;
   if (int status = check_device(*device)) return status;
-  for (auto* load : {warmup_decode, warmup_medium, warmup_generic, warmup_grouped, warmup_dequantize, warmup_embedding,
-                     warmup_table}) {
+  for (auto* load : {warmup_decode, warmup_wide, warmup_arrange, warmup_generic, warmup_grouped, warmup_dequantize,
+                     warmup_embedding, warmup_table}) {
     if (int error = load()) return launched(error);
   }
   return MPQ_OK;

@@ -16,7 +16,7 @@ uint32_t blocks_of(const mpq_linear_args& args, const Shape& shape, uint32_t mul
   return std::clamp(multiprocessors / token_blocks, 1u, uint32_t{kMaxBlocks});
 }
 
-Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors) {
+Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors, bool wide) {
   struct Row {
     int64_t max_tokens;
     Shape shape;
@@ -25,7 +25,9 @@ Shape choose_shape(const mpq_linear_args& args, uint32_t multiprocessors) {
   // weighs more. Warps: as many as their registers allow, because at 2 bits two thirds of all issue slots are in use.
   // Computed, not measured.
   static constexpr Row kShapes[] = {{4, {1, 0, 12}}, {8, {1, 1, 12}}, {16, {2, 2, 8}}, {INT64_MAX, {4, 2, 8}}};
-  const Row* row = kShapes;
+  // Tokens of a block: one warp of each row tile for 32, two for 64, or both for 32 and half of K each.
+  static constexpr Row kWideShapes[] = {{kWarpTokens, {4, 2, 8}}, {INT64_MAX, {8, 2, 8}}};
+  const Row* row = wide ? kWideShapes : kShapes;
   while (args.tokens > row->max_tokens) ++row;
   Shape shape = row->shape;
   int64_t most_tiles = 1;
@@ -69,7 +71,8 @@ bool TableReader::next(Segment& segment, Band& band) {
   return begins;
 }
 
-int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params) {
+int prepare_linear(const mpq_linear_args& args, const mpq_device& device, LinearLaunch& launch, LinearParams& params,
+                   bool experts) {
   const mpq_weight& w = args.weight;
   launch = {};
   params.in = {args.x, args.x_gate, w.perm, args.x_row_stride, int32_t(args.tokens), int32_t(w.in_features), 0, 0};
@@ -91,13 +94,22 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
   }
   params.num_bands = num_bands;
   params.num_segments = w.num_segments;
-  Shape shape = choose_shape(args, uint32_t(device.multiprocessors));
+  launch.wide = args.tokens > kMostNarrowTokens && !launch.generic && !experts;
+  Shape shape = choose_shape(args, uint32_t(device.multiprocessors), launch.wide);
   if (launch.generic) shape.log2_group_rows = 0;
   params.log2_group_rows = shape.log2_group_rows;
   int max_unit = kMaxUnit;
+  while (launch.wide && !map_wide(args, device, params, launch.map, max_unit)) {
+    if (shape.log2_group_rows == 0) return MPQ_ERROR_DEVICE;
+    params.log2_group_rows = --shape.log2_group_rows;
+  }
+  if (launch.wide) {
+    shape.warps = threads_of_block(launch.map) / 32;
+    shape.token_tiles = tokens_of_block(launch.map) / 8;
+  }
   // Where shared memory is short: shorter units first, fewer warps then, as many for each row tile of a group.
   const uint32_t row_tiles_of_group = 1u << shape.log2_group_rows;
-  while (!launch.generic && !map_shared(args, device, shape, max_unit, params)) {
+  while (!launch.generic && !launch.wide && !map_shared(args, device, shape, max_unit, params)) {
     if (max_unit > 1)
       max_unit /= 2;
     else if (shape.warps > row_tiles_of_group)
@@ -132,6 +144,12 @@ int prepare_linear(const mpq_linear_args& args, const mpq_device& device, Linear
   if (split)
     bytes += size_t{launch.grid_x} * launch.grid_y * 2 * (8 * shape.token_tiles) * (kTileN << shape.log2_group_rows) *
              sizeof(float);
+  if (launch.wide) {
+    const size_t tiles = size_t{launch.grid_y} * uint32_t(params.k_tiles);
+    launch.x_offset = bytes;
+    launch.sums_offset = launch.x_offset + tiles * uint32_t(tokens_of_block(launch.map)) * (2 * kTileK);
+    bytes = launch.sums_offset + tiles * launch.map.sums_pitch;
+  }
   launch.workspace_bytes = bytes;
   return MPQ_OK;
 }

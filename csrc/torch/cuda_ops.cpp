@@ -29,14 +29,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace device = mpq::device;
 
-// Above so many tokens W is made dense for torch's own product. From the counts of instructions and bytes, not
-// measured: at 256 tokens and 8192 x 8192 the packed product is bound by mma.sync (57 us at 600 TFLOP/s), and so are
-// decoding to memory and a dense product (39 + 43 us).
+// Above so many tokens W is made dense for torch's own product. Modelled, not measured, at 8192 x 8192 on an H200: the
+// packed product takes 65 us at 4 bits and 90 us at 8 for 65 to 128 tokens, 93 and 128 us for 129 to 192; decoding to
+// memory and a dense product 73 and 80 us, which is their bytes at 4.3 TB/s and two steps of a graph.
 struct Crossover {
   int capability;
   int64_t tokens;
 };
-constexpr Crossover kCrossovers[] = {{80, 256}, {90, 256}};
+constexpr Crossover kCrossovers[] = {{80, 128}, {90, 128}};
 
 void check_status(int status) { STD_TORCH_CHECK(status == MPQ_OK, "mpq_kernels: ", mpq_error_text(status)); }
 

@@ -98,7 +98,7 @@ def _is_exact(index: int, dtype: torch.dtype) -> bool:
         packed = pack_weight(QuantizedWeight.uniform(QuantizedBlock(bits, codes, scales, zeros)))
         moved = packed.to(f"cuda:{index}")
         x = torch.eye(64, dtype=dtype, device=f"cuda:{index}")
-        for tokens in (8, 16, 64):
+        for tokens in (8, 16, 32, 64):  # every kernel that multiplies tiles
             y = torch.ops.mpq.linear(
                 x[:tokens], moved.qweight, moved.scales, moved.zeros, None, None, moved.layout.segment_ints(), 64, 64
             )

@@ -32,13 +32,19 @@ def _names(operator: Any) -> tuple[str, ...]:
 
 
 def on_weight(operator: Any) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Gives a function of `weight` (a PackedWeight) and the operator's other arguments the operator's own signature."""
+    """Gives a function of `weight` (a PackedWeight) and the operator's other arguments the operator's own signature.
+
+    Raises FormatError, before `run` is called, for tensors that do not fit, or are on several devices.
+    """
 
     def decorate(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @wraps(run)
         def call(*args: Any, **given: Any) -> torch.Tensor:
             named = by_name(operator, args, given)
             weight = packed_weight(*(named.pop(name) for name in WEIGHT))
+            for name, value in named.items():
+                if isinstance(value, torch.Tensor):
+                    _check_device(name, value, weight.qweight)
             return run(weight=weight, **named)
 
         return call
@@ -64,9 +70,13 @@ def packed_weight(
             continue
         if not tensor.is_contiguous():
             raise FormatError(f"{name} must be contiguous")
-        if tensor.device != qweight.device:
-            raise FormatError(f"{name} is on {tensor.device}, qweight on {qweight.device}")
+        _check_device(name, tensor, qweight)
     return weight
+
+
+def _check_device(name: str, tensor: torch.Tensor, qweight: torch.Tensor) -> None:
+    if tensor.device != qweight.device:
+        raise FormatError(f"{name} is on {tensor.device}, qweight on {qweight.device}")
 
 
 @lru_cache(maxsize=4096)

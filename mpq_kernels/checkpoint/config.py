@@ -207,7 +207,10 @@ def _check_versions(data: Any, where: str) -> None:
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{where}: must be an object, not {type(data).__name__}")
     if data.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{where}: quant_method={short(data.get('quant_method'))} is not {QUANT_METHOD!r}")
+        raise CheckpointError(
+            f"{where}: quant_method={short(data.get('quant_method'))} is not {QUANT_METHOD!r}; `mpq import` "
+            "makes a packed directory of one that another program quantized"
+        )
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         older = type(version) is int and version < FORMAT_VERSION

@@ -13,17 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, generate, inspect, kld, pack, plan, ppl, tune, verify
+from . import bench, doctor, eval, generate, imports, inspect, kld, pack, plan, ppl, serve, tune, verify
 from .choices import Command
 from .output import fail
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack.command,
+    "import": imports.command,
     "inspect": inspect.command,
     "verify": verify.command,
     "generate": generate.command,
+    "serve": serve.command,
     "ppl": ppl.command,
     "kld": kld.command,
+    "eval": eval.command,
     "bench": bench.command,
     "tune": tune.command,
     "doctor": doctor.command,

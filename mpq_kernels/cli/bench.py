@@ -13,7 +13,16 @@ import typer
 
 from .choices import OneOf
 from .models import check_device, load_model, named_dtype
-from .options import ActivationsOption, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag, given
+from .options import (
+    ActivationsOption,
+    BackendOption,
+    CompileFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    QuietFlag,
+    given,
+)
 from .output import note, print_json, progress, size_dict
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ def command(
     backend: BackendOption = None,
     activations: ActivationsOption = "exact",
     dtype: DtypeOption = "auto",
+    compile: CompileFlag = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the CPU kernels.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -62,6 +72,10 @@ def command(
     with progress("weights", hidden=quiet) as report:
         synthetic = _synthetic_plan(path, plan, bits, group_size)
         model, name = _open(path, synthetic, (device, dtype, backend, activations), report)
+    if compile:
+        from ..hf.compiled import compile_decoding
+
+        compile_decoding(model)
     facts = ModelFacts.of(model)
     if name.endswith(" (synthetic)"):
         note("weights are synthetic: speed and sizes are real, what the model says is not", quiet)
@@ -133,6 +147,7 @@ def _row(name: str, facts: ModelFacts, result: Measurement) -> dict[str, Any]:
         "device": facts.device,
         "backend": facts.backend,
         "activations": facts.activations,
+        "run": facts.run,
         "threads": facts.threads,
         "dtype": facts.dtype,
         "torch": facts.torch,
@@ -178,7 +193,7 @@ def _print_markdown(rows: list[dict[str, Any]]) -> None:
 
 def _markdown_names() -> dict[str, str]:
     """Heading -> key of a row."""
-    same = ("device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
+    same = ("device", "backend", "activations", "run", "threads", "dtype", "torch", "mpq_kernels", "test", "batch")
     first = {"model": "model", "params": "params", "packed bytes": "packed_bytes", "bits/weight": "bits_per_weight"}
     return first | {name: name for name in same}
 

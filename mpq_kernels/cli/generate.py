@@ -10,7 +10,16 @@ import typer
 
 from .media import media_inputs, open_processor
 from .models import load_model, open_model
-from .options import ActivationsOption, AnyDir, BackendOption, DeviceOption, DtypeOption, JsonFlag, QuietFlag
+from .options import (
+    ActivationsOption,
+    AnyDir,
+    BackendOption,
+    CompileFlag,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    QuietFlag,
+)
 from .output import note, print_json
 
 
@@ -30,6 +39,7 @@ def command(
     backend: BackendOption = None,
     activations: ActivationsOption = "exact",
     dtype: DtypeOption = "auto",
+    compile: CompileFlag = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -40,12 +50,12 @@ def command(
     if images or sounds:
         processor = open_processor(directory)
         tokenizer, inputs = processor.tokenizer, media_inputs(processor, prompt, images, sounds)
-        model = load_model(directory, device, dtype, backend, activations)
+        model = load_model(directory, device, dtype, backend, activations, compile)
         inputs = inputs.to(device, dtype=model.dtype)  # of floating tensors only
     else:
         if not prompt:
             raise MPQError("the prompt is empty; give at least one word")
-        model, tokenizer = open_model(directory, device, dtype, backend, activations)
+        model, tokenizer = open_model(directory, device, dtype, backend, activations, compile)
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if not model.can_generate():
         raise MPQError(f"{directory}: a {type(model).__name__} generates no text")

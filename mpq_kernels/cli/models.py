@@ -9,10 +9,10 @@ from ..errors import CheckpointError, MPQError, UnsupportedError
 
 
 def open_model(
-    directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact"
+    directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact", compile: bool = False
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a packed or a dense directory. Raises as `load_model`."""
-    return load_model(directory, device, dtype, backend, activations), _load_tokenizer(directory)
+    return load_model(directory, device, dtype, backend, activations, compile), _load_tokenizer(directory)
 
 
 def read_text(path: Path) -> str:
@@ -23,8 +23,10 @@ def read_text(path: Path) -> str:
         raise MPQError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
 
 
-def load_model(directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact") -> Any:
-    """The model of a packed or a dense directory, in eval mode.
+def load_model(
+    directory: Path, device: str, dtype: str, backend: str | None, activations: str = "exact", compile: bool = False
+) -> Any:
+    """The model of a packed or a dense directory, in eval mode. compile: its decode step, as of `load`.
 
     Raises CheckpointError for a directory that is neither, UnsupportedError for a device or backend that cannot.
     """
@@ -52,6 +54,10 @@ def load_model(directory: Path, device: str, dtype: str, backend: str | None, ac
         )
     else:
         model = _load_dense(directory, device, wanted)
+    if compile:
+        from ..hf.compiled import compile_decoding
+
+        compile_decoding(model)
     return model.eval()
 
 

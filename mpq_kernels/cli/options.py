@@ -99,6 +99,10 @@ DtypeOption = Annotated[
     str,
     typer.Option(parser=OneOf(lambda: ("auto", *_dtypes())), help="Dtype to compute in; auto is the model's own."),
 ]
+CompileFlag = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the decode step with torch.compile first: seconds that later tokens save."),
+]
 PlainDtypeOption = Annotated[str, typer.Option(parser=OneOf(_dtypes), help="Dtype of the activations.")]
 
 # A uniform plan

@@ -101,7 +101,7 @@ def command(
     elif calibration_images is not None:
         text = _look_at(model, calibration_images, calibration_prompt, calibration_tokens, act_order)
     go_on = True if resume else False if restart else None
-    with progress("packing", hidden=as_json or quiet) as step, _notes_of_interrupts():
+    with progress("packing", hidden=as_json or quiet) as step, notes_of_interrupts():
         report = pack(
             model, out, chosen, quantizer, text, overwrite, progress=step, resume=go_on, allow_dense=allow_dense
         )
@@ -116,7 +116,7 @@ def command(
 
 
 @contextmanager
-def _notes_of_interrupts() -> Iterator[None]:
+def notes_of_interrupts() -> Iterator[None]:
     """Say what was kept when the user interrupts, for which there is no other message."""
     try:
         yield

@@ -61,7 +61,7 @@ class DenseCheckpoint:
         check_dense(path / CONFIG_FILE, config)
         files = TensorFiles.open_directory(path)
         check_layer_count(path / CONFIG_FILE, config, len(files.tensors))
-        dtype = _compute_dtype(path / CONFIG_FILE, config, files)
+        dtype = compute_dtype(path / CONFIG_FILE, config, files)
         return cls(path, config, dtype, files, decoded_tensors(path / CONFIG_FILE, config, files, dtype))
 
     @property
@@ -152,7 +152,8 @@ def check_dense(where: Path, config: dict[str, Any]) -> None:
                 method = found.get("quant_method", key) if isinstance(found, dict) else key
                 raise CheckpointError(
                     f"{where}: the model is already quantized with {short(method)}, and only "
-                    f"{' and '.join(METHODS)} are read: dequantize it first"
+                    f"{' and '.join(METHODS)} are read: `mpq import` takes "
+                    "what others wrote, code by code; or dequantize it first"
                 )
     if config.get("transformers_weights") is not None:
         raise CheckpointError(f"{where}: transformers_weights names a weights file; rename that to model.safetensors")
@@ -167,7 +168,7 @@ def check_layer_count(where: Path, config: dict[str, Any], tensors: int) -> None
                 raise CheckpointError(f"{where}: {key}={count}, and the checkpoint holds only {tensors} tensors")
 
 
-def _compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
+def compute_dtype(where: Path, config: dict[str, Any], files: TensorFiles) -> torch.dtype:
     """config.json's dtype; without one, as transformers does, that of the first stored floating tensor, or bf16 where
     weights are quantized.
     """

@@ -4,7 +4,8 @@
     tg32    32 forward passes over one token of each sequence, from an empty cache on
 
 Tokens are synthetic and always the same, sampling is left out. One run of each test comes first and is not counted.
-Works on any transformers model, packed or dense. `time_calls` times single layers, for benchmarks/layers/gemm.py.
+Works on any transformers model, packed or dense; where its decode step is compiled (hf/compiled.py), tokens go through
+that, and prompts into its cache. `time_calls` times single layers, for benchmarks/layers/gemm.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from ..errors import MPQError
 from ..format.layout import SizeBreakdown
+from ..hf.compiled import Decoder, cache_name, is_compiled
 from ..nn.float8 import float8_modules
 from ..nn.linear import packed_modules
 from ..progress import Progress
@@ -64,7 +66,8 @@ class ModelFacts:
 
     params: weights of the model, packed or not, each once. packed: stored bits of the packed weights by purpose.
     kept_bytes: all other parameters. backend: of the packed layers, with the instruction set of the CPU's; "torch" for
-    a dense model. activations: of the packed layers, "exact" or "int8"; "exact" for a dense model.
+    a dense model. activations: of the packed layers, "exact" or "int8"; "exact" for a dense model. run: of generated
+    tokens, "eager" or "compiled".
     """
 
     params: int
@@ -73,6 +76,7 @@ class ModelFacts:
     device: str
     backend: str
     activations: str
+    run: str
     threads: int
     dtype: str
     torch: str
@@ -94,6 +98,7 @@ class ModelFacts:
             device=_device_name(model.device),
             backend=", ".join(_with_isa(name) for name in backends) or "torch",
             activations=", ".join(activations) or "exact",
+            run="compiled" if is_compiled(model) else "eager",
             threads=torch.get_num_threads(),
             dtype=str(model.dtype).removeprefix("torch."),
             torch=torch.__version__,
@@ -134,10 +139,11 @@ def measure(
             def fed(step: int, _: Any, pieces: Sequence[torch.Tensor] = pieces) -> torch.Tensor:
                 return pieces[step]
 
-            out, _ = _timed(model, len(pieces), fed, **extra)
+            steps = stepper(model, batch, tokens)
+            out, _ = _timed(model, steps, len(pieces), fed, **extra)
             if not bool(out.logits.isfinite().all()):
                 raise MPQError(f"{test}{tokens}, batch {batch}: the model's logits hold NaN or Inf, so it is not timed")
-            seconds = tuple(_timed(model, len(pieces), fed, **extra)[1] for _ in range(repetitions))
+            seconds = tuple(_timed(model, steps, len(pieces), fed, **extra)[1] for _ in range(repetitions))
             results.append(Measurement(test, tokens, batch, seconds))
             if progress is not None:
                 progress(len(results), len(tests) * len(batches), f"{test}{tokens} x {batch}")
@@ -163,17 +169,46 @@ def _check(model: Any, tests: Sequence[tuple[str, int]], batches: Sequence[int],
         raise MPQError(f"{test}{longest} is more than the model's {limit} positions (max_position_embeddings)")
 
 
+class EagerSteps:
+    """The model itself, with a cache that grows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.name = model, cache_name(model)
+        self.before: Any = None
+
+    def reset(self) -> None:
+        """Begin with an empty cache."""
+        self.before = None
+
+    def __call__(self, ids: torch.Tensor, **extra: int) -> Any:
+        """The output for ids (batch, tokens) after those before."""
+        cache = None if self.before is None else getattr(self.before, self.name)
+        self.before = self.model(input_ids=ids, use_cache=True, **{self.name: cache}, **extra)
+        return self.before
+
+
+def stepper(model: Any, batch: int, tokens: int) -> EagerSteps | Decoder:
+    """What runs a model as `generate` would, with room for so many tokens of each sequence in its cache."""
+    return Decoder(model, batch, tokens) if is_compiled(model) else EagerSteps(model)
+
+
 def _timed(
-    model: Any, steps: int, ids: Callable[[int, Any], torch.Tensor], out: Any = None, **extra: int
+    model: Any,
+    run: EagerSteps | Decoder,
+    steps: int,
+    ids: Callable[[int, Any], torch.Tensor],
+    out: Any = None,
+    **extra: int,
 ) -> tuple[Any, float]:
     """(last output, seconds) of `steps` forward passes with one cache: that of `out`, or an empty one.
 
     ids(step, the output before): what the model is fed. The only place where tokens per second are measured.
     """
+    if out is None:
+        run.reset()
     start = now(model.device)
     for step in range(steps):
-        cache = None if out is None else out.past_key_values
-        out = model(input_ids=ids(step, out), past_key_values=cache, use_cache=True, **extra)
+        out = run(ids(step, out), **extra)
     return out, now(model.device) - start
 
 
@@ -265,8 +300,9 @@ def generation_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 
     if new_tokens < 1 or repeats < 1:
         raise MPQError(f"new_tokens={new_tokens} and repeats={repeats} must be positive")
     ids = ids.to(model.device)
-    _timed_decode(model, ids, min(4, new_tokens))
-    runs = [_timed_decode(model, ids, new_tokens) for _ in range(repeats)]
+    run = stepper(model, 1, ids.shape[1] + new_tokens)
+    _timed_decode(model, run, ids, min(4, new_tokens))
+    runs = [_timed_decode(model, run, ids, new_tokens) for _ in range(repeats)]
     return Speed(
         prompt_tokens=ids.shape[1],
         generated_tokens=new_tokens,
@@ -276,8 +312,8 @@ def generation_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 
     )
 
 
-def _timed_decode(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def _timed_decode(model: Any, run: EagerSteps | Decoder, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """(seconds of the prompt's pass, seconds of `new_tokens` steps of one token each)."""
-    out, prompt = _timed(model, 1, lambda step, before: ids)
-    _, decode = _timed(model, new_tokens, lambda step, before: before.logits[:, -1:].argmax(-1), out)
+    out, prompt = _timed(model, run, 1, lambda step, before: ids)
+    _, decode = _timed(model, run, new_tokens, lambda step, before: before.logits[:, -1:].argmax(-1), out)
     return prompt, decode

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,9 +144,13 @@ class TensorFiles:
             start = stored.entry.start - stored.entry.start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, stored.entry.end - start)
 
+    def _entries(self, file: Path) -> Mapping[str, TensorEntry]:
+        """The tensors of a file as they are now."""
+        return read_header(file).tensors
+
     def _map(self, stored: StoredTensor) -> mmap.mmap:
         """The whole file of a tensor, mapped; private, so that a write to a tensor does not reach it."""
-        now = read_header(stored.file).tensors
+        now = self._entries(stored.file)
         for tensor in self.tensors.values():
             if tensor.file == stored.file and now.get(tensor.name) != tensor.entry:
                 found = now.get(tensor.name, "no tensor at all")

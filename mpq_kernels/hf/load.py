@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..nn.linear import packed_modules
 from ..nn.loading import check_whole
 from . import quantizer  # noqa: F401  (registers the method)
+from .compiled import compile_decoding
 
 # Keywords of from_pretrained that `load` decides about, and why another value cannot be had.
 DECIDED = {
@@ -43,6 +44,7 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     activations: str = "exact",
+    compile: bool = False,
     **options: Any,
 ) -> Any:
     """The model of a packed directory, in evaluation mode, on `device` (the CPU without one).
@@ -50,12 +52,14 @@ def load(
     Its class is the one that config.json names (`architectures`), else the one that transformers has for its type
     (dense/model.py). dtype: of everything that is not packed; None is the checkpoint's own. backend: a name from
     backends.BACKENDS; None takes the first that serves the device. activations: "exact", or "int8" for the fast mode of
-    the CPU, which rounds the inputs of packed layers for each token and group. options: further keywords of
+    the CPU, which rounds the inputs of packed layers for each token and group. compile: `generate` runs its decode step
+    through torch.compile (hf/compiled.py), which the first call waits for. options: further keywords of
     `from_pretrained`, such as attn_implementation, device_map (instead of a device) and max_memory. Files are mapped;
     on the CPU packed tensors are used where they lie.
 
     Raises CheckpointError for anything missing, misshapen or of an unknown version, UnsupportedError when no backend
-    serves the device with such activations and for options that are decided here or that nobody knows.
+    serves the device with such activations, for options that are decided here or that nobody knows, and for a model or
+    a machine that compiles nothing.
     """
     _check_options(device, options)
     checkpoint = PackedCheckpoint.open(path)
@@ -77,7 +81,10 @@ def load(
     for _, layer in packed_modules(model):
         layer.wanted_backend, layer.activations = backend, activations
         layer.rebind()
-    return (model if "device_map" in options else model.to(device or "cpu")).eval()
+    model = (model if "device_map" in options else model.to(device or "cpu")).eval()
+    if compile:
+        compile_decoding(model)
+    return model
 
 
 def _check_options(device: torch.device | str | None, options: dict[str, Any]) -> None:

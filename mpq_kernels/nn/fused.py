@@ -7,7 +7,8 @@ no tensor of its own:
     parent.q_proj    FusedMember    rows  ^^^^^^^^^^^^
 
 The first member that is called with an x runs the whole weight in one call and keeps the other members' rows until they
-ask for them with the same x; when that is not certain, a member runs its own rows, which gives the same bits.
+ask for them with the same x; when that is not certain, a member runs its own rows, which gives the same bits. In a
+graph of torch.compile backends/rows.py sees to it that the whole is computed once; torch.export runs this very code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from ..backends.base import Product
+from ..backends.rows import product_name
 from ..errors import FormatError
 from ..format.layout import Member, WeightLayout
 from ..format.weights import PackedWeight
@@ -99,6 +102,13 @@ class FusedLinear(MixedLinear):
         if index is None:
             return super().forward(x, gate)
         member, buffers, whole = self.members[index], self._buffers, self._parameters["bias"]
+        if self._is_one_of_a_graph(x):
+            tensors = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
+            shape = (self._segments, self.out_features, self.in_features)
+            y: torch.Tensor = torch.ops.mpq.linear_rows(
+                self._product_name, x, *tensors, whole, *shape, member.n0, member.n1
+            )
+            return y
         cuts, shape = self._member_rows[index]
         tensors = (buffers["qweight"], buffers["scales"], buffers["zeros"], buffers["perm"])
         weight = tuple(
@@ -113,8 +123,8 @@ class FusedLinear(MixedLinear):
 
         The layer is called as a module, so that hooks of others, such as those that bring offloaded tensors, run.
         """
-        # Under tracing, and where x does not count its in-place changes, there is no telling one x from another.
-        if torch.compiler.is_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
+        # Under Dynamo, and where x does not count its in-place changes, there is no telling one x from another.
+        if torch.compiler.is_dynamo_compiling() or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
             return self(x, index=index)
         held = self._outputs
         part = held.take(x, index) if held is not None else None
@@ -127,8 +137,22 @@ class FusedLinear(MixedLinear):
             self._outputs = None
         return part  # type: ignore[return-value]
 
+    def _is_one_of_a_graph(self, x: torch.Tensor) -> bool:
+        """Whether Dynamo traces this call, for a graph that will run as it comes out of torch.compile."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or self._product_name is None:
+            return False
+        if self._buffers["qweight"].device != self._device:  # type: ignore[union-attr]
+            return False
+        bias = self._parameters["bias"]
+        return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
+
+    def _take_products(self, linear: Product, grouped: Product) -> None:
+        super()._take_products(linear, grouped)
+        self._product_name = product_name(self._linear)
+
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_outputs": None}
+        state = {key: value for key, value in super().__getstate__().items() if key != "_product_name"}
+        return {**state, "_outputs": None}
 
 
 class FusedMember(nn.Module):

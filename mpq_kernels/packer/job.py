@@ -167,12 +167,7 @@ class PackJob:
 
     def _pack_member(self, weight: ResolvedWeight, member: ResolvedMember) -> Made:
         spec = member.spec
-        dense = self.source.weight(spec)
-        quantized, error = self._quantize(member, dense)
-        zero_groups = sum(block.zero_groups for _, _, block in quantized.blocks)
-        inputs = self._digests(spec, dense)
-        del dense
-        self.source.release_weight(spec)
+        quantized, inputs, error, zero_groups = self._codes(member)
         packed = pack_weight(quantized).tensors()
         del quantized
         if "perm" in packed:
@@ -188,6 +183,17 @@ class PackJob:
             tensors[f"{weight.name}.bias"] = torch.zeros(spec.out_features, dtype=dtype) if bias is None else bias
         self._note(spec, error, zero_groups)
         return Made(tensors, inputs, error, zero_groups)
+
+    def _codes(self, member: ResolvedMember) -> tuple[QuantizedWeight, dict[str, str], float, int]:
+        """The codes of a linear; sha256 of what they are made of, their error, groups that are stored as zeros."""
+        spec = member.spec
+        dense = self.source.weight(spec)
+        quantized, error = self._quantize(member, dense)
+        zero_groups = sum(block.zero_groups for _, _, block in quantized.blocks)
+        inputs = self._digests(spec, dense)
+        del dense
+        self.source.release_weight(spec)
+        return quantized, inputs, error, zero_groups
 
     def _restore_member(
         self, weight: ResolvedWeight, member: ResolvedMember, tensors: Mapping[str, torch.Tensor], done: Finished
@@ -277,6 +283,14 @@ class PackJob:
         producer = {"name": "mpq_kernels", "version": VERSION}
         return PackingConfig(modules, dict(self.resolved.kept), self.quantizer, producer, floats)
 
+    def carried(self) -> list[str]:
+        """Files of the source that are carried along."""
+        return self.source.other_files()
+
+    def left(self) -> dict[str, str]:
+        """Files of the source that are not, and why."""
+        return self.source.left_files()
+
     def config(self) -> dict[str, Any]:
         """config.json of the output: that of the source, and how its weights are packed."""
         # auto_map names code files; none is carried along.
@@ -308,7 +322,7 @@ class PackJob:
             source_bytes=sum(tensor.entry.nbytes for tensor in self.source.tensors.values()),
             files=tuple(file.name for file in written.files.files),
             copied=tuple(carried),
-            left=self.source.left_files(),
+            left=self.left(),
             unused=tuple(unused),
             decoded=tuple(
                 name

@@ -87,13 +87,26 @@ def pack(
         else:
             calibrator = Calibrator(source, calibrated)
     job = PackJob(source, resolved, quantizer, progress, calibrator)
+    options = {"quantizer": quantizer, "calibration": None if calibrated is None else calibrated.identity()}
+    return write_packed(job, out, plan.to_json(), options, max_shard_bytes, resume)
+
+
+def write_packed(
+    job: PackJob, out: Path, plan: str, options: dict[str, Any], max_shard_bytes: int, resume: bool | None
+) -> PackReport:
+    """Write all that a job makes into the directory `out`, which check_output gave, and carry files along.
+
+    plan: text of what the job makes of which tensor; a run that is resumed may have another one. options: what else the
+    bytes depend on; it must have the same. Raises as `pack` does.
+    """
+    source = job.source
     shards = job.shards(max_shard_bytes)
     unused = check_loads(source, job.packing(), {name: spec for shard in shards for name, spec in shard.specs.items()})
     texts = {CONFIG_FILE: json_bytes(job.config())}
     if len(shards) > 1:
         texts = {INDEX_FILE: json_bytes(index_of(shards))} | texts
-    carried = source.other_files()
-    identity = _identity(source, plan, quantizer, calibrated, max_shard_bytes)
+    carried = job.carried()
+    identity = _identity(source, plan, options, max_shard_bytes)
     with working_directory(out, identity, shards, resume) as work:
         _check_room(work.directory, shards, texts, carried_bytes(source.path, carried))
         write_parts(source, shards, work)
@@ -104,9 +117,7 @@ def pack(
     return report
 
 
-def _identity(
-    source: DenseCheckpoint, plan: Plan, quantizer: str, calibration: Calibration | None, max_shard_bytes: int
-) -> dict[str, Any]:
+def _identity(source: DenseCheckpoint, plan: str, options: dict[str, Any], max_shard_bytes: int) -> dict[str, Any]:
     """All that the bytes of the output depend on, but for the values of the tensors: what a resumed run must share.
 
     Under ARRANGEMENT: what it need not share, because parts have keys of their own.
@@ -121,11 +132,10 @@ def _identity(
         "processor": torch.backends.cpu.get_cpu_capability(),  # sums of other vectors are rounded in another order
         "format_version": FORMAT_VERSION,
         "layout_id": LAYOUT_ID,
-        "quantizer": quantizer,
-        "calibration": None if calibration is None else calibration.identity(),
+        **options,
         ARRANGEMENT: {
             "max_shard_bytes": max_shard_bytes,
-            "plan sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+            "plan sha256": hashlib.sha256(plan.encode()).hexdigest(),
         },
         "config sha256": hashlib.sha256(json_bytes(source.config)).hexdigest(),
         "source": {name: {"bytes": status.st_size, TIME: status.st_mtime_ns} for name, status in files.items()},

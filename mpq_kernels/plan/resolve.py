@@ -17,7 +17,7 @@ from ..dense.linears import PARTS
 from ..errors import FormatError, PlanError
 from ..files.strict import close_names
 from ..format.codes import KEPT_BITS, TILE_K, TILE_N
-from ..format.float8 import Float8Shape
+from ..format.float8 import FLOAT8, Float8Shape
 from ..format.kinds import FIXED_KINDS, kind_of
 from ..format.layout import Embedding, Experts, Member, Segment, SizeBreakdown, WeightLayout
 from .patterns import Clock, compile_pattern
@@ -111,6 +111,23 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
             members[name] = resolve_member(spec, rule)
         elif not spec.embedding or name in named:  # embeddings that no rule names are not spoken of
             kept[name] = NO_RULE if rule is None else PLANNED
+    return group_members(specs, members, kept, floats, plan.fuse, named)
+
+
+def group_members(
+    specs: Mapping[str, LinearSpec],
+    members: dict[str, ResolvedMember],
+    kept: dict[str, str],
+    floats: dict[str, LinearSpec],
+    fuse: Sequence[FusePlan] = (),
+    named: Collection[str] = (),
+) -> ResolvedPlan:
+    """The packed weights that linears of these layouts make up: fused ones, experts, embeddings and what shares them.
+
+    specs: all linears and embeddings, by name in model order; each is one of `members` (to be packed), `kept` (why it
+    is not) or `floats` (in float8), but for embeddings that stay as they are. named: those that have a layout of their
+    own although they share a weight with an embedding. Raises PlanError.
+    """
     embeddings = {
         name: Embedding(_sharing(member, members, kept, named))
         for name, member in members.items()
@@ -121,8 +138,8 @@ def resolve(plan: Plan, linears: Sequence[LinearSpec]) -> ResolvedPlan:
             members.pop(name, None)
             kept.pop(name, None)
             floats.pop(name, None)
-    unfused = kept | {name: str(rule.dtype) for name, rule in rules.items() if name in floats and rule is not None}
-    groups = _fuse_groups(plan.fuse, specs, members, unfused) | _expert_groups(specs, members, kept)
+    unfused = kept | dict.fromkeys(floats, FLOAT8)
+    groups = _fuse_groups(fuse, specs, members, unfused) | _expert_groups(specs, members, kept)
     weights: dict[str, ResolvedWeight] = {}
     for name, member in members.items():
         if name not in groups:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -257,5 +259,27 @@ def test_without_a_device_only_the_dry_run_works(capsys):
 def test_the_script_is_bash_and_wants_a_directory():
     script = ROOT / "benchmarks" / "run_gpu.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_the_script_shows_its_steps_and_misses_no_file(tmp_path):
+    """In a copy of the tree of names, from which one is taken away."""
+    script = ROOT / "benchmarks" / "run_gpu.sh"
     done = subprocess.run(["bash", script, "--dry-run"], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "usage" in done.stderr
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    names = [line.partition(":")[0] for line in lines]
+    assert names.index("build") < names.index("first_contact") < names.index("gpu_tests") < names.index("gemm")
+    assert names[-3:-1] == ["alone_tests", "summary"] and "missing" not in done.stdout
+    # What the plan has, the script runs, and the other way round.
+    text = script.read_text()
+    run = set(re.findall(r"(?:^|\s)step ([a-z_]+) ", re.sub(r"#.*", "", text))) | {"summary"}
+    only_dry = {"first_contact_compiles", "imports", "plan", "cases_on_cpu", "gpu_tests_collect"}
+    assert set(names[:-1]) == run - only_dry
+    limits = [int(line.split()[3]) for line in lines if ": at most" in line and not line.startswith("all")]
+    assert sum(limits) <= 530 - 30 and 530 < 9 * 60  # gemm has half a minute if every other step takes all its time
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(script, tmp_path / "benchmarks")
+    done = subprocess.run(["bash", tmp_path / "benchmarks" / "run_gpu.sh", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 1 and "missing: benchmarks/gpu/first_contact.cu" in done.stdout

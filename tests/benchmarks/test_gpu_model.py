@@ -15,7 +15,7 @@ from benchmarks.gpu.model.cubins import Code, code_of
 from benchmarks.gpu.model.emulator import Launch
 from benchmarks.gpu.model.expressions import UnknownInstruction
 from benchmarks.gpu.model.figures import LIBRARY, figure
-from benchmarks.gpu.model.machines import MACHINES, PIPES
+from benchmarks.gpu.model.machines import GRAPH_NODE_US, MACHINES, PIPES
 from benchmarks.gpu.model.phases import PHASES
 from benchmarks.gpu.model.pipeline import simulate
 from benchmarks.gpu.model.problem import Problem, ProblemError, prepare
@@ -181,7 +181,11 @@ BUDGETS = {
     ("4096x4096", "4", 8): (5.39, 12_180, 13_110),
     ("4096x4096", "4", 16): (6.19, 15_850, 20_780),
     ("4096x4096", "2", 16): (5.78, 14_720, 19_650),
-    ("4096x4096", "4", 32): (9.30, 23_650, 33_110),
+    ("4096x4096", "4", 32): (4.78, 13_450, 19_910),
+    ("4096x4096", "4", 64): (7.40, 19_170, 29_270),
+    ("8192x8192", "4", 32): (4.02, 36_930, 41_320),
+    ("8192x8192", "4", 64): (6.54, 61_740, 68_880),
+    ("8192x8192", "8", 32): (6.93, 56_470, 60_860),
     ("llama-8b-qkv", "4|3|8", 1): (3.78, 14_510, 15_350),
 }
 
@@ -219,6 +223,15 @@ def test_phases_and_what_bounds_them(built):
     slow = figure(made("4096x4096", "4", 1), replace(H200, bandwidth=0.5e12, l2_bandwidth=0.5e12))
     assert slow.cycles > 1.5 * f.cycles and slow.floor_us == pytest.approx(8.6 * f.floor_us)
     assert max(slow.middle.waited["copies"], key=slow.middle.waited["copies"].__getitem__) == "weights"
+
+
+def test_a_product_of_many_tokens_has_a_kernel_before_it(built):
+    few, many = (figure(made("2048x2048", "4", m), H200) for m in (16, 17))
+    assert few.arrange is None and few.plan.arrange_kernel is None
+    assert many.plan.kernel == "wide_kernel<false, 2>" and many.plan.arrange_kernel == "arrange_kernel<false>"
+    assert many.cycles == many.last.cycles + many.arrange.cycles > many.last.cycles
+    assert few.us - few.body_us == pytest.approx(GRAPH_NODE_US)
+    assert many.us - many.body_us == pytest.approx(2 * GRAPH_NODE_US)
 
 
 @pytest.mark.parametrize("machine", [name for name in MACHINES if name != "h200"])

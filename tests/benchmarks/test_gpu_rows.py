@@ -321,10 +321,10 @@ def test_failures_leave_reasons_and_the_rest_runs():
     peers = {"failing": Failing(), "slow": Slow(), "absent": Failing()}
     units = [unit(mode="peer", peer=name) for name in peers] + [unit()]
     b = bench(peers, {"absent": "not installed"})
-    left = b.run(units, 0.3, lambda u, made: seen.update({u.peer: [r.reason for r in made]}))
+    left = b.run(units, 1.0, lambda u, made: seen.update({u.peer: [r.reason for r in made]}))
     assert left == [] and seen == {
         "failing": ["ValueError: cannot pack"] * 2,
-        "slow": ["stopped after 0 s"] * 2,
+        "slow": ["stopped after 1 s"] * 2,
         "absent": ["not installed"] * 2,
         "": [None, None],
     }

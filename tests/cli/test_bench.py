@@ -6,11 +6,13 @@ import statistics
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.made.commands import Runner, bench_models
 
 COLUMNS = (
-    "model", "params", "device", "backend", "activations", "threads", "dtype", "torch", "mpq_kernels", "test", "batch"
+    "model", "params", "device", "backend", "activations", "run", "threads", "dtype", "torch", "mpq_kernels", "test",
+    "batch"
 )  # fmt: skip
 
 
@@ -54,6 +56,16 @@ def test_bench_with_int8_activations(run):
     stored, bare = run("bench", "packed", *small).json(), run("bench", "bare", "--plan", "plan.json", *small).json()
     assert stored["activations"] == bare["activations"] == "int8" and stored["backend"].startswith("cpu")
     assert run("bench", "packed", "-p", "4", "-n", "0", "-r", "1", "--json").json()["activations"] == "exact"
+
+
+def test_bench_says_which_way_ran(run, without_inductor):
+    small = ["-p", "4", "-n", "3", "-r", "1", "--json", "--quiet"]
+    for directory in ("packed", "dense"):
+        assert run("bench", directory, *small).json()["run"] == "eager"
+        assert counters["stats"]["unique_graphs"] == 0
+        assert run("bench", directory, *small, "--compile").json()["run"] == "compiled"
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        counters.clear()
 
 
 def test_bench_of_a_dense_model_and_of_a_synthetic_dense_one(run):

@@ -14,6 +14,7 @@ from mpq_kernels.cli.choices import choices
 from mpq_kernels.dense.checkpoint import COMPUTE_DTYPES
 from mpq_kernels.format.codes import SCALE_DTYPES
 from mpq_kernels.format.kinds import ZERO_KINDS
+from mpq_kernels.imports.formats import FORMATS as IMPORTED
 from mpq_kernels.plan.foreign import FORMATS
 from mpq_kernels.quantize import QUANTIZERS
 
@@ -33,15 +34,16 @@ TABLES: dict[str, Iterable[str]] = {
     "solver": SOLVERS,
     "dtype": {"auto", *COMPUTE_DTYPES},
 }
-FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}}
+FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}, ("import",): {"auto", *IMPORTED}}
 LESS = {  # commands that take only a part of a table
     ("plan", "latency", "dtype"): COMPUTE_DTYPES,
     ("plan", "allocate", "quantizer"): {"rtn", "hqq"},
     ("plan", "sweep", "quantizer"): {"rtn", "hqq"},
 }
-SPELLED = {("bench", "form"): "--format", ("plan", "import", "form"): "--from"}
+SPELLED = {("bench", "form"): "--format", ("plan", "import", "form"): "--from", ("import", "form"): "--from"}
 NEEDED = {  # what stands before the option, so that only its value is wrong
     ("pack",): ["dense", "o", "--bits", "4"],
+    ("import",): ["dense", "o"],
     ("generate",): ["packed", "--prompt", "x"],
     ("ppl",): ["packed", "--text", "text.txt"],
     ("kld",): ["packed", "--original", "dense"],

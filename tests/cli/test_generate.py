@@ -1,7 +1,8 @@
 """`mpq generate`: the tokens of the model, streamed or as JSON, and what is refused."""
 
 import pytest
-from transformers import AutoTokenizer
+from torch._dynamo.utils import counters
+from transformers import AutoTokenizer, pipeline
 
 import mpq_kernels as mpq
 from tests.made.checkpoints import tiny_model
@@ -19,6 +20,14 @@ def test_generate_is_greedy_generate(run):
     assert streamed.out.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert f"{data['new_tokens']} tokens in" in streamed.err
     assert run(*words, "--quiet").err == ""
+
+
+def test_a_compiled_step_gives_the_same_tokens(run, without_inductor):
+    words = ["generate", "mixed", "--prompt", "The old man", "--max-new-tokens", 7, "--json"]
+    eager = run(*words).json()["token_ids"]
+    assert counters["stats"]["unique_graphs"] == 0
+    assert run(*words, "--compile").json()["token_ids"] == eager
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_int8_activations_are_those_of_load(run):
@@ -62,3 +71,11 @@ def test_a_model_without_tokenizer_is_refused(run, tmp_path):
 def test_the_default_backend_says_why_another_cannot(run):
     refused = run("generate", "mixed", "--prompt", "x", "--backend", "triton", code=1)
     assert "triton: " in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_pipelines_take_packed_folders(run):
+    """Of transformers, after `import mpq_kernels`."""
+    expected = run("generate", "mixed", "--prompt", "The old man", "--max-new-tokens", 7, "--json").json()
+    generator = pipeline("text-generation", "mixed", device="cpu")
+    (found,) = generator("The old man", max_new_tokens=7, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == expected["text"]

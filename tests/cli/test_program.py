@@ -8,7 +8,7 @@ import pytest
 
 from mpq_kernels.version import VERSION
 
-COMMANDS = ("plan", "pack", "inspect", "verify", "generate", "ppl", "kld", "bench", "tune", "doctor")
+COMMANDS = ("plan", "pack", "import", "inspect", "verify", "generate", "ppl", "kld", "bench", "tune", "doctor")
 PLAN_COMMANDS = tuple(
     ["uniform", "check", "validate", "show", "size", "diff", "allocate", "methods", "sweep", "latency", "import"]
 )

@@ -186,5 +186,5 @@ def test_faults_are_refused_before_anything_is_read(fault, tmp_path):
 def test_other_forms_are_refused(method, tmp_path):
     path = fp8_checkpoint(tmp_path / "m", "llama")
     rewrite(path, stored(path), {"quant_method": method})
-    with pytest.raises(CheckpointError, match=r"only fp8 and mxfp4 are read: dequantize it first"):
+    with pytest.raises(CheckpointError, match=r"only fp8 and mxfp4 are read: `mpq import` takes"):
         DenseCheckpoint.open(path)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 import mpq_kernels as mpq
+from mpq_kernels.cli import main
 from mpq_kernels.evaluate.perplexity import perplexity
 from tests.made.twins import dequantized_twin
 
@@ -107,3 +108,20 @@ def test_log_likelihoods_are_those_of_mpq_ppl(made):
     request = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text,), 0)
     (theirs,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
     assert math.isclose(-theirs / ours.predicted, ours.nll, rel_tol=1e-6)
+
+
+def test_the_command_gives_the_same_figures(made, capsys):
+    words = ["eval", str(made / "packed"), "--tasks", "made_text,made_choice", "--include-path", str(made)]
+    assert main([*words, "--dtype", "float32", "--batch-size", "4", "--json", "--quiet"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    found = {
+        (task, key): value
+        for task, values in data["results"].items()
+        for key, value in values.items()
+        if isinstance(value, float) and "stderr" not in key
+    }
+    assert found == pytest.approx(evaluate(harness_model(str(made / "packed")), made), rel=1e-6)
+    assert main([*words, "--limit", "2", "--quiet"]) == 0
+    assert "|made_choice" in capsys.readouterr().out
+    assert main(["eval", str(made / "packed"), "--tasks", "no_such_task"]) == 1
+    assert "no_such_task: not known to lm-evaluation-harness" in capsys.readouterr().err

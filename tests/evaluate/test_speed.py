@@ -17,6 +17,7 @@ from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.errors import MPQError
 from mpq_kernels.evaluate import speed
 from mpq_kernels.evaluate.speed import Measurement, ModelFacts, measure, synthetic_tokens, time_calls
+from mpq_kernels.hf.compiled import cache_name
 from tests.made.checkpoints import tiny_model
 from tests.made.commands import bench_models
 
@@ -54,10 +55,10 @@ def test_what_is_timed(space, monkeypatch):
     """A prompt is one pass, generation one pass for each token over a growing cache; one run more than counted."""
     model = mpq.load(space / "packed")
     calls = []
-    forward = model.forward
+    forward, name = model.forward, cache_name(model)
 
     def watched(**words):
-        cache = words["past_key_values"]
+        cache = words[name]
         calls.append((tuple(words["input_ids"].shape), 0 if cache is None else cache.get_seq_length()))
         return forward(**words)
 

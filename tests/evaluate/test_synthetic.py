@@ -13,6 +13,7 @@ from mpq_kernels.evaluate.synthetic import config_linears, synthetic_model
 from mpq_kernels.format.layout import WeightLayout
 from mpq_kernels.format.random import random_weight
 from mpq_kernels.format.reference import dequantize
+from mpq_kernels.hf.compiled import cache_name
 from mpq_kernels.nn.linear import packed_modules
 from mpq_kernels.plan.resolve import resolve
 from tests.made.checkpoints import FAMILIES, tiny_model
@@ -79,7 +80,9 @@ def test_every_family_from_its_config_alone(family, tmp_path):
     model = synthetic_model(path, plan)
     with torch.no_grad():
         logits = model(IDS).logits
-        stepped = model(IDS[:, -1:], past_key_values=model(IDS[:, :-1], use_cache=True).past_key_values).logits
+        name = cache_name(model)
+        cache = getattr(model(IDS[:, :-1], use_cache=True), name)
+        stepped = model(IDS[:, -1:], **{name: cache}).logits
     assert logits.isfinite().all() and logits.std() > 1e-3
     torch.testing.assert_close(stepped[:, 0], logits[:, -1], rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
     wanted = {w.name: w.layout for w in resolve(plan, DenseCheckpoint.open(tmp_path / "dense").linears()).weights}

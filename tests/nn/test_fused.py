@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from mpq_kernels import FormatError
 from mpq_kernels.format.layout import Member
@@ -118,14 +119,93 @@ def test_members_call_their_owner_as_a_module(how):
     assert len(calls) == (1 if how == "no_grad" else 3)
 
 
-def test_compile_and_export():
+class Changed(nn.Module):
+    """x is changed in place between its first two uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As Attention's, with other inputs."""
+        x = x * 2
+        q = self.attention.q_proj(x)
+        x.mul_(3)
+        return torch.cat([q, self.attention.k_proj(x), self.attention.v_proj(x)], -1)
+
+
+def operators(graph) -> list[str]:
+    """Our operators in a graph, in order."""
+    return [str(node.target) for node in graph.nodes if str(node.target).startswith("mpq")]
+
+
+def compiled_with_graphs(model, **options):
+    """(compiled model, the graphs that a compiler of torch.compile's got)."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    return torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep), **options), graphs
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_product_in_a_compiled_graph(mode):
+    torch._dynamo.reset()
+    model, x = Attention(), torch.randn(3, 128)
+    compiled, graphs = compiled_with_graphs(model, dynamic=True)
+    with mode():
+        for tokens in (x, torch.randn(2, 5, 128)):
+            assert torch.equal(compiled(tokens), expected(model, tokens))
+    assert [operators(graph) for graph in graphs] == [["mpq.linear.default"]] * 2
+
+
+def test_one_product_of_rounded_activations_in_a_compiled_graph():
+    torch._dynamo.reset()
+    model, x = Attention(), torch.randn(3, 128)
+    model.qkv_proj.set_activations("int8")
+    compiled, graphs = compiled_with_graphs(model)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), expected(model, x))
+    assert [operators(graph) for graph in graphs] == [["mpq.linear_int8.default"]]
+
+
+def test_a_compiled_change_in_place_is_seen():
+    torch._dynamo.reset()
+    model, x = Changed(), torch.randn(3, 128)
+    compiled, graphs = compiled_with_graphs(model)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    assert [operators(graph) for graph in graphs] == [["mpq.linear.default"] * 2]
+
+
+def test_compiled_gradients_reach_x():
+    torch._dynamo.reset()
+    model, x = Attention(), torch.randn(3, 128, requires_grad=True)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    found, x.grad = x.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+def test_one_product_in_an_exported_graph():
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    for model, products in ((Attention(), 1), (Changed(), 2)):
+        with torch.no_grad():
+            program = torch.export.export(model, (torch.randn(3, 128),), dynamic_shapes=dynamic)
+            assert operators(program.graph) == ["mpq.linear.default"] * products
+            y = torch.randn(7, 128)
+            assert torch.equal(program.module()(y), model(y))
+            assert torch.equal(program.run_decompositions({}).module()(y), model(y))
+
+
+def test_strict_export_has_no_operator_of_this_package_alone():
     model, x = Attention(), torch.randn(3, 128)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), expected(model, x))
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-        y = torch.randn(7, 128)
-        assert torch.equal(program.module()(y), expected(model, y))
+        program = torch.export.export(model, (x,), strict=True)
+        assert operators(program.graph) == ["mpq.linear.default"] * 3
+        assert torch.equal(program.module()(x), model(x))
 
 
 def test_members_look_like_linears_and_own_nothing():

@@ -32,22 +32,23 @@ class Figure:
     block: int  # the one that was run
     middle: Run  # a block that is the last to arrive nowhere
     last: Run  # the same block, last in the row group that it ends with
+    arrange: Run | None  # x arranged before it, where the product is of many tokens
 
     @property
     def cycles(self) -> int:
-        """Of the kernel's body."""
+        """Of the kernels' bodies."""
         waves = -(-self.plan.grid[0] * self.plan.grid[1] // self.machine.multiprocessors)
-        return waves * self.last.cycles
+        return waves * self.last.cycles + (self.arrange.cycles if self.arrange else 0)
 
     @property
     def body_us(self) -> float:
-        """us of the kernel's body."""
+        """us of the kernels' bodies."""
         return self.cycles / self.machine.clock * 1e6
 
     @property
     def us(self) -> float:
-        """us with the step from kernel to kernel in a graph."""
-        return self.body_us + GRAPH_NODE_US
+        """us with the steps from kernel to kernel in a graph."""
+        return self.body_us + GRAPH_NODE_US * (2 if self.arrange else 1)
 
     @property
     def floor_us(self) -> float:
@@ -98,4 +99,14 @@ def figure(problem: Problem, machine: Machine, library: Path = LIBRARY, cold: bo
         return simulate(code.program, traces, machine, share, code.phases, cold)
 
     last, block = max(((run(b, True), b) for b in plan.representatives(problem.layout)), key=lambda r: r[0].cycles)
-    return Figure(problem, machine, plan, block, run(block, False), last)
+    return Figure(problem, machine, plan, block, run(block, False), last, arrange(problem, plan, machine, library))
+
+
+def arrange(problem: Problem, plan: Plan, machine: Machine, library: Path) -> Run | None:
+    """The kernel before a product of many tokens: all of its blocks at once, as few as they are."""
+    if plan.arrange_kernel is None:
+        return None
+    code = kernel(library, plan.arrange_kernel, machine.arch)
+    grid = (-(-problem.layout.in_features // 64), plan.grid[1])
+    launch = Launch(plan.arrange_params, machine.params_at, (grid[0] // 2, 0), grid, 8, code.constants)
+    return simulate(code.program, code.emulator.run(launch), machine, machine.bandwidth / machine.multiprocessors)

@@ -291,7 +291,8 @@ def vote(_words: list[str], a: list[str]) -> list[str]:
 OPCODES: dict[str, Statements] = {
     "MOV": move, "UMOV": move, "R2UR": move, "IABS": lambda w, a: set_word(a[0], f"abs{signed(integer(a[1]))}"),
     "IMAD": imad, "UIMAD": imad, "IADD3": iadd3, "UIADD3": iadd3, "VIADD": viadd, "IMNMX": imnmx, "VIMNMX": imnmx,
-    "VIADDMNMX": viaddmnmx, "LEA": lea, "ULEA": lea, "LOP3": lop3, "ULOP3": lop3, "PLOP3": plop3, "SHF": shf,
+    "VIADDMNMX": viaddmnmx, "LEA": lea, "ULEA": lea, "LOP3": lop3, "ULOP3": lop3, "PLOP3": plop3,
+    "UPLOP3": plop3, "SHF": shf,
     "USHF": shf, "ISETP": isetp, "UISETP": isetp, "FSETP": fsetp, "SEL": select, "USEL": select, "FSEL": select,
     "PRMT": permute, "UPRMT": permute, "P2R": predicates_to_register, "R2P": register_to_predicates,
     "I2FP": to_real, "I2F": to_real, "F2I": to_integer, "MUFU": mufu,

@@ -3,7 +3,8 @@
 //
 //     plan N K M capability multiprocessors shared_bytes scale_dtype x_dtype < lines "n0 n1 k0 k1 group_size bits zero"
 //
-// writes a line of JSON, then the bytes of LinearParams. Addresses are made up: problem.py says what lies where.
+// writes a line of JSON, then the bytes of the parameters: LinearParams, or WideParams and ArrangeParams. Addresses are
+// made up: problem.py says what lies where.
 
 #include <cstdio>
 #include <cstdlib>
@@ -51,13 +52,18 @@ int main(int count, char** words) {
   if (launch.table || launch.generic) return fail("only launches without tables, on tensor cores, are modelled", 0);
   params.counters = static_cast<uint32_t*>(address(6));
   params.partials = static_cast<float*>(address(7));
-  printf("{\"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, \"group_rows\": %d, \"cuts\": [", launch.grid_x,
-         launch.grid_y, launch.shape.warps, launch.shape.token_tiles, mpq::kTileN << launch.shape.log2_group_rows);
+  printf(
+      "{\"phases\": %d, \"arrange_bytes\": %zu, \"grid\": [%u, %u], \"warps\": %u, \"token_tiles\": %d, "
+      "\"group_rows\": %d, \"cuts\": [",
+      launch.wide ? launch.map.phases : 0, launch.wide ? sizeof(ArrangeParams) : 0, launch.grid_x, launch.grid_y,
+      launch.shape.warps, launch.shape.token_tiles, mpq::kTileN << launch.shape.log2_group_rows);
   for (uint32_t i = 0; i <= launch.grid_x; ++i) {
     const Cut& c = params.cuts[i];
     printf("%s[%u, %u, %u, %u]", i ? ", " : "", c.group, c.tile, unsigned(c.first), unsigned(c.last));
   }
   printf("]}\n");
-  fwrite(&params, 1, sizeof params, stdout);
-  return 0;
+  if (!launch.wide) return fwrite(&params, sizeof params, 1, stdout) != 1;
+  const WideParams wide{params, launch.map, static_cast<char*>(address(8)), static_cast<char*>(address(9))};
+  const ArrangeParams arrange{params.in, wide.x, wide.sums, tokens_of_block(launch.map), launch.map.sums_pitch};
+  return fwrite(&wide, sizeof wide, 1, stdout) != 1 || fwrite(&arrange, sizeof arrange, 1, stdout) != 1;
 }

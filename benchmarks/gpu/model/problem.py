@@ -23,7 +23,7 @@ from mpq_kernels.format.layout import WeightLayout
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = [
     "benchmarks/gpu/model/plan.cpp",
-    *(f"csrc/cuda/{name}.cpp" for name in ("work_list", "cut_work", "check", "shared_memory")),
+    *(f"csrc/cuda/{name}.cpp" for name in ("work_list", "cut_work", "check", "shared_memory", "wide_map")),
 ]
 FLAGS = ["-std=c++20", "-O1", f"-I{ROOT / 'csrc'}"]
 COUNTERS = 6 << 32
@@ -74,11 +74,19 @@ class Plan:
     cuts: tuple[Cut, ...]
     params: bytes
     bf16: bool
+    phases: int  # of wide_kernel; 0: linear_kernel
+    arrange_params: bytes  # of the kernel that arranges x for wide_kernel
 
     @property
     def kernel(self) -> str:
         """Name as in sass_files.py."""
-        return f"linear_kernel<{str(self.bf16).lower()}, {self.token_tiles}>"
+        bf16 = str(self.bf16).lower()
+        return f"wide_kernel<{bf16}, {self.phases}>" if self.phases else f"linear_kernel<{bf16}, {self.token_tiles}>"
+
+    @property
+    def arrange_kernel(self) -> str | None:
+        """The kernel that runs before it, if there is one."""
+        return f"arrange_kernel<{str(self.bf16).lower()}>" if self.phases else None
 
     def shares_last_group(self, block: int) -> bool:
         """Whether the block begins a row group that a later one ends."""
@@ -142,7 +150,9 @@ def prepare(problem: Problem, machine: Machine) -> Plan:
         )
     head, _, params = done.stdout.partition(b"\n")
     facts: dict[str, Any] = json.loads(head)
+    end = len(params) - facts["arrange_bytes"]
     return Plan(
         grid=(facts["grid"][0], facts["grid"][1]), warps=facts["warps"], token_tiles=facts["token_tiles"],
-        group_rows=facts["group_rows"], cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params, bf16=problem.bf16,
+        group_rows=facts["group_rows"], cuts=tuple(Cut(*c) for c in facts["cuts"]), params=params[:end],
+        bf16=problem.bf16, phases=facts["phases"], arrange_params=params[end:],
     )  # fmt: skip

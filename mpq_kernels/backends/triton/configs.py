@@ -23,7 +23,7 @@ class Config:
 
     block_m: int  # tokens of a program
     num_warps: int = 4
-    num_stages: int = 3  # steps of x on their way, where the compiler pipelines them
+    num_stages: int = 4  # of the pipeline at 4 bits, where the compiler makes one; `stages` for other widths
     programs_per_unit: int = 3  # programs wanted for each multiprocessor or compute unit
     source: str = COMPUTED
 
@@ -50,8 +50,19 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "cuda": (_FEW, _FEW, _MANY, _MANY),
     "cuda:90": (_FEW, _FEW, _MANY, _MANY),
     # Wavefronts of 64 lanes: two supertiles each would fit, but the compiler moves words between lanes all the same.
-    "hip": (_FEW, _FEW, replace(_MANY, num_stages=2), replace(_MANY, num_stages=2)),
+    # There the steps that are on their way wait in registers: more than one, and fewer programs find room.
+    "hip": tuple(replace(row, num_stages=2) for row in (_FEW, _FEW, _MANY, _MANY)),
 }
+
+# While a step is multiplied, stages - 2 later ones are on their way to shared memory. 16 KB for each program are 32 to
+# 48 KB on a multiprocessor; an H200 takes 26 KB to keep its memory busy for 800 cycles of latency.
+MOST_STAGES = 6
+
+
+def stages(num_stages: int, bits: int, step: int) -> int:
+    """Stages for steps of so many columns, so that about as many bytes are on their way as at 4 bits and 64 columns."""
+    return min(MOST_STAGES, 2 - (2 - num_stages) * 4 * 64 // (bits * step)) if num_stages > 2 else num_stages
+
 
 # From this version on the compiler gives a lane of mma.sync two neighbouring columns, before it four. Seen in the SASS
 # of 3.6, 3.7, 3.8 and 3.9: with the other order words are exchanged between lanes, 64 shuffles for each tile.

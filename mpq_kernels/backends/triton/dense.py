@@ -64,7 +64,8 @@ def dense_tile(
     local = tl.load(item + LOCAL) + step * STEP
     words = step_words(bases, step, tl.arange(0, S)[:, None] < left, BITS, STEP, S)
     nothing = addends((0, 0), BITS, ZERO_FLOAT, S, CODES_IN)
-    codes = operand(words, nothing, BITS, STEP // 16, S, CODES_IN, True).to(tl.float32) * inverse_unit(CODES_IN)
+    codes = operand(words, nothing, 0, STEP // 16, BITS, STEP // 16, S, CODES_IN, True).to(tl.float32)
+    codes *= inverse_unit(CODES_IN)
     rows = (row_place(S) // 64 < left)[:, None]
     if COARSE:
         group = tl.zeros((1, 1), tl.int32) + local // group_size

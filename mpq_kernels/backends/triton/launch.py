@@ -28,6 +28,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SLOW_BLOCK_M = 16
 REDUCE_BLOCK_M = 4
+DEQUANTIZE_SUPERTILES = 4
 DEQUANTIZE_PROGRAMS = 8  # for each multiprocessor: several waves of short programs, so that none waits for a long one
 FIXED: dict[str, Any] = {"enable_fp_fusion": False}  # kernels say where they want one rounding for two operations
 
@@ -61,8 +62,8 @@ def grouped(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None, of
     check_x(x, weight, bias)
     if x.dim() != 2:
         raise FormatError(f"x must be (tokens, in_features), not {list(x.shape)}")
-    if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 2 or offsets.device != x.device:
-        raise FormatError("offsets must be int32, one-dimensional, of experts + 1 elements, on the device of x")
+    if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 2:
+        raise FormatError("offsets must be int32, one-dimensional, of experts + 1 elements")
     rows, experts = weight.layout.out_features, len(offsets) - 1
     if rows % experts:
         raise FormatError(f"out_features={rows} rows do not share out among {experts} experts")
@@ -81,7 +82,7 @@ def multiply(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, offsets: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y [M, N / experts] for x [M, K], in one launch and one more where blocks have several parts."""
+    """y [M, N / experts] for x [M, K]: one launch, and one more where blocks have several parts."""
     tokens, experts = len(x), 1 if offsets is None else len(offsets) - 1
     rows = packed.layout.out_features // experts
     wide = INTERPRETED and x.dtype == torch.bfloat16
@@ -93,32 +94,39 @@ def multiply(
     device = device_of(x.device)
     # Which expert gets how many rows is not known here: as if they were spread evenly.
     config = config or configs.choose(device, ceil_div(tokens, experts))
-    fast = work_step(packed.layout) > 0
-    config = config if fast else replace(config, block_m=SLOW_BLOCK_M, num_warps=1)
-    tables = tables_for(packed.layout, experts, config, x.device)
+    config = config if work_step(packed.layout) else replace(config, block_m=SLOW_BLOCK_M, num_warps=1)
+    programs = device.units * config.programs_per_unit
+    programs, most = work.share(programs, _token_blocks(tokens, experts, config.block_m), tokens, rows)
+    tables = tables_for(packed.layout, experts, config.num_warps, programs, most, x.device)
     parts = tables.work.parts
-    partial = torch.empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32, device=x.device)
-    inputs = (
-        x,
-        packed.qweight,
-        packed.scales,
-        _or(packed.zeros, x),
-        _or(packed.perm, x),
-        _or(bias, x),
-        _or(offsets, x),
-    )
-    blocks = _token_blocks(tokens, experts, config.block_m)
+    once = tokens if parts == 1 or offsets is not None else work.tokens_at_once(parts, rows, config.block_m)
+    partial = torch.empty(parts if parts > 1 else 0, min(once, tokens), rows, dtype=torch.float32, device=x.device)
+    for first in range(0, tokens, once):
+        some = slice(first, first + once)
+        _launch(x[some], y[some], partial, packed, bias, offsets, config, tables)
+    return y.to(x.dtype)
+
+
+def _launch(
+    x: torch.Tensor, y: torch.Tensor, partial: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None,
+    offsets: torch.Tensor | None, config: Config, tables: Tables,
+) -> None:  # fmt: skip
+    """Fill y. partial: fp32, [parts, tokens, rows of y] at least."""
+    device = device_of(x.device)
+    tokens, rows = y.shape
+    experts = 1 if offsets is None else len(offsets) - 1
+    weight = (packed.qweight, packed.scales, _or(packed.zeros, x), _or(packed.perm, x))
+    inputs = (x, *weight, _or(bias, x), _or(offsets, x))
     flags = {"HAS_PERM": packed.perm is not None, "HAS_BIAS": bias is not None, "GROUPED": offsets is not None}
     place = (y, partial, tables.items, tokens, x.stride(0), y.stride(0), rows)
-    grid = (tables.work.num_items, blocks)
-    if fast:
+    grid = (tables.work.num_items, _token_blocks(tokens, experts, config.block_m))
+    if tables.work.step:
         step = min(tables.work.step, configs.widest_step(device.arch, VERSION, config.block_m))
         linear_kernel[grid](
-            *inputs, *place, KINDS=tables.work.kinds, STEP=step, S=tables.supertiles,
+            *inputs, *place, KINDS=tables.work.kinds, STEP=step, STAGES=config.num_stages, S=tables.supertiles,
             BLOCK_M=config.block_m, NATURAL=configs.natural_columns(device.arch, VERSION),
-            EVEN=_even(packed.layout, step),
-            MATH=_math(x.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, **flags, **FIXED,
+            EVEN=_even(packed.layout, step), MATH=_math(x.dtype), num_warps=config.num_warps,
+            num_stages=config.num_stages, **flags, **FIXED,
         )  # fmt: skip
     else:
         slow_kernel[grid](
@@ -127,10 +135,9 @@ def multiply(
         )  # fmt: skip
     if tables.work.num_blocks:
         reduce_kernel[(tables.work.num_blocks, _token_blocks(tokens, experts, REDUCE_BLOCK_M))](
-            partial, inputs[5], inputs[6], y, tables.blocks, tokens, y.stride(0), rows, S=tables.supertiles,
+            partial, *inputs[-2:], y, tables.blocks, tokens, y.stride(0), rows, S=tables.supertiles,
             BLOCK_M=REDUCE_BLOCK_M, HAS_BIAS=flags["HAS_BIAS"], GROUPED=flags["GROUPED"], num_warps=4, **FIXED,
         )  # fmt: skip
-    return y.to(x.dtype)
 
 
 def dequantize_packed(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -139,7 +146,8 @@ def dequantize_packed(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     wide = INTERPRETED and dtype == torch.bfloat16
     shape = (layout.out_features, layout.in_features)
     out = torch.empty(shape, dtype=torch.float32 if wide else dtype, device=device)
-    tables = tables_for(layout, 1, Config(16, programs_per_unit=DEQUANTIZE_PROGRAMS), device)
+    programs = device_of(device).units * DEQUANTIZE_PROGRAMS
+    tables = tables_for(layout, 1, DEQUANTIZE_SUPERTILES, programs, programs, device)
     coarse = all(s.group_size % store_step() == 0 or s.group_size == s.cols for s in layout.segments)
     dequantize_kernel[(tables.work.num_items,)](
         packed.qweight, packed.scales, _or(packed.zeros, out), _or(packed.perm, out), out, tables.items,
@@ -169,16 +177,18 @@ def work_step(layout: WeightLayout) -> int:
 
 
 @lru_cache(maxsize=4096)
-def tables_for(layout: WeightLayout, experts: int, config: Config, device: torch.device) -> Tables:
-    """Tables of work on their device."""
+def tables_for(
+    layout: WeightLayout, experts: int, supertiles: int, programs: int, most: int, device: torch.device
+) -> Tables:
+    """Tables of work (work.plan) on their device."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
-            "a packed layer runs for the first time under graph capture, where its tables cannot be copied to the "
-            "device: run it once before the capture"
+            "a packed layer runs for the first time with so many tokens under graph capture, where its tables cannot "
+            "be copied to the device: run it once before the capture"
         )
-    made = work.plan(layout, config.num_warps, device_of(device).units * config.programs_per_unit, experts)
+    made = work.plan(layout, supertiles, programs, experts, most)
     items = torch.tensor(made.items, dtype=torch.int32).to(device)
-    return Tables(made, items, torch.tensor(made.blocks, dtype=torch.int32).to(device), config.num_warps)
+    return Tables(made, items, torch.tensor(made.blocks, dtype=torch.int32).to(device), supertiles)
 
 
 def check_x(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
@@ -188,14 +198,10 @@ def check_x(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) ->
         raise FormatError("x must be float16 or bfloat16 for this backend: convert it, or run the model in one of them")
     if x.dim() < 1 or x.shape[-1] != layout.in_features:
         raise FormatError(f"x must be (..., in_features={layout.in_features}), not {list(x.shape)}")
-    if x.device != packed.qweight.device:
-        raise FormatError(f"x is on {x.device}, the weight on {packed.qweight.device}")
     if bias is None:
         return
-    if bias.numel() != layout.out_features or not bias.is_contiguous() or bias.device != x.device:
-        raise FormatError(
-            f"bias must be contiguous, on the device of x, with out_features={layout.out_features} elements"
-        )
+    if bias.numel() != layout.out_features or not bias.is_contiguous():
+        raise FormatError(f"bias must be contiguous, with out_features={layout.out_features} elements")
     if bias.dtype not in DTYPE_NAMES or DTYPE_NAMES[bias.dtype] not in ("float32", "float16", "bfloat16"):
         raise FormatError(f"bias must be float32, float16 or bfloat16, not {bias.dtype}")
 

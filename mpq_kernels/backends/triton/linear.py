@@ -7,9 +7,12 @@ block of tokens. In each step it multiplies STEP columns, then adds the sums tim
     y[row][token] += scale * (sum(code x) - zero * sum(x))                 float
     y[row][token] += scale * sum(code x);  += zero * sum(x)                min
 
-so that one-hot x gives fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit. The words,
-zeros and scales of a step are loaded while the step before it is multiplied. Where an item is not alone in its block it
-writes its sums apart, and `reduce` adds them in the order of the columns: no atomics, the same bits every time.
+so that one-hot x gives fl32(fl32(code - zero) * scale), or fl32(fl32(code * scale) + zero), bit for bit. The compiler
+keeps the words and x of `configs.stages` steps on their way to shared memory. Scales and zeros wait in registers, a
+step ahead: no asynchronous copy takes two bytes, and a load of bytes inside the loop makes the compiler give operand A
+of mma.sync another order. Operand A is decoded and multiplied 32 columns at a time: a whole step of it would take the
+registers of a third program. Where an item is not alone in its block it writes its sums apart, and `reduce` adds them
+in the order of the columns: no atomics, the same bits every time.
 
 Experts: an item belongs to one, whose tokens are the rows offsets[e] .. offsets[e + 1] of x.
 """
@@ -19,7 +22,7 @@ import triton.language as tl
 
 from ...format.codes import FORMATS
 from ...format.kinds import ZERO_KINDS
-from . import work
+from . import configs, work
 from .unpack import (
     WIDE,
     column_of,
@@ -40,6 +43,7 @@ ZERO_INT = tl.constexpr(ZERO_KINDS.index("int"))
 ZERO_FLOAT = tl.constexpr(ZERO_KINDS.index("float"))
 ZERO_MIN = tl.constexpr(ZERO_KINDS.index("min"))
 IN_FP32 = tl.constexpr(WIDE)
+stages = triton.constexpr_function(configs.stages)
 
 KIND, ROW0, ROW_END = tl.constexpr(work.KIND), tl.constexpr(work.ROW0), tl.constexpr(work.ROW_END)
 COLUMN0, COLUMN_END = tl.constexpr(work.COLUMN0), tl.constexpr(work.COLUMN_END)
@@ -143,10 +147,16 @@ def addends(raw, BITS: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr, MATH: 
 
 @triton.jit
 def row_values(values, first, group, groups, mask, S: tl.constexpr):
-    """Scales or float zeros of one group, fp32 [64 S]."""
+    """Scales, float zeros or mins of one group, [64 S], in their own dtype."""
     place = row_place(S)
     at = values + (first + group + place // 64 * groups).to(tl.int64) * 64 + place % 64
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.constexpr_function
+def columns_at_once(step):
+    """Columns that are decoded and multiplied at a time."""
+    return min(step, 32)
 
 
 @triton.jit
@@ -154,25 +164,52 @@ def tokens_at(
     x, perm, column, column_end, tokens, tokens_end, x_stride, STEP: tl.constexpr, NATURAL: tl.constexpr,
     HAS_PERM: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """x [STEP, tokens] of one step, columns in the order of `operand`."""
-    k = column + column_of(STEP // 16, NATURAL)
-    mask = (tokens < tokens_end)[None, :]
-    if not EVEN:
-        mask = mask & (k < column_end)[:, None]
-    if HAS_PERM:
-        k = tl.load(perm + k, mask=k < column_end, other=0)
-    at = x + tokens.to(tl.int64)[None, :] * x_stride + k[:, None]
-    v = tl.load(at, mask=mask, other=0.0)
-    if MATH == IN_FP32:
-        v = v.to(tl.float32)
-    return v
+    """x of one step, a [columns_at_once, tokens] for each part of it, columns in the order of `operand`."""
+    WIDTH: tl.constexpr = columns_at_once(STEP)
+    out = ()
+    for part in tl.static_range(STEP // WIDTH):
+        k = column + part * WIDTH + column_of(WIDTH // 16, NATURAL)
+        mask = (tokens < tokens_end)[None, :]
+        if not EVEN:
+            mask = mask & (k < column_end)[:, None]
+        if HAS_PERM:
+            k = tl.load(perm + k, mask=k < column_end, other=0)
+        v = tl.load(x + tokens.to(tl.int64)[None, :] * x_stride + k[:, None], mask=mask, other=0.0)
+        if MATH == IN_FP32:
+            v = v.to(tl.float32)
+        out = out + (v,)
+    return out
+
+
+@triton.jit
+def product(
+    words, raw, xs, BITS: tl.constexpr, ZERO: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr, MATH: tl.constexpr,
+    NATURAL: tl.constexpr,
+):  # fmt: skip
+    """fp32 [64 S, tokens]: operand A of one step times x."""
+    zeros = addends(raw, BITS, ZERO, S, MATH)
+    CHUNKS: tl.constexpr = columns_at_once(STEP) // 16
+    sums = tl.dot(operand(words, zeros, 0, CHUNKS, BITS, STEP // 16, S, MATH, NATURAL), xs[0], input_precision="ieee")
+    for part in tl.static_range(1, len(xs)):
+        a = operand(words, zeros, part * CHUNKS, CHUNKS, BITS, STEP // 16, S, MATH, NATURAL)
+        sums = tl.dot(a, xs[part], sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def sum_of_tokens(xs):
+    """fp32 [tokens]: x of one step, added up."""
+    total = tl.sum(xs[0].to(tl.float32), axis=0)
+    for part in tl.static_range(1, len(xs)):
+        total += tl.sum(xs[part].to(tl.float32), axis=0)
+    return total
 
 
 @triton.jit
 def item_sums(
     x, qweight, scales, zeros, perm, item, tokens, tokens_end, x_stride, BITS: tl.constexpr, ZERO: tl.constexpr,
-    STEP: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, NATURAL: tl.constexpr, HAS_PERM: tl.constexpr,
-    EVEN: tl.constexpr, MATH: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, NATURAL: tl.constexpr,
+    HAS_PERM: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """fp32 [64 S, BLOCK_M]: the item's rows times tokens."""
     local, group_size, groups = tl.load(item + LOCAL), tl.load(item + GROUP), tl.load(item + GROUPS)
@@ -187,35 +224,38 @@ def item_sums(
 
     group = local // group_size
     group_left = group_size - local % group_size
-    words = step_words(bases, 0, mask, BITS, STEP, S)
+    scale = row_values(scales, first_scale, group, groups, row_mask, S)
     raw = step_zeros(zeros, group, item, mask, ZERO, S)
+    if not in_operand(ZERO):
+        added = row_values(zeros, first_zero, group, groups, row_mask, S)
     if not NATURAL:
         xs = tokens_at(x, perm, column, column_end, tokens, tokens_end, x_stride, STEP, NATURAL, HAS_PERM, EVEN, MATH)
-    for step in range(steps):
-        scale = row_values(scales, first_scale, group, groups, row_mask, S)
+    for step in tl.range(steps, num_stages=stages(STAGES, BITS, STEP)):
+        words = step_words(bases, step, mask, BITS, STEP, S)
         if NATURAL:
-            # The compiler keeps the next steps' x on its way to shared memory, where wgmma reads it.
             xs = tokens_at(
                 x, perm, column + step * STEP, column_end, tokens, tokens_end, x_stride, STEP, NATURAL, HAS_PERM, EVEN,
                 MATH,
             )  # fmt: skip
-        a = operand(words, addends(raw, BITS, ZERO, S, MATH), BITS, STEP // 16, S, MATH, NATURAL)
-        sums = tl.dot(a, xs, input_precision="ieee")
+        sums = product(words, raw, xs, BITS, ZERO, STEP, S, MATH, NATURAL)
         if not in_operand(ZERO):
-            zero = tl.broadcast_to(row_values(zeros, first_zero, group, groups, row_mask, S)[:, None], y.shape)
-            sum_x = tl.broadcast_to(tl.sum(xs.to(tl.float32), axis=0)[None, :], y.shape)
+            zero = tl.broadcast_to(added.to(tl.float32)[:, None], y.shape)
+            sum_x = tl.broadcast_to(sum_of_tokens(xs)[None, :], y.shape)
         if ZERO == ZERO_FLOAT:
             sums = tl.fma(zero * -unit(MATH), sum_x, sums)
         # The power of two joins the scale: exact below 2^119.
-        y = tl.fma(tl.broadcast_to((scale * inverse_unit(MATH))[:, None], y.shape), sums, y)
+        factor = scale.to(tl.float32) * inverse_unit(MATH)
+        y = tl.fma(tl.broadcast_to(factor[:, None], y.shape), sums, y)
         if ZERO == ZERO_MIN:
             y = tl.fma(zero, sum_x, y)
-        # What the next step needs.
-        rest = steps - 1 - step
-        mask = tl.arange(0, S)[:, None] < tl.minimum(left, rest * S)
-        words = step_words(bases, step + 1, mask, BITS, STEP, S)
+        # What the next step needs in registers.
         group, group_left = next_group(group, group_left, group_size, STEP)
-        raw = step_zeros(zeros, group, item, mask, ZERO, S)
+        rest = steps - 1 - step
+        still = tl.minimum(left, rest * S)
+        scale = row_values(scales, first_scale, group, groups, row_place(S) // 64 < still, S)
+        if not in_operand(ZERO):
+            added = row_values(zeros, first_zero, group, groups, row_place(S) // 64 < still, S)
+        raw = step_zeros(zeros, group, item, tl.arange(0, S)[:, None] < still, ZERO, S)
         if not NATURAL:
             xs = tokens_at(
                 x, perm, column + step * STEP + STEP, column_end, tokens, tl.where(rest > 0, tokens_end, 0), x_stride,
@@ -246,8 +286,9 @@ def store_rows(
 @triton.jit
 def one_block(
     x, qweight, scales, zeros, perm, bias, y, partial, item, tokens, tokens_end, num_tokens, x_stride, y_stride,
-    rows_per_expert, KINDS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
-    NATURAL: tl.constexpr, HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr,
+    rows_per_expert, KINDS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, S: tl.constexpr,
+    BLOCK_M: tl.constexpr, NATURAL: tl.constexpr, HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
     """One item for one block of tokens: the code is chosen by its width and kind of zeros."""
     kind = tl.load(item + KIND)
@@ -256,7 +297,7 @@ def one_block(
             if only_kind(KINDS, k) or kind == k:
                 sums = item_sums(
                     x, qweight, scales, zeros, perm, item, tokens, tokens_end, x_stride, bits_of(k),
-                    zero_of(k), STEP, S, BLOCK_M, NATURAL, HAS_PERM, EVEN, MATH,
+                    zero_of(k), STEP, STAGES, S, BLOCK_M, NATURAL, HAS_PERM, EVEN, MATH,
                 )  # fmt: skip
                 store_rows(
                     sums, y, partial, bias, item, tokens, tokens_end, y_stride, num_tokens, rows_per_expert, S, HAS_BIAS
@@ -266,8 +307,9 @@ def one_block(
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x, qweight, scales, zeros, perm, bias, offsets, y, partial, items, num_tokens, x_stride, y_stride, rows_per_expert,
-    KINDS: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, NATURAL: tl.constexpr,
-    HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr, GROUPED: tl.constexpr,
+    KINDS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
+    NATURAL: tl.constexpr, HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, MATH: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (items, blocks of tokens).
 
@@ -282,14 +324,14 @@ def linear_kernel(
         for block in range(tl.program_id(1), tl.cdiv(end - begin, BLOCK_M), tl.num_programs(1)):
             one_block(
                 x, qweight, scales, zeros, perm, bias, y, partial, item, begin + block * BLOCK_M + lane, end,
-                num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM,
+                num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, STAGES, S, BLOCK_M, NATURAL, HAS_PERM,
                 HAS_BIAS, EVEN, MATH,
             )  # fmt: skip
     else:
         one_block(
             x, qweight, scales, zeros, perm, bias, y, partial, item, tl.program_id(1) * BLOCK_M + lane, num_tokens,
-            num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, S, BLOCK_M, NATURAL, HAS_PERM, HAS_BIAS, EVEN,
-            MATH,
+            num_tokens, x_stride, y_stride, rows_per_expert, KINDS, STEP, STAGES, S, BLOCK_M, NATURAL, HAS_PERM,
+            HAS_BIAS, EVEN, MATH,
         )  # fmt: skip
 
 

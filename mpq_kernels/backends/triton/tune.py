@@ -30,7 +30,7 @@ def candidates(tokens: int) -> list[Config]:
     """What is tried for so many tokens."""
     blocks = [m for m in (16, 32) if m == 16 or tokens > 16]
     programs = [p for p in ALLOWED["programs_per_unit"] if p <= 8]
-    rows = itertools.product(blocks, (2, 4), (2, 3, 4), programs)
+    rows = itertools.product(blocks, (2, 4), (3, 4, 5), programs)
     return [Config(m, warps, stages, count) for m, warps, stages, count in rows]
 
 

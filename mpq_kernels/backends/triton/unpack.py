@@ -298,33 +298,34 @@ def chunk(words, zeros, C: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexp
 
 @triton.jit
 def operand(
-    words, zeros, BITS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr, MATH: tl.constexpr, NATURAL: tl.constexpr
-):
-    """Operand A [64 S, 16 CHUNKS] of one step: (code - zero) * unit.
+    words, zeros, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr,
+    MATH: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """Operand A [64 S, 16 COUNT], (code - zero) * unit: COUNT k16 chunks from FIRST on of a step of CHUNKS.
 
     words: `load_words`. zeros: words of -zero * unit, eight [S, 8, 4]: four m16 tiles for each row half.
     """
-    f = chunk(words, zeros, 0, BITS, CHUNKS, S, MATH)
-    if CHUNKS == 1:
+    f = chunk(words, zeros, FIRST, BITS, CHUNKS, S, MATH)
+    if COUNT == 1:
         if NATURAL:
             f = tl.permute(f, (7, 6, 0, 4, 1, 5, 2, 3))
         else:
             f = tl.permute(f, (7, 6, 0, 4, 1, 2, 5, 3))
-    elif CHUNKS == 2:
-        f = tl.join(f, chunk(words, zeros, 1, BITS, CHUNKS, S, MATH))
+    elif COUNT == 2:
+        f = tl.join(f, chunk(words, zeros, FIRST + 1, BITS, CHUNKS, S, MATH))
         if NATURAL:
             f = tl.permute(f, (7, 6, 0, 4, 1, 8, 5, 2, 3))
         else:
             f = tl.permute(f, (7, 6, 0, 4, 1, 8, 2, 5, 3))
     else:
-        f01 = tl.join(f, chunk(words, zeros, 1, BITS, CHUNKS, S, MATH))
-        c2, c3 = chunk(words, zeros, 2, BITS, CHUNKS, S, MATH), chunk(words, zeros, 3, BITS, CHUNKS, S, MATH)
-        f = tl.join(f01, tl.join(c2, c3))
+        f01 = tl.join(f, chunk(words, zeros, FIRST + 1, BITS, CHUNKS, S, MATH))
+        c2 = chunk(words, zeros, FIRST + 2, BITS, CHUNKS, S, MATH)
+        f = tl.join(f01, tl.join(c2, chunk(words, zeros, FIRST + 3, BITS, CHUNKS, S, MATH)))
         if NATURAL:
             f = tl.permute(f, (7, 6, 0, 4, 1, 9, 8, 5, 2, 3))
         else:
             f = tl.permute(f, (7, 6, 0, 4, 1, 9, 8, 2, 5, 3))
-    return tl.reshape(f, (64 * S, 16 * CHUNKS))
+    return tl.reshape(f, (64 * S, 16 * COUNT))
 
 
 @triton.jit

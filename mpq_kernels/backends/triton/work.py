@@ -8,12 +8,14 @@ inside one segment. A part is an *item*: what one program does for one block of 
     block 1:  | item | item     | item          |     and `reduce` adds them in this order
     block 2:  |-- segment 2 --------------------|     one part: writes y itself
 
-The cut depends on nothing but the layout and the number of programs wanted, so the same weight on the same device gives
-the same bits whatever runs beside it.
+Blocks of tokens are programs too: the more of them, the fewer parts. How a weight is cut depends on nothing but its
+layout, the number of programs wanted and how many blocks of tokens share them, so the same product on the same device
+gives the same bits whatever runs beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import FormatError
@@ -32,6 +34,9 @@ BLOCK_INTS = 4
 FAST_STEPS = (64, 32, 16)
 KINDS = len(ZERO_KINDS)
 MAX_INT = 2**31 - 1
+# Sums of parts, at most, where a block of tokens does not need more by itself (`tokens_at_once`). With the choices of
+# configs.py they are 13 MB on 132 multiprocessors: 264 programs of 256 rows x 32 tokens, and a half for rounding.
+MOST_PARTIAL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,28 @@ def tile_cost(segment: Segment, scale_bytes: int) -> float:
     return 512 * segment.bits + TILE_N * TILE_K * (scale_bytes + zero_bytes) / segment.group_size
 
 
-def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1) -> Work:
+def share(programs: int, token_blocks: int, tokens: int, rows: int) -> tuple[int, int]:
+    """(programs, most parts) of `plan` for one block of tokens of several: as many programs in all, and sums of parts,
+    fp32 [parts, tokens, rows], within MOST_PARTIAL_BYTES. By powers of two, so that there are few tables."""
+    each = max(1, programs // _power_of_two(token_blocks))
+    return each, max(1, min(each, MOST_PARTIAL_BYTES // (4 * rows * _power_of_two(tokens))))
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below a positive count."""
+    return 1 << (count - 1).bit_length()
+
+
+def tokens_at_once(parts: int, rows: int, block_m: int) -> int:
+    """Tokens of a launch, whole blocks of them, whose sums of `parts` parts stay within MOST_PARTIAL_BYTES."""
+    return max(1, MOST_PARTIAL_BYTES // (4 * rows * parts * block_m)) * block_m
+
+
+def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1, most: int = MAX_INT) -> Work:
     """Tables for blocks of `supertiles` row tiles, in about `programs` items of the same bytes.
 
-    experts: equal blocks of rows of a stacked weight. Raises FormatError when a band lies in two of them, or when the
-    weight is too large for the tables' 32 bits.
+    most: parts of a block, where it has no more segments along K than that. experts: equal blocks of rows of a stacked
+    weight. Raises FormatError when a band lies in two of them, or when the weight is too large for the tables' 32 bits.
     """
     rows = layout.out_features // experts
     if layout.out_features % experts:
@@ -89,14 +111,14 @@ def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1)
     share = total / max(programs, 1)
     items: list[int] = []
     blocks: list[int] = []
-    most = 1
+    parts_of_all = 1
     for band, starts in bands:
         expert = band[0].n0 // rows
         if expert != (band[0].n1 - 1) // rows:
             raise FormatError(f"rows {band[0].n0}..{band[0].n1} of one band lie in two experts of {rows} rows")
-        cuts = [_cut(s, scale_bytes, share) for s in band]
+        cuts = _cuts(band, scale_bytes, share, most)
         parts = sum(map(len, cuts))
-        most = max(most, parts)
+        parts_of_all = max(parts_of_all, parts)
         for first in range(0, band[0].row_tiles, supertiles):
             part = 0
             for segment, start, ranges in zip(band, starts, cuts, strict=True):
@@ -112,13 +134,22 @@ def plan(layout: WeightLayout, supertiles: int, programs: int, experts: int = 1)
     for segment in layout.segments:
         kinds |= 1 << kind_of(segment)
     step = min(step_of(s) for s in layout.segments)
-    return Work(tuple(items), tuple(blocks), kinds, step, most)
+    return Work(tuple(items), tuple(blocks), kinds, step, parts_of_all)
 
 
-def _cut(segment: Segment, scale_bytes: int, share: float) -> list[tuple[int, int]]:
-    """Ranges of column tiles, each of about `share` bytes and all of the same length but the last ones."""
-    tiles = segment.col_tiles
-    count = min(tiles, max(1, round(tiles * tile_cost(segment, scale_bytes) / share)))
+def _cuts(band: Sequence[Segment], scale_bytes: int, share: float, most: int) -> list[list[tuple[int, int]]]:
+    """Ranges of column tiles for each segment of a row block: of about `share` bytes, or as few as `most` asks for."""
+    costs = [s.col_tiles * tile_cost(s, scale_bytes) for s in band]
+    counts = [max(1, min(s.col_tiles, round(cost / share))) for s, cost in zip(band, costs, strict=True)]
+    while sum(counts) > most and max(counts) > 1:
+        # The smallest share grows: one cut less where a part has the fewest bytes.
+        i = min((i for i, n in enumerate(counts) if n > 1), key=lambda i: costs[i] / counts[i])
+        counts[i] -= 1
+    return [_ranges(s.col_tiles, n) for s, n in zip(band, counts, strict=True)]
+
+
+def _ranges(tiles: int, count: int) -> list[tuple[int, int]]:
+    """Ranges of the same length but for one tile."""
     bounds = [i * tiles // count for i in range(count + 1)]
     return list(zip(bounds, bounds[1:], strict=False))
 

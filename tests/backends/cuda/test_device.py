@@ -186,6 +186,7 @@ def test_streams_and_graphs_do_not_disturb_each_other():
         assert all(torch.equal(y, w) for (_, y), w in zip(graphs, wanted, strict=True))
 
 
+@pytest.mark.alone
 def test_graphs_that_are_gone_cost_no_memory():
     packed = pack_weight(random_weight(300, 4096, 4, 128)).to("cuda")
     x = torch.randn(4, 4096, device="cuda").half()
@@ -203,6 +204,7 @@ def test_graphs_that_are_gone_cost_no_memory():
     assert free - torch.cuda.mem_get_info()[0] < 2 << 20
 
 
+@pytest.mark.alone
 def test_compiled_with_graphs():
     """mode="reduce-overhead": torch refuses a recording with blocks of its pools that it does not know."""
     layers = [mpq.MixedLinear.from_packed(pack_weight(random_weight(256, 256, bits, 64))) for bits in (2, 3, 4)]
@@ -231,6 +233,67 @@ def test_more_than_2_to_the_31_weights():
     assert parts["qweight"] == (0, packed.qweight.numel()) and torch.equal(y, dense[:, columns].T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *X_DTYPES], ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_embedding_gives_rows_of_the_dense_weight(bits, dtype):
+    packed = pack_weight(random_weight(500, 192, bits, 64))
+    check_embedding(packed, torch.tensor([0, 499, 7, 7, 63, 64]), dtype)
+    check_embedding(packed, torch.arange(12, dtype=torch.int32).view(3, 4), dtype)
+
+
+def test_embedding_of_all_kinds_of_segments():
+    for weight in (mixed_weight(permuted=True), random_weight(65, 172, 3, 43, "float")):
+        packed = pack_weight(weight)
+        check_embedding(packed, torch.arange(packed.layout.out_features), torch.float16)
+        check_embedding(packed, torch.zeros(0, dtype=torch.int64), torch.float16)
+    with pytest.raises(RuntimeError, match="ids must be on CUDA device"):
+        embedding(packed.to("cuda"), torch.zeros(2, dtype=torch.int64), torch.float16)
+
+
+def embedding(packed, ids, dtype):
+    layout = packed.layout
+    return torch.ops.mpq.embedding(
+        ids,
+        packed.qweight,
+        packed.scales,
+        packed.zeros,
+        packed.perm,
+        layout.segment_ints(),
+        *dense_shape(layout),
+        dtype,
+    )
+
+
+def check_embedding(packed, ids, dtype):
+    """Rows bit for bit, on the default stream and in a graph."""
+    moved, on_device = packed.to("cuda"), ids.cuda()
+    wanted = reference.dequantize(packed, dtype)[ids.long()]
+    assert torch.equal(embedding(moved, on_device, dtype).cpu(), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = embedding(moved, on_device, dtype)
+    rows.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(rows.cpu(), wanted)
+
+
+def test_tensors_of_several_devices_are_refused():
+    packed = pack_weight(random_weight(70, 320, 3, 32, "float", permuted=True))
+    moved, x = packed.to("cuda"), torch.randn(2, 320).half()
+    with pytest.raises(RuntimeError, match="x must be on a CUDA device"):
+        linear_of(x, moved.qweight, moved.scales, moved.zeros, moved.perm, moved.layout)
+    for name in ("qweight", "scales", "zeros", "perm"):
+        tensors = {
+            key: getattr(packed if key == name else moved, key) for key in ("qweight", "scales", "zeros", "perm")
+        }
+        with pytest.raises(RuntimeError, match=f"{name} must be on CUDA device"):
+            linear_of(x.cuda(), *tensors.values(), moved.layout)
+
+
+def linear_of(x, qweight, scales, zeros, perm, layout):
+    return torch.ops.mpq.linear(x, qweight, scales, zeros, perm, None, layout.segment_ints(), *dense_shape(layout))
+
+
 def test_refusals_in_words():
     packed = pack_weight(random_weight(70, 320, 3, 32)).to("cuda")
     with pytest.raises(RuntimeError, match="float16 or bfloat16 on CUDA"):
@@ -247,6 +310,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.mpq.linear.default, args)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
 def test_a_model_generates_what_its_dense_form_generates(tmp_path, dtype):
     tiny_model("llama", tmp_path / "m", sizes={"intermediate_size": 128})

@@ -49,7 +49,7 @@ def test_one_hot_tokens_return_the_weights_bit_for_bit(bits, zero, scale_dtype, 
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("m", [0, 1, 2, 7, 9, 16, 17, 33, 70])
+@pytest.mark.parametrize("m", [0, 1, 2, 7, 9, 16, 17, 32, 33, 64, 70])
 def test_any_number_of_tokens(bits, m):
     weight = random_weight(130, 256, bits, 32 if bits % 2 else 128)
     for dtype in X_DTYPES:
@@ -60,13 +60,15 @@ def test_any_number_of_tokens(bits, m):
 @pytest.mark.parametrize("zero", ["none", "int", "float"])
 def test_any_group(group_size, zero):
     for bits, scale_dtype in ((2, "float16"), (3, "float32"), (5, "bfloat16"), (8, "float16")):
-        check(random_weight(100, 384, bits, group_size, zero, scale_dtype), tokens(3, 384))
+        for m in (3, 20) if bits % 3 else (3, 50):
+            check(random_weight(100, 384, bits, group_size, zero, scale_dtype), tokens(m, 384))
 
 
 @pytest.mark.parametrize(("n", "k"), list(itertools.product(SIZES, SIZES)))
 def test_any_shape(n, k):
     for bits, m, dtype in ((1 + (n + k) % 8, 1, X_DTYPES[0]), (1 + (n * 3 + k) % 8, 11, X_DTYPES[1])):
         check(random_weight(n, k, bits, seed=n + k), tokens(m, k, dtype), torch.randn(n))
+    check(random_weight(n, k, 1 + (n + k * 5) % 8, seed=n + k), tokens(18 + n % 40, k))
     if k % 4 == 0:
         check(random_weight(n, k, 4, 4, seed=k), tokens(2, k))
 
@@ -100,7 +102,7 @@ def test_tables_that_do_not_fit_into_parameters(device, m):
 @pytest.mark.parametrize("interleave", [0, 1])
 def test_the_order_of_blocks_and_warps_changes_no_bit(device, order, interleave):
     weight = bands([70, 140], (4, 3, 8), (64, 128), 384)
-    for m in (1, 14, 35):
+    for m in (1, 14, 20, 35):
         x = tokens(m, 384, X_DTYPES[m % 2])
         plain = simulated.linear(pack_weight(weight), x, device=device)
         assert torch.equal(check(weight, x, device=device, order=order, interleave=interleave), plain)
@@ -123,26 +125,28 @@ def test_any_amount_of_shared_memory(shared_bytes):
         (4, 128, "float16", "int"),
     ):
         weight = random_weight(70, 1024, bits, group, zero, scale_dtype)
-        for m in (1, 16, 33):
+        for m in (1, 16, 20, 33):
             check(weight, tokens(m, 1024), device=device)
 
 
+@pytest.mark.parametrize("m", [6, 20])
 @pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
-def test_rows_of_x_may_lie_apart_and_anywhere(dtype):
+def test_rows_of_x_may_lie_apart_and_anywhere(dtype, m):
     weight = random_weight(70, 320, 3, 32)
-    plain = simulated.linear(pack_weight(weight), tokens(6, 320, dtype))
+    plain = simulated.linear(pack_weight(weight), tokens(m, 320, dtype))
     for offset, stride in ((0, 320), (1, 323), (3, 600), (8, 328)):
-        space = torch.full((6 * stride + offset,), float("nan"), dtype=dtype)
-        x = torch.as_strided(space, (6, 320), (stride, 1), offset)
-        x.copy_(tokens(6, 320, dtype))
+        space = torch.full((m * stride + offset,), float("nan"), dtype=dtype)
+        x = torch.as_strided(space, (m, 320), (stride, 1), offset)
+        x.copy_(tokens(m, 320, dtype))
         assert torch.equal(simulated.linear(pack_weight(weight), x), plain)
     once = tokens(1, 320, dtype).expand(4, 320)  # stride 0
     assert torch.equal(simulated.linear(pack_weight(weight), once), plain[:1].expand(4, 70))
 
 
-def test_rows_of_y_may_lie_apart():
+@pytest.mark.parametrize("m", [6, 40])
+def test_rows_of_y_may_lie_apart(m):
     weight = random_weight(70, 320, 3, 32)
-    x = tokens(6, 320)
+    x = tokens(m, 320)
     assert torch.equal(
         simulated.linear(pack_weight(weight), x, row_stride=99), simulated.linear(pack_weight(weight), x)
     )
@@ -151,9 +155,9 @@ def test_rows_of_y_may_lie_apart():
 @pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_silu_and_product_are_applied_to_x(dtype, permuted):
-    x, gate = tokens(5, 320, dtype), tokens(5, 320, dtype, seed=3)
-    hidden = torch.nn.functional.silu(gate) * x
-    for rows, group_size in ((100, 64), (20, 5)):
+    for rows, group_size, m in ((100, 64, 5), (20, 5, 5), (100, 64, 20)):
+        x, gate = tokens(m, 320, dtype), tokens(m, 320, dtype, seed=3)
+        hidden = torch.nn.functional.silu(gate) * x
         weight = random_weight(rows, 320, 4, group_size, permuted=permuted)
         y = simulated.linear(pack_weight(weight), x, gate=gate)
         # exp may be off by an ulp of fp32, so silu(gate) and the product by one rounding of x's dtype each.

@@ -48,13 +48,13 @@ def test_rows_that_lie_apart_are_read_where_they_are(ops):
 
 def test_many_tokens_take_the_dense_product(ops):
     weight, bias = random_weight(130, 128, 4, 64), torch.randn(130)
-    x = torch.randn(300, 128).half()
+    x = torch.randn(129, 128).half()
     y = ops.linear(x, *arguments(weight, bias))
     dense = torch.nn.functional.linear(x, reference.dequantize(weight, torch.float16), bias.half())
     assert torch.equal(y, dense)
-    few = ops.linear(x[:256], *arguments(weight, bias))
-    bound = reference.error_bound(x[:256], weight, bias)
-    assert ((few.double() - reference.linear(x[:256], weight, bias)).abs() <= bound).all()
+    few = ops.linear(x[:128], *arguments(weight, bias))
+    bound = reference.error_bound(x[:128], weight, bias)
+    assert ((few.double() - reference.linear(x[:128], weight, bias)).abs() <= bound).all()
 
 
 def test_calls_one_after_the_other_share_counters(ops):

@@ -12,7 +12,7 @@ import torch
 
 from mpq_kernels import FormatError, MixedLinear
 from mpq_kernels.backends import BACKENDS
-from mpq_kernels.backends.triton import configs, launch
+from mpq_kernels.backends.triton import configs, launch, work
 from mpq_kernels.backends.triton.configs import Config
 from mpq_kernels.format import reference
 from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
@@ -190,6 +190,26 @@ def weight_of(segments, permuted=False):
         (s.n0, s.k0, random_block(s.rows, s.cols, s.bits, s.group_size, s.zero, seed=i)) for i, s in enumerate(segments)
     )
     return QuantizedWeight(blocks, random_perm(segments[-1].k1) if permuted else None)
+
+
+def test_a_product_that_is_not_split_is_one_launch(monkeypatch):
+    """Two programs for four blocks of tokens: each takes all of K."""
+    monkeypatch.setattr(configs, "choose", lambda *_: Config(16, num_warps=1, programs_per_unit=1))
+    monkeypatch.setattr(launch, "reduce_kernel", None)
+    packed = pack_weight(random_weight(64, 128, 4, 64))
+    x, bias = torch.randn(50, 128).half(), torch.randn(64)
+    check(linear(x, packed, bias), x, packed, bias)
+
+
+def test_tokens_are_taken_in_turns_where_their_sums_would_be_many(monkeypatch):
+    monkeypatch.setattr(configs, "choose", lambda *_: Config(16, num_warps=1, programs_per_unit=2))
+    packed = pack_weight(weight_of((Segment(0, 64, 0, 64, 2, 64, "int"), Segment(0, 64, 64, 128, 3, 64, "int"))))
+    monkeypatch.setattr(work, "MOST_PARTIAL_BYTES", 2 * 64 * 16 * 4)  # two parts of one block of tokens
+    made = []
+    monkeypatch.setattr(launch, "_launch", lambda *args, run=launch._launch: (made.append(len(args[0])), run(*args)))
+    x, bias = torch.randn(35, 128).half(), torch.randn(64)
+    check(linear(x, packed, bias), x, packed, bias)
+    assert made == [16, 16, 3]
 
 
 def test_parts_are_added_in_order(monkeypatch):

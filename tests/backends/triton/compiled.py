@@ -103,8 +103,10 @@ def compile_case(case: Case, arch: str) -> Any:
     math = (PTX_FP16 if ptx else FP16) if case.dtype == "fp16" else (PTX_BF16 if ptx else BF16)
     warps = 1 if case.kernel is slow_kernel else 4
     step = min(case.step, configs.widest_step(key, VERSION, case.block_m))
+    stages = configs.choose(configs.Device("", key, 1), case.block_m, {}).num_stages
     constants = {
-        "KINDS": kinds, "STEP": step, "S": warps, "BLOCK_M": 4 if case.kernel is reduce_kernel else case.block_m,
+        "KINDS": kinds, "STEP": step, "STAGES": stages, "S": warps,
+        "BLOCK_M": 4 if case.kernel is reduce_kernel else case.block_m,
         "NATURAL": configs.natural_columns(key, VERSION), "HAS_PERM": False, "HAS_BIAS": True, "EVEN": True,
         "MATH": math, "GROUPED": case.grouped, "COARSE": True,
     }  # fmt: skip
@@ -126,7 +128,6 @@ def compile_case(case: Case, arch: str) -> Any:
         fn=case.kernel, signature=signature, attrs=attributes,
         constexprs={name: constants[name] for name in names if name in constants},
     )  # fmt: skip
-    stages = configs.choose(configs.Device("", key, 1), case.block_m, {}).num_stages
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 

@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # says nothing new: ever
 if find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
 
+from mpq_kernels.backends.triton import configs
 from mpq_kernels.backends.triton.configs import natural_columns
 from mpq_kernels.backends.triton.dense import slow_kernel
 from mpq_kernels.backends.triton.linear import linear_kernel
@@ -47,6 +48,11 @@ def test_compiles_without_spills(counts, arch, case):
         # 16 chunks of k16 x m64 for 64 columns of 256 rows, by each width. Stores in the loop: one for the scales of
         # 256 rows in 128 threads; float zeros add theirs and the sums of x. Operand A of one step would take 16.
         assert counts.wgmma == len(case.kinds) * case.step // 4, counts
+    if arch in ("sm_80", "sm_90", "sm_120"):
+        # Words of a step in so many buffers, the one that is multiplied among them: `stages` less the one to come.
+        step_bytes = max(bits for bits, _ in case.kinds) * 64 * 4 * case.step // 8
+        stages = configs.stages(configs.TABLE["cuda"][0].num_stages, max(bits for bits, _ in case.kinds), case.step)
+        assert counts.shared >= (stages - 1) * step_bytes > step_bytes, counts
     if not arch.startswith("gfx") and arch != "sm_100":
         assert counts.operand_moves == 0, counts
         # x in another order than in memory is stored two bytes at a time: 64 columns of block_m tokens by 128 threads.

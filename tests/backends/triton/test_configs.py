@@ -9,6 +9,7 @@ import pytest
 from mpq_kernels import FormatError, UnsupportedError
 from mpq_kernels.backends.triton import configs, tune, why_unavailable, work
 from mpq_kernels.backends.triton.configs import TOKEN_CLASSES, Config, Device
+from mpq_kernels.format.layout import Segment, WeightLayout
 from tests.made.weights import mixed_weight, random_weight
 
 
@@ -48,6 +49,64 @@ def test_parts_are_balanced_by_bytes_and_numbered_in_order():
     assert {item[work.COLUMNS] for item in items} == {256} and plan.parts == 16 and plan.num_blocks == 1
 
 
+H200_UNITS = 132
+DEEP = WeightLayout(
+    57344, 8192, tuple(Segment(0, 57344, 1024 * i, 1024 * i + 1024, (2, 8)[i % 2], 64, "int") for i in range(8))
+)
+
+
+def launch_of(layout, config, tokens):
+    """(plan, token blocks, bytes of the sums of parts) as launch.py has them."""
+    blocks = -(-tokens // config.block_m)
+    programs, most = work.share(H200_UNITS * config.programs_per_unit, blocks, tokens, layout.out_features)
+    plan = work.plan(layout, config.num_warps, programs, most=most)
+    once = min(tokens, work.tokens_at_once(plan.parts, layout.out_features, config.block_m))
+    return plan, blocks, 4 * layout.out_features * once * plan.parts if plan.parts > 1 else 0
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64, 128, 256])
+@pytest.mark.parametrize(("rows", "cols"), [(8192, 8192), (4096, 14336), (28672, 4096), (256, 8192), (1024, 57344)])
+def test_programs_are_shared_out_among_blocks_of_tokens(rows, cols, tokens):
+    """As many programs as the device holds, whatever the number of tokens; sums of parts for no more rows and tokens
+    than these programs have: a half more for rounding."""
+    layout, config = (
+        WeightLayout.uniform(rows, cols, 4, 128, "int"),
+        configs.TABLE["cuda:90"][configs.token_class(tokens)],
+    )
+    plan, blocks, partial = launch_of(layout, config, tokens)
+    wanted = H200_UNITS * config.programs_per_unit
+    unsplit = -(-rows // (64 * config.num_warps)) * blocks
+    assert plan.num_items * blocks <= max(1.5 * wanted, unsplit)
+    assert partial <= 1.5 * wanted * 64 * config.num_warps * config.block_m * 4 < 14e6
+
+
+def test_weights_with_enough_rows_need_no_second_launch():
+    layout = WeightLayout.uniform(8192, 8192, 4, 128, "int")
+    for tokens, parts in ((1, 12), (64, 4), (128, 2), (256, 1)):
+        plan, _, partial = launch_of(layout, configs.TABLE["cuda:90"][configs.token_class(tokens)], tokens)
+        assert plan.parts == parts and (plan.num_blocks == 0) == (partial == 0) == (parts == 1)
+
+
+@pytest.mark.parametrize("programs", configs.ALLOWED["programs_per_unit"])
+@pytest.mark.parametrize("block_m", configs.ALLOWED["block_m"])
+@pytest.mark.parametrize("layout", [DEEP, WeightLayout.uniform(57344, 8192, 8, 64), mixed_weight().layout])
+def test_sums_of_parts_are_bounded_whatever_was_tuned(layout, block_m, programs):
+    for tokens in (1, 100, 256):
+        plan, _, partial = launch_of(layout, Config(block_m, 8, programs_per_unit=programs), tokens)
+        one_block = 4 * layout.out_features * min(tokens, block_m) * 8
+        assert partial <= max(work.MOST_PARTIAL_BYTES, one_block)
+
+
+def test_no_more_parts_than_asked_for_but_for_segments():
+    band = DEEP.bands()[0]
+    for most in (1, 9, 20):
+        plan = work.plan(DEEP, 4, 10**6, most=most)
+        widths = [item[work.COLUMNS] for item in items_of(plan)[: plan.parts]]
+        assert plan.parts == max(most, len(band)) and sum(widths) == 8192
+    # The wide segments are cut first.
+    assert widths[0] == 1024 and widths[1] < 1024
+
+
 def test_choices_are_by_device_then_architecture_then_vendor():
     mine = tuple(Config(16, num_stages=1 + i) for i in range(len(TOKEN_CLASSES)))
     h200 = Device("NVIDIA H200", "cuda:90", 132)
@@ -56,6 +115,16 @@ def test_choices_are_by_device_then_architecture_then_vendor():
     assert configs.choose(Device("?", "cuda:121", 1), 1000, {}) == configs.TABLE["cuda"][-1]
     assert configs.choose(Device("?", "hip:gfx950", 1), 1, {}) == configs.TABLE["hip"][0]
     assert all(row.source for rows in configs.TABLE.values() for row in rows)
+
+
+def test_stages_keep_as_many_bytes_on_their_way_at_every_width():
+    for bits in range(1, 9):
+        for step in (64, 32, 16):
+            stages = configs.stages(4, bits, step)
+            on_their_way = (stages - 2) * 4 * 64 * step * bits // 8  # of a program of four supertiles
+            assert stages == configs.MOST_STAGES or 16384 <= on_their_way <= 28672
+    assert [configs.stages(4, bits, 64) for bits in (8, 4, 3, 2)] == [3, 4, 5, 6]
+    assert configs.stages(2, 1, 16) == 2 and configs.stages(1, 8, 64) == 1
 
 
 def test_columns_by_compiler():
@@ -73,7 +142,7 @@ def test_tuning_takes_the_fastest_and_stores_it():
 
     said = []
     rows = tune.tune(measure, said.append, source="a test")
-    assert rows == tuple(Config(16, 2, 2, 6, "a test") for _ in TOKEN_CLASSES)
+    assert rows == tuple(Config(16, 2, 3, 6, "a test") for _ in TOKEN_CLASSES)
     assert any("does not run: out of shared memory" in line for line in said)
     tune.store("one", rows)
     tune.store("two", rows)

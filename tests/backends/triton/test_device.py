@@ -69,6 +69,23 @@ def test_dequantize_is_the_reference_bit_for_bit():
         assert torch.equal(dense.cpu(), reference.dequantize(weight))
 
 
+def test_embedding_gives_rows_of_the_dense_weight():
+    for weight in (mixed_weight(permuted=True), random_weight(65, 172, 3, 43, "float")):
+        packed = pack_weight(weight).to("cuda")
+        layout, ids = packed.layout, torch.tensor([[0, 3], [64, 3]], device="cuda")
+        rows = BACKENDS["triton"].embedding(
+            ids, packed.qweight, packed.scales, packed.zeros, packed.perm, layout.segment_ints(), layout.out_features,
+            layout.in_features, torch.float16,
+        )  # fmt: skip
+        assert torch.equal(rows.cpu(), reference.dequantize(weight, torch.float16)[ids.cpu()])
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 129, 256])
+def test_programs_shared_out_among_blocks_of_tokens(tokens):
+    """K is cut into as many parts as the number of tokens leaves programs for: none, two launches, several tables."""
+    check(random_weight(1024, 4096, 4, 128), tokens, torch.float16)
+
+
 def test_experts_of_different_widths():
     weight, x, offsets, rows = expert_case()
     packed = pack_weight(weight).to("cuda")
