@@ -15,12 +15,17 @@ from __future__ import annotations
 
 def register() -> None:
     """Make the quantization method "mpq" known to vLLM; harmless when repeated."""
+    import torch
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.platforms import current_platform
 
     from ..checkpoint.config import QUANT_METHOD
     from .config import MPQConfig
 
     register_quantization_config(QUANT_METHOD)(MPQConfig)
+    if current_platform.is_cpu():
+        # Linux gives a process the tile registers when it asks, and vLLM's attention uses them without asking.
+        torch.cpu._init_amx()
 
 
 __all__ = ["register"]

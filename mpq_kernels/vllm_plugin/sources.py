@@ -9,9 +9,7 @@ among zeros for the columns that belong to others. Nothing of the uncut weight s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 
@@ -135,7 +133,7 @@ class Source:
             whole = "all" if cover == (0, layout.in_features) else f"{cover[0]}..{cover[1]}"
             why = "they are permuted" if layout.permuted else "cuts fall on multiples of 64 between groups"
             says.append(f"columns {columns[0]}..{columns[1]}: {whole} are held ({why})")
-        extra = reduce(lambda count, rows: count + span(cover_rows(layout, *rows)) - span(rows), self.wanted, 0)
+        extra = sum(span(cover_rows(layout, *rows)) - span(rows) for rows in self.wanted)
         if extra:
             says.append(f"{extra} rows of others are held (cuts fall on multiples of 64)")
         return "; ".join(says) or None
@@ -153,8 +151,3 @@ def share(full: int, part: int, rank: int) -> Range:
     if (rank + 1) * part > full:
         raise CheckpointError(f"rank {rank} wants rows {rank * part}..{(rank + 1) * part} of {full}")
     return rank * part, (rank + 1) * part
-
-
-def total(ranges: Sequence[Range]) -> int:
-    """Rows of all."""
-    return sum(map(span, ranges))

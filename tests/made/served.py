@@ -133,7 +133,7 @@ def server(path: Path, log: Path, *flags: str, dtype: str = "float32") -> Iterat
             command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **quiet}, start_new_session=True
         )
     try:
-        client, end = Client(port), time.monotonic() + 240
+        client, end = Client(port), time.monotonic() + 600
         while not client.ready():
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"vLLM did not start: {log.read_text()[-6000:]}")
