@@ -118,8 +118,8 @@ class Source:
         k0, k1 = cover_columns(layout, *columns)
         for rows in self.wanted:
             n0, n1 = cover_rows(layout, *rows)
-            part = cut_weight(whole, (n0, n1), (k0, k1)).to(device)
-            self.kept.append(Kept(part, rows[0] - n0, rows[1] - rows[0], columns[0] - k0, k1 - columns[1]))
+            packed = cut_weight(whole, (n0, n1), (k0, k1)).to(device)
+            self.kept.append(Kept(packed, rows[0] - n0, rows[1] - rows[0], columns[0] - k0, k1 - columns[1]))
 
     def widened(self) -> str | None:
         """None when this rank keeps its share and no more, else what it keeps instead, in words."""
