@@ -96,7 +96,7 @@ test-onnx: install $(ONNX)/.installed
 
 # The operators as a kernel for Hugging Face's `kernels`, in build/hf-kernel.
 hf-kernel: install
-	$(BIN)/python hf_kernel/layout.py build/hf-kernel
+	$(BIN)/python examples/hf_kernel/layout.py build/hf-kernel
 
 test-hf-kernel: install $(KERNELS)/.installed
 	$(KERNELS)/bin/python -m pytest tests/hf_kernel $(PYTEST_FLAGS)

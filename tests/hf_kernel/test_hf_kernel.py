@@ -32,7 +32,7 @@ torch.save(out, sys.argv[3])
 
 def layout():
     """hf_kernel/layout.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("layout", ROOT / "hf_kernel" / "layout.py")
+    spec = importlib.util.spec_from_file_location("layout", ROOT / "examples" / "hf_kernel" / "layout.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

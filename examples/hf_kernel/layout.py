@@ -1,4 +1,4 @@
-"""Lays out the built operators as a kernel for the package `kernels`: `python hf_kernel/layout.py OUT`.
+"""Lays out the built operators as a kernel for the package `kernels`: `python examples/hf_kernel/layout.py OUT`.
 
     OUT/build.toml
     OUT/build/torch-stable-abi211-cpu-x86_64-linux/    __init__.py, _ops.so, metadata.json
@@ -17,7 +17,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = ROOT / "mpq_kernels" / "_ops.so"
 STABLE_ABI = "211"  # of torch: setup.py, TORCH_TARGET_VERSION
 LEAST_KERNELS = "0.17.0"
@@ -32,11 +32,11 @@ def write(out: Path) -> Path:
     """Write the kernel to `out`, which may be there from before; returns the folder of the variant."""
     if not OPERATORS.exists():
         raise SystemExit(f"{OPERATORS.name} was not built: make install")
-    general = tomllib.loads((ROOT / "hf_kernel" / "build.toml").read_text())["general"]
+    general = tomllib.loads((ROOT / "examples" / "hf_kernel" / "build.toml").read_text())["general"]
     folder = out / "build" / variant()
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "hf_kernel" / "build.toml", out)
-    shutil.copy(ROOT / "hf_kernel" / "module.py", folder / "__init__.py")
+    shutil.copy(ROOT / "examples" / "hf_kernel" / "build.toml", out)
+    shutil.copy(ROOT / "examples" / "hf_kernel" / "module.py", folder / "__init__.py")
     shutil.copy(OPERATORS, folder)
     digest = hashlib.sha256(OPERATORS.read_bytes() + (folder / "__init__.py").read_bytes()).hexdigest()
     metadata = {
@@ -54,5 +54,5 @@ def write(out: Path) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python hf_kernel/layout.py OUT")
+        sys.exit("usage: python examples/hf_kernel/layout.py OUT")
     print(write(Path(sys.argv[1])))
