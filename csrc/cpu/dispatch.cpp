@@ -28,6 +28,8 @@ int check_segment(const Segment& s) {
   return kOk;
 }
 
+}  // namespace
+
 // Every element of [N, K] belongs to exactly one segment, in the documented order.
 int check_weight(const Weight& w) {
   if (w.N < 1 || w.K < 1) return kErrorShape;
@@ -48,6 +50,8 @@ int check_weight(const Weight& w) {
   }
   return row == w.N && col == 0 ? kOk : kErrorCover;
 }
+
+namespace {
 
 // A row of isa.h.
 struct Row {

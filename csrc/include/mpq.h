@@ -51,6 +51,16 @@ typedef enum mpq_status {
   MPQ_ERROR_DEVICE = 9,
   MPQ_ERROR_SIZE = 10,
   MPQ_ERROR_GROUPED = 11,
+  /* Of mpq_cpu.h and mpq_model.h alone: */
+  MPQ_ERROR_VERSION = 12,
+  MPQ_ERROR_ISA = 13,
+  MPQ_ERROR_ID = 14,
+  MPQ_ERROR_PERM = 15,
+  MPQ_ERROR_UNSUPPORTED = 16,
+  MPQ_ERROR_MEMORY = 17,
+  MPQ_ERROR_FILE = 18,
+  MPQ_ERROR_FORMAT = 19,
+  MPQ_ERROR_NAME = 20,
   MPQ_ERROR_CUDA = 1000 /* plus a cudaError_t */
 } mpq_status;
 

@@ -28,13 +28,9 @@ using mpq::current_isa;
 
 const mpq::Place kCpu{true, 0};
 
-// Below this many multiplications waking a second thread costs more than it saves. One against two threads, 4 bits, M =
-// 1, 2-core AMD EPYC: 768 x 768 18.6 and 22.5 us, 1024 x 1024 27.6 and 18.1 us; this is between the two.
-constexpr int64_t kSerialWork = 3 << 18;
-
 // Torch's own thread pool, so that the threads of the model and of these kernels never compete.
 cpu::Parallel torch_pool(int64_t work) {
-  if (work < kSerialWork) return {nullptr, nullptr};
+  if (work < cpu::kSerialWork) return {nullptr, nullptr};
   return {[](void*, int64_t n, void (*task)(void*, int64_t, int64_t), void* ctx) {
             torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { task(ctx, begin, end); });
           },

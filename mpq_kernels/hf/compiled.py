@@ -64,9 +64,9 @@ def compile_decoding(model: Any, cache_tokens: int | None = None) -> None:
     positions = getattr(text, "max_position_embeddings", None) or CACHE_TOKENS
     config.max_cache_len = cache_tokens or min(CACHE_TOKENS, positions)
     cuda = model.device.type == "cuda"
-    config.compile_config = CompileConfig(
-        fullgraph=True, mode=CUDA_MODE if cuda else None, options=None if cuda else dict(CPU_OPTIONS)
-    )
+    # Torch takes a mode or options, not both; the annotation of transformers does not know a mode of None.
+    how: dict[str, Any] = {"mode": CUDA_MODE} if cuda else {"mode": None, "options": dict(CPU_OPTIONS)}
+    config.compile_config = CompileConfig(fullgraph=True, **how)
     config.compile_config._compile_all_devices = True
     if not cuda:
         _use_decode_attention(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..files.strict import close_names, short
-from . import awq, compressed, gguf, gptq, hqq, mlx, quanto, torchao
+from . import awq, compressed, gguf, gptq, hqq, mlx, mxfp4, quanto, torchao
 from .stored import Stored
 from .weight import Found
 
@@ -35,6 +35,7 @@ FORMATS: dict[str, Format] = {
     "quanto": Format("optimum-quanto, qint8", quanto.is_quanto, quanto.read_quanto),
     "mlx": Format("MLX, affine, 2, 3, 4, 5, 6 and 8 bits", mlx.is_mlx, mlx.read_mlx),
     "gguf": Format("GGUF: legacy and K types, MXFP4", gguf.is_gguf, gguf.read_gguf),
+    "mxfp4": Format("MXFP4 experts of gpt-oss", mxfp4.is_mxfp4, mxfp4.read_mxfp4),
     "awq": Format("AWQ, 4 bits, gemm and gemv", awq.is_awq, awq.read_awq),
 }
 
@@ -43,7 +44,6 @@ DENSE_SOURCE = "`mpq pack` reads it as a dense model, and quantizes it"
 REFUSED = {
     "mpq": "it is packed already",
     "fp8": DENSE_SOURCE,
-    "mxfp4": DENSE_SOURCE,
     "bitsandbytes": "its int8 weights are two products in fp32, and its 4 bits name values of a table: neither is a "
     "code times a scale; dequantize it in transformers, and pack that",
     "exl2": "its scales are products of numbers of 4 bits and others; import a GPTQ or GGUF of the model",

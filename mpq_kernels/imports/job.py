@@ -39,7 +39,7 @@ class ImportJob(PackJob):
         weight = _foreign(self.source, spec)
         if weight is None:
             return super()._digests(spec, dense)
-        out = {spec.tensor: digest(self.source.files.read(part.name) for part in weight.parts)}
+        out = {spec.tensor: digest(weight.stored(self.source.files))}
         bias = self.source.bias(spec)
         if bias is not None and spec.bias_tensor is not None:
             out[spec.bias_tensor] = digest([bias])
@@ -110,6 +110,8 @@ def taken(source: ForeignCheckpoint, resolved: ResolvedPlan) -> dict[str, str]:
 def _foreign(source: ForeignCheckpoint, spec: LinearSpec) -> ForeignWeight | None:
     """The quantized weight that is the weight of a linear; None where it is dense. Raises CheckpointError."""
     tensor = source.tensors[spec.tensor]
+    if spec.tensor in source.experts:
+        return source.experts[spec.tensor](spec)
     if not isinstance(tensor, ForeignTensor):
         return None
     if spec.origin is not None:

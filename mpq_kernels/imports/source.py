@@ -8,6 +8,7 @@ So linears, experts and embeddings are found as in a dense checkpoint, whatever 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ..dense.checkpoint import CONFIG_FILE, DenseCheckpoint, compute_dtype
 from ..dense.conversions import Table
 from ..dense.kinds import is_linear, is_transposed
+from ..dense.linears import LinearSpec
 from ..dense.model import build_meta_model
 from ..errors import CheckpointError
 from ..files.safetensors import NAMES, TensorEntry
@@ -27,11 +29,15 @@ from .weight import ForeignTensor, ForeignWeight, Found
 
 @dataclass(frozen=True, eq=False)
 class ForeignCheckpoint(DenseCheckpoint):
-    """format: its name in FORMATS. weights: by module, as the files name it. notes: for the report."""
+    """format: its name in FORMATS. weights: by module, as the files name it. notes: for the report.
+
+    experts: as in Found.
+    """
 
     format: str = ""
     weights: dict[str, ForeignWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    experts: dict[str, Callable[[LinearSpec], ForeignWeight]] = field(default_factory=dict)
 
     @classmethod
     def open_as(cls, model_dir: str | os.PathLike[str], form: str = AUTO) -> ForeignCheckpoint:
@@ -44,7 +50,17 @@ class ForeignCheckpoint(DenseCheckpoint):
         found = FORMATS[form].read(stored)
         dtype = compute_dtype(stored.path / CONFIG_FILE, stored.config, stored.files)
         tensors = _tensors(stored, found, dtype)
-        return cls(stored.path, stored.config, dtype, stored.files, tensors, form, found.weights, tuple(found.notes))
+        return cls(
+            stored.path,
+            stored.config,
+            dtype,
+            stored.files,
+            tensors,
+            form,
+            found.weights,
+            tuple(found.notes),
+            found.experts,
+        )
 
     def other_files(self) -> list[str]:
         """Files to carry along: not those that say how the source was quantized."""
@@ -76,7 +92,7 @@ def _tensors(stored: Stored, found: Found, dtype: torch.dtype) -> dict[str, Stor
     if dropped:
         found.notes.append(f"{len(dropped)} biases are zeros, and the model has none there: they are left out")
     kept = {name: tensor for name, tensor in stored.tensors.items() if name not in found.used | dropped}
-    return kept | out
+    return kept | out | found.tensors
 
 
 def _owner(model: Any, table: Table, tensor: str) -> Any:

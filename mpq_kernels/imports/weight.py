@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..dense.decoded import DecodedTensor
+from ..dense.linears import LinearSpec
 from ..errors import CheckpointError, FormatError
 from ..files.shards import StoredTensor, TensorFiles
 from ..format.layout import WeightLayout
@@ -21,7 +22,7 @@ class ForeignWeight:
     """The weight [N, K] of a module, exactly as codes of ours.
 
     name: of the module, as the files have it. parts: all stored tensors that it is made of. make: reads its codes.
-    says: how it is stored, for reports.
+    says: how it is stored, for reports. pieces: what of the parts it is made of, where that is not all of them.
     """
 
     name: str
@@ -30,6 +31,11 @@ class ForeignWeight:
     layout: WeightLayout
     says: str
     make: Callable[[TensorFiles], QuantizedWeight]
+    pieces: Callable[[TensorFiles], Iterable[torch.Tensor]] | None = None
+
+    def stored(self, files: TensorFiles) -> Iterable[torch.Tensor]:
+        """All that is read for it."""
+        return (files.read(part.name) for part in self.parts) if self.pieces is None else self.pieces(files)
 
     def read(self, files: TensorFiles) -> QuantizedWeight:
         """The codes. Raises CheckpointError for values that no such file should hold."""
@@ -67,12 +73,15 @@ class Found:
     """What the reader of a format finds in a checkpoint.
 
     weights: by module. used: names of all stored tensors that belong to them. notes: what is not as the files say, for
-    reports. left: files beside the weights that say how those were quantized -> why they are not carried along.
+    reports. experts: of tensors that hold the linears of many experts, what makes the weight of one; tensors: those, as
+    the dense ones that they mean.
     """
 
     weights: dict[str, ForeignWeight] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    experts: dict[str, Callable[[LinearSpec], ForeignWeight]] = field(default_factory=dict)
+    tensors: dict[str, DecodedTensor] = field(default_factory=dict)
 
     def add(self, weight: ForeignWeight) -> None:
         """Take a weight and all its tensors."""

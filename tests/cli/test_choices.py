@@ -37,6 +37,7 @@ TABLES: dict[str, Iterable[str]] = {
 FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}, ("import",): {"auto", *IMPORTED}}
 LESS = {  # commands that take only a part of a table
     ("plan", "latency", "dtype"): COMPUTE_DTYPES,
+    ("export", "dtype"): COMPUTE_DTYPES,
     ("plan", "allocate", "quantizer"): {"rtn", "hqq"},
     ("plan", "sweep", "quantizer"): {"rtn", "hqq"},
 }
@@ -48,6 +49,9 @@ NEEDED = {  # what stands before the option, so that only its value is wrong
     ("ppl",): ["packed", "--text", "text.txt"],
     ("kld",): ["packed", "--original", "dense"],
     ("bench",): ["packed"],
+    ("serve",): ["packed"],
+    ("eval",): ["packed", "--tasks", "x"],
+    ("export",): ["packed", "new", "--to", "onnx"],
     ("plan", "uniform"): ["dense", "--bits", "4"],
     ("plan", "allocate"): ["dense", "--budget", "3"],
     ("plan", "sweep"): ["dense", "--text", "text.txt", "-o", "o.json"],
@@ -86,9 +90,9 @@ def test_help_lists_the_values_and_another_is_wrong_usage(run, monkeypatch, word
 
 
 def test_every_command_that_prints_results_has_json():
-    """All of them but `plan uniform`, whose stdout is the plan: JSON already."""
+    """All of them but `plan uniform`, whose stdout is the plan: JSON already, and `serve`, which only runs."""
     without = {words for words, command in COMMANDS.items() if "as_json" not in inspect.signature(command).parameters}
-    assert without == {("plan", "uniform")}
+    assert without == {("plan", "uniform"), ("serve",)}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import mpq_kernels as mpq
 from mpq_kernels.checkpoint.packed import PackedCheckpoint
@@ -20,6 +22,7 @@ from tests.made.foreign_checkpoints import (
     mlx_checkpoint,
 )
 from tests.made.packed import digests
+from tests.made.quantized_sources import mxfp4_checkpoint
 from tests.made.resumed import Killed
 
 IDS = torch.arange(3, 15)[None]
@@ -100,6 +103,22 @@ def test_the_report(tmp_path):
     assert (config["quant_method"], config["quantizer"]) == ("mpq", "imported from gptq")
     data = json.loads(json.dumps(report.to_dict()))
     assert data["taken"]["model.layers.0.self_attn.v_proj"] == said and "errors" not in data["modules"][0]
+
+
+def test_mxfp4(tmp_path):
+    """Every expert is that of transformers; gate and up are every other row of one tensor."""
+    mxfp4_checkpoint(tmp_path / "source")
+    report = mpq.import_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert report.taken["model.layers.0.mlp.experts.1.up_proj"] == "mxfp4, 5 bits, groups of 32"
+    stored, held = load_file(tmp_path / "source" / "model.safetensors"), PackedCheckpoint.open(tmp_path / "out")
+    for name in held.modules:
+        base = f"{name}_proj"
+        wanted = convert_moe_packed_tensors(stored[f"{base}_blocks"], stored[f"{base}_scales"]).transpose(1, 2)
+        if name.endswith("gate_up"):
+            wanted = torch.cat([wanted[:, 0::2], wanted[:, 1::2]], dim=1)
+        assert torch.equal(dequantize(held.weight(name)).bfloat16().view(wanted.shape), wanted)
+    assert len(held.modules) == 4 and report.packed.decoded == ()
+    assert torch.isfinite(mpq.load(tmp_path / "out")(IDS).logits).all()
 
 
 @pytest.mark.parametrize("kept", [False, True])

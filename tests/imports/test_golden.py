@@ -46,4 +46,4 @@ def test_the_weight_is_that_of_its_library(name, case, tmp_path):
 
 
 def test_every_format_has_a_golden_file():
-    assert set(FORMATS) <= set(FILES)
+    assert set(FORMATS) - {"mxfp4"} <= set(FILES)  # transformers itself is the oracle of that one

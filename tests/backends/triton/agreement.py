@@ -17,9 +17,11 @@ from mpq_kernels.checkpoint.packed import PackedCheckpoint
 from mpq_kernels.format import reference
 from mpq_kernels.format.codes import FORMATS, SCALE_DTYPES
 from mpq_kernels.format.kinds import ZERO_KINDS
+from mpq_kernels.format.words import pack_weight
 from mpq_kernels.nn.linear import packed_modules
 from tests.backends.cuda import simulated
 from tests.made.checkpoints import tiny_model
+from tests.made.weights import random_weight
 
 DTYPES = (torch.float16, torch.bfloat16)
 LOADED = ("cpu", "reference", "triton")
@@ -133,3 +135,29 @@ def test_one_hot_x_gives_the_same_bits_everywhere(layers, name, dtype):
     wanted = reference.dequantize(packed, dtype).T
     for backend, y in outputs(layers, name, torch.eye(packed.layout.in_features).to(dtype), with_bias=False).items():
         assert torch.equal(y, wanted), backend
+
+
+@pytest.mark.parametrize(("zero", "group"), [*((zero, 64) for zero in ZERO_KINDS), ("int", 9)])
+def test_an_infinite_x_leaves_no_finite_number_in_its_row_and_the_others_alone(zero, group):
+    """Inf times the code 0 is NaN, whatever the weight; docs/robustness.md has what each backend gives."""
+    packed = pack_weight(random_weight(64, 72 if group == 9 else 64, 2, group, zero))
+    operands = (packed.qweight, packed.scales, packed.zeros, packed.perm)
+    shape = (packed.layout.segment_ints(), packed.layout.out_features, packed.layout.in_features)
+    held = [None if tensor is None else simulated.aligned(tensor) for tensor in operands]
+    clean = torch.randn(3, packed.layout.in_features).half()
+    x = clean.clone()
+    x[1, 5] = float("inf")
+    made = {}
+    for backend in (*LOADED, "simulated"):
+        linear = simulated.operators().linear if backend == "simulated" else BACKENDS[backend].linear
+        weight = held if backend == "simulated" else operands
+        made[backend], wanted = (linear(rows, *weight, None, *shape) for rows in (x, clean))
+        assert not made[backend][1].isfinite().any(), backend
+        assert torch.equal(made[backend][[0, 2]], wanted[[0, 2]]), backend
+    # A dense product: NaN where the weight is 0, else its sign.
+    column = reference.dequantize(packed, torch.float16)[:, 5].double()
+    dense = (column * float("inf")).half()
+    assert torch.equal(made["reference"][1].nan_to_num(), dense.nan_to_num())
+    as_dense = torch.equal(made["triton"][1].nan_to_num(), dense.nan_to_num())
+    # Zeros that are subtracted in operand A, and weights that are decoded first.
+    assert as_dense == (zero not in ("float", "min") or group == 9)

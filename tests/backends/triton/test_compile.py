@@ -48,7 +48,7 @@ def test_compiles_without_spills(counts, arch, case):
         # 16 chunks of k16 x m64 for 64 columns of 256 rows, by each width. Stores in the loop: one for the scales of
         # 256 rows in 128 threads; float zeros add theirs and the sums of x. Operand A of one step would take 16.
         assert counts.wgmma == len(case.kinds) * case.step // 4, counts
-    if arch in ("sm_80", "sm_90", "sm_120"):
+    if not arch.startswith("gfx"):
         # Words of a step in so many buffers, the one that is multiplied among them: `stages` less the one to come.
         step_bytes = max(bits for bits, _ in case.kinds) * 64 * 4 * case.step // 8
         stages = configs.stages(configs.TABLE["cuda"][0].num_stages, max(bits for bits, _ in case.kinds), case.step)
