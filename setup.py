@@ -12,7 +12,8 @@
 All include csrc/generated/layout.h, which is written here from mpq_kernels/format/codes.py and kinds.py. Environment:
 
     MPQ_CUDA_ARCHS   architectures, ";" between them, "+PTX" for code that later ones compile when they load it;
-                     "80;89;90;100+PTX" unless told. "none" builds no CUDA part.
+                     "80;90+PTX" unless told: 8.6 and 8.9 run the code of 8.0, and 10.0 and later compile that of 9.0
+                     once, when they first load it. "none" builds no CUDA part.
     CUDA_HOME, CXX   toolkit and host compiler, where they are not on the PATH.
 """
 
@@ -39,7 +40,7 @@ PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -Wall -Wextra"
 # A file of csrc/cpu/instances names its instruction set itself; it is compiled for x86-64 only, and chosen at run time.
 ISA_FLAGS = re.compile(r"^// x86-64 flags: (.*)$", re.MULTILINE)
-CUDA_ARCHS = "80;89;90;100+PTX"
+CUDA_ARCHS = "80;90+PTX"
 # The instructions that kernels are written in: those of the newest of these that an architecture has. Each is compiled
 # once, whatever the number of architectures that machine code is made for.
 CUDA_VIRTUAL = (80, 90)
