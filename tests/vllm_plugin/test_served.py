@@ -99,7 +99,8 @@ def test_two_ranks_are_one(name, made, expected, tmp_path):
     with server(made[name], tmp_path / "log", "--enforce-eager", "--tensor-parallel-size", "2") as port:
         assert served(port) == expected[name]
     said = (tmp_path / "log").read_text()
-    assert "mpq: " in said and " on rank 1: " in said or name == "mixture"
+    assert "k_proj on rank 1: " in said or "qkv_proj on rank 1: " in said
+    assert ("this rank holds 2 of 4 experts" in said) == (name == "mixture")
 
 
 def test_compiled(made, expected, tmp_path):
