@@ -87,6 +87,17 @@ def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **words)[0, len(prompt) :].tolist()
 
 
+@torch.no_grad()
+def settled(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> list[int]:
+    """The first of these tokens, up to where transformers itself, given all at once, would go on differently.
+
+    Of a mixture two experts may be chosen by the last bit of a sum, whose order depends on how many tokens there are.
+    """
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    same = logits.argmax(-1) == torch.tensor(tokens)
+    return tokens if bool(same.all()) else tokens[: int(same.int().argmin())]
+
+
 class Client:
     """One connection to a server of this machine."""
 
@@ -128,6 +139,7 @@ def server(path: Path, log: Path, *flags: str, dtype: str = "float32") -> Iterat
         "packed", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--dtype", dtype, *flags,
     ]  # fmt: skip
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    quiet["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two ranks on one node of memory
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **quiet}, start_new_session=True
