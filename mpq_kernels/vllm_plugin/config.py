@@ -50,7 +50,7 @@ class MPQConfig(QuantizationConfig):
             for tied in module.shared:
                 self.shared[tied] = name
 
-    def get_name(self) -> str:  # type: ignore[override]
+    def get_name(self) -> str:
         """As in config.json."""
         return QUANT_METHOD
 
@@ -92,7 +92,7 @@ class MPQConfig(QuantizationConfig):
         self.packing = replace(self.packing, modules=modules, floats=floats)
         self._index()
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Renamings of stored tensors: fused weights get the name of vLLM's own merged layer."""
         names: dict[re.Pattern[str], str | None] = {}
         for module in self.packing.modules.values():

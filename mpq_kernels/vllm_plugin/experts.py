@@ -58,7 +58,7 @@ class MPQExpertsMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -116,7 +116,7 @@ class MPQExpertsMethod(FusedMoEMethodBase):
             tensors["bias"] = held["bias"].view(count, rows)[self.mine].reshape(-1).to(self.device, copy=True)
         return tensors
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make parameters of what was loaded."""
         for leaf in PARTS:
             if leaf not in self.shapes:
@@ -125,13 +125,13 @@ class MPQExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{leaf}_{key}", nn.Parameter(tensor, requires_grad=False))
         self.held = {leaf: {} for leaf in PARTS}
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         """What vLLM's own kernels would need: nothing, they are not used."""
         return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -158,12 +158,12 @@ class MPQExpertsMethod(FusedMoEMethodBase):
         weights = weights * (here >= 0).view(tokens, k)
         return (placed.view(tokens, k, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
-    def _product(self, layer: nn.Module, leaf: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def _product(self, layer: Any, leaf: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         held = layer._parameters
         weight = [held.get(f"{leaf}_{key}") for key in (*PACKED, "bias")]
         return self.products[leaf](rows, *weight, offsets, *self.shapes[leaf])
 
-    def _activate(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def _activate(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The gate between both products: gate and up lie one after the other, whatever the family's files have."""
         kind = layer.activation
         if kind == MoEActivation.SILU and layer.swiglu_limit is None:
@@ -180,7 +180,7 @@ class MPQExpertsMethod(FusedMoEMethodBase):
         return apply_moe_activation(kind, out, hidden)
 
 
-def owned_experts(layer: nn.Module, count: int) -> list[int]:
+def owned_experts(layer: Any, count: int) -> list[int]:
     """The experts that this rank holds, in order: vLLM's own choice with expert parallelism, else equal blocks."""
     config = layer.moe_config
     if config.use_ep:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,12 +41,12 @@ class Launch:
     embedding: Product | None = None
     shape: tuple[list[int], int, int] | None = None
 
-    def packed(self, layer: nn.Module) -> list[torch.Tensor | None]:
+    def packed(self, layer: Any) -> list[torch.Tensor | None]:
         """The tensors of a packed weight, as operators take them."""
         held = layer._parameters
         return [held[self.names[key]] if key in self.names else None for key in PACKED]
 
-    def run(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def run(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., K of this rank) -> the rows that are wanted. bias: only where all rows are."""
         if self.before or self.after:
             x = nn.functional.pad(x, (self.before, self.after))
@@ -72,7 +73,7 @@ class Launches:
 
     each: tuple[Launch, ...]
 
-    def run(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def run(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., K of this rank) -> (..., N of this rank) in the dtype of x."""
         if len(self.each) == 1 and self.each[0].rows is None:
             return self.each[0].run(layer, x, bias)
@@ -81,7 +82,7 @@ class Launches:
         return y if bias is None else y + bias
 
 
-def place(layer: nn.Module, kept: Sequence[Kept]) -> Launches:
+def place(layer: Any, kept: Sequence[Kept]) -> Launches:
     """Make parameters of a layer out of what it keeps, in place of the empty ones that its loader saw."""
     for name in [*PACKED, "weight"]:
         layer._parameters.pop(name, None)
@@ -113,7 +114,7 @@ def _fits(group: list[Kept], part: Kept) -> bool:
     )
 
 
-def _launch(layer: nn.Module, group: list[Kept], tail: str) -> Launch:
+def _launch(layer: Any, group: list[Kept], tail: str) -> Launch:
     weight = group[0].weight
     rows, start = [], 0
     for part in group:
@@ -147,6 +148,6 @@ def _rows(part: Kept) -> int:
     return len(weight if isinstance(weight, torch.Tensor) else weight.qweight)
 
 
-def _register(layer: nn.Module, names: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+def _register(layer: Any, names: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
     for key, name in names.items():
         layer.register_parameter(name, nn.Parameter(tensors[key], requires_grad=False))

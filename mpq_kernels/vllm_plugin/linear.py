@@ -37,7 +37,7 @@ class MPQLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -119,7 +119,7 @@ class MPQLinearMethod(LinearMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put what was loaded together, and choose the kernels."""
         for source in self.sources.values():
             source.check_loaded()
@@ -127,12 +127,12 @@ class MPQLinearMethod(LinearMethodBase):
         self.launches = place(layer, kept)
         self.sources, self.order = {}, []
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., K of this rank) -> (..., N of this rank)."""
         return self.launches.run(layer, x, bias)
 
 
-def full_sizes(layer: nn.Module, parts: list[int], output_size: int) -> list[int]:
+def full_sizes(layer: Any, parts: list[int], output_size: int) -> list[int]:
     """Rows of each output over all ranks, as the files have them."""
     if len(parts) == 3 and hasattr(layer, "total_num_kv_heads"):
         heads, key_values = layer.total_num_heads, layer.total_num_kv_heads

@@ -30,11 +30,11 @@ class MPQVocabMethod(QuantizeMethodBase):
         self.prefix, self.module = prefix, module
         self.source: Source | None = None
         self.launches = Launches(())
-        self.owner: tuple[nn.Module, MPQVocabMethod] | None = None
+        self.owner: tuple[Any, MPQVocabMethod] | None = None
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -77,7 +77,7 @@ class MPQVocabMethod(QuantizeMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Choose the kernels."""
         if self.source is not None:
             self.source.check_loaded()
@@ -88,7 +88,7 @@ class MPQVocabMethod(QuantizeMethodBase):
         nan = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
         layer.weight = nan.expand(self.width, layer.embedding_dim)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Multiply by the embedding's weight from now on, unless the files have one for this layer."""
         if self.module is not None:
             return layer
@@ -98,7 +98,7 @@ class MPQVocabMethod(QuantizeMethodBase):
         self.owner = (embed_tokens, method)
         return layer
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., K) -> logits (..., rows of this rank, with vLLM's padding, which is 0)."""
         if self.owner is not None:
             return self.owner[1].apply(self.owner[0], x, bias)
@@ -107,7 +107,7 @@ class MPQVocabMethod(QuantizeMethodBase):
             y = nn.functional.pad(y, (0, self.width - self.valid))
         return y if bias is None else y + bias
 
-    def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """ids (...), counted from this rank's first row -> rows (..., K). Those of other ranks come as 0."""
         launch = self.launches.each[0]
         if launch.embedding is None or launch.shape is None:
