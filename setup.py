@@ -45,6 +45,7 @@ CUDA_ARCHS = "80;90+PTX"
 # once, whatever the number of architectures that machine code is made for.
 CUDA_VIRTUAL = (80, 90)
 CUDA_OLDEST = (12, 4)
+CUDA_COMPRESSES = (12, 8)  # from here on nvcc makes machine code a seventh of its size
 # Symbols of torch are found when the library is loaded. The CUDA runtime is part of it, so that torch may have another
 # one, or be built without; it needs a driver of its major version, and mpq_kernels/backends/cuda.py tells if not.
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
@@ -154,8 +155,7 @@ def find_nvcc() -> Path | None:
     if found is None:
         print(f"mpq_kernels: no nvcc {'in CUDA_HOME=' + home if home else 'on the PATH'}: CUDA kernels are not built")
         return None
-    text = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
-    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+    version = nvcc_version(found)
     if version < CUDA_OLDEST:
         print(f"mpq_kernels: nvcc {version[0]}.{version[1]} is older than 12.4: CUDA kernels are not built")
         return None
@@ -163,17 +163,23 @@ def find_nvcc() -> Path | None:
     return Path(found)
 
 
-def warn_of_newer_runtime(nvcc_version: tuple[int, int]) -> None:
+def nvcc_version(nvcc: Path | str) -> tuple[int, ...]:
+    """Major and minor version of CUDA that an nvcc is of."""
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+
+
+def warn_of_newer_runtime(version: tuple[int, ...]) -> None:
     """The runtime that is linked in needs a driver of nvcc's major version; that of torch may need an older one."""
     try:
         import torch
     except ImportError:
         return  # torch_flags() says what to do
     wanted = torch.version.cuda
-    if wanted is not None and nvcc_version[0] > int(wanted.partition(".")[0]):
+    if wanted is not None and version[0] > int(wanted.partition(".")[0]):
         print(
-            f"mpq_kernels: nvcc is of CUDA {nvcc_version[0]}.{nvcc_version[1]}, torch of CUDA {wanted}: the kernels "
-            f"need a driver for CUDA {nvcc_version[0]}. For older drivers set CUDA_HOME to a toolkit of CUDA {wanted}"
+            f"mpq_kernels: nvcc is of CUDA {version[0]}.{version[1]}, torch of CUDA {wanted}: the kernels "
+            f"need a driver for CUDA {version[0]}. For older drivers set CUDA_HOME to a toolkit of CUDA {wanted}"
         )
 
 
@@ -207,6 +213,8 @@ def cuda_flags(nvcc: Path) -> tuple[str, str, str]:
         if arch != number:
             codes[virtual].append(f"compute_{virtual}")
     gencode = " ".join(f"-gencode 'arch=compute_{v},code=[{','.join(c)}]'" for v, c in codes.items())
+    if nvcc_version(nvcc) >= CUDA_COMPRESSES:
+        gencode += " --compress-mode=size"
     root = cuda_root(nvcc)
     includes = next(p for p in (root / "targets/x86_64-linux/include", root / "include") if p.is_dir())
     return gencode, f"-isystem {includes}", f"-L{static_runtime(root)} -lcudart_static -lpthread -ldl -lrt"

@@ -278,6 +278,7 @@ def test_command_on_a_cubin(built, capsys, tmp_path):
     f = figure(made("2048x2048", "4", 1), H200)
     words = ["--cubin", str(cubin), "--kernel", "decode_kernelILb0ELi1ELi4ELi4E", "--grid", str(plan.grid[0]), "--json"]
     words += ["--threads", str(32 * plan.warps), "--block", str(f.block), "--bytes", str(f.floor_us * 4.3e6)]
+    words += ["--scale-lanes", "12"]  # scales and zeros are copied together
     main([*words, "--params", f"{len(plan.params) // 8}Q:{values}"])
     found = json.loads(capsys.readouterr().out)
     assert found["cycles"] == f.middle.cycles

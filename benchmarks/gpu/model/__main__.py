@@ -51,6 +51,9 @@ def arguments() -> argparse.ArgumentParser:
     peer.add_argument("--threads", type=int, default=256)
     peer.add_argument("--block", type=int, default=66)
     peer.add_argument("--bytes", type=float, default=0, help="of the weight, for the floor")
+    peer.add_argument(
+        "--scale-lanes", type=int, default=8, help="lanes of a copy of scales that read different bytes; 12: and zeros"
+    )
     return p
 
 
@@ -113,7 +116,7 @@ def line(cells: tuple[str, ...]) -> str:
 def report_peer(args: argparse.Namespace, machine: Machine) -> None:
     """One block of another program's kernel."""
     launch = PeerLaunch(args.params, args.grid, args.threads, args.block)
-    f: PeerFigure = peer_figure(args.cubin, args.kernel, launch, machine, args.bytes)
+    f: PeerFigure = peer_figure(args.cubin, args.kernel, launch, machine, args.bytes, args.scale_lanes)
     if args.json:
         figures = {"modelled": True, "us": round(f.us, 2), "body_us": round(f.body_us, 2), "cycles": f.run.cycles,
                    "fraction_of_floor": round(f.floor_us / f.us, 3)}  # fmt: skip

@@ -12,14 +12,16 @@ from benchmarks.gpu.model.emulator import Launch
 from benchmarks.gpu.model.machines import GRAPH_NODE_US, Machine
 from benchmarks.gpu.model.pipeline import Run, simulate
 from benchmarks.gpu.model.problem import COUNTERS, Plan, Problem, prepare
+from benchmarks.gpu.sass_files import list_codes
 
 LIBRARY = Path(__file__).resolve().parents[3] / "mpq_kernels" / "_cuda.so"
 
 
 @cache
 def kernel(library: Path, name: str, arch: int) -> Code:
-    """A kernel, disassembled once."""
-    return read_code(library, name, arch)
+    """A kernel, disassembled once: the code that a device of `arch` would run, the newest of its own generation."""
+    held = [a for a in list_codes(library)[0] if a // 10 == arch // 10 and a <= arch]
+    return read_code(library, name, max(held, default=arch))
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,10 @@ class PeerFigure:
         return self.body_us + GRAPH_NODE_US
 
 
-def peer_figure(cubin: Path, kernel: str, launch: PeerLaunch, machine: Machine, weight_bytes: float) -> PeerFigure:
-    """Runs the model. weight_bytes: for the floor."""
+def peer_figure(
+    cubin: Path, kernel: str, launch: PeerLaunch, machine: Machine, weight_bytes: float, scale_lanes: int = 8
+) -> PeerFigure:
+    """Runs the model. weight_bytes: for the floor. scale_lanes: as in `simulate`."""
     code = read_code(cubin, kernel, machine.arch)
     turns = count()
 
@@ -68,5 +70,5 @@ def peer_figure(cubin: Path, kernel: str, launch: PeerLaunch, machine: Machine, 
 
     made = Launch(launch.packed, machine.params_at, (launch.block, 0), (launch.grid, 1), launch.threads // 32,
                   code.constants, load=load)  # fmt: skip
-    run = simulate(code.program, code.emulator.run(made), machine, phases=code.phases)
+    run = simulate(code.program, code.emulator.run(made), machine, phases=code.phases, scale_lanes=scale_lanes)
     return PeerFigure(run, machine, weight_bytes / machine.bandwidth * 1e6)
