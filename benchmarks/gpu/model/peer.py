@@ -70,5 +70,6 @@ def peer_figure(
 
     made = Launch(launch.packed, machine.params_at, (launch.block, 0), (launch.grid, 1), launch.threads // 32,
                   code.constants, load=load)  # fmt: skip
-    run = simulate(code.program, code.emulator.run(made), machine, phases=code.phases, scale_lanes=scale_lanes)
+    share = machine.bandwidth / min(launch.grid, machine.multiprocessors)
+    run = simulate(code.program, code.emulator.run(made), machine, share, code.phases, scale_lanes=scale_lanes)
     return PeerFigure(run, machine, weight_bytes / machine.bandwidth * 1e6)
