@@ -1,6 +1,6 @@
 // What custom operators need of the C interface of ONNX Runtime, version 16 of it (1.16 and later): that package's
 // wheel has no headers. The runtime keeps these structures as they are and adds at their ends, so numbers and order
-// hold for later versions too. After include/onnxruntime/core/session/onnxruntime_c_api.h, MIT,
+// hold for later versions too. After the C API of ONNX Runtime (onnxruntime_c_api), MIT,
 // https://github.com/microsoft/onnxruntime
 #pragma once
 
