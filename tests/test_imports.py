@@ -18,7 +18,7 @@ LAYERS = (
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate"),
     ("hf", "packer"),
-    ("evaluate", "imports"),
+    ("evaluate", "imports", "exports"),
     ("allocate",),
     ("__init__",),
     ("cli",),

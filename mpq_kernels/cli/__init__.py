@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..version import VERSION
-from . import bench, doctor, eval, generate, imports, inspect, kld, pack, plan, ppl, serve, tune, verify
+from . import bench, doctor, eval, export, generate, imports, inspect, kld, pack, plan, ppl, serve, tune, verify
 from .choices import Command
 from .output import fail
 
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "import": imports.command,
     "inspect": inspect.command,
     "verify": verify.command,
+    "export": export.command,
     "generate": generate.command,
     "serve": serve.command,
     "ppl": ppl.command,

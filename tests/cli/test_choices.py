@@ -11,6 +11,7 @@ from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.backends import ACTIVATIONS, BACKENDS
 from mpq_kernels.cli import plan
 from mpq_kernels.cli.choices import choices
+from mpq_kernels.cli.export import TARGETS as EXPORTED
 from mpq_kernels.dense.checkpoint import COMPUTE_DTYPES
 from mpq_kernels.format.codes import SCALE_DTYPES
 from mpq_kernels.format.kinds import ZERO_KINDS
@@ -33,6 +34,7 @@ TABLES: dict[str, Iterable[str]] = {
     "granularity": GRANULARITIES,
     "solver": SOLVERS,
     "dtype": {"auto", *COMPUTE_DTYPES},
+    "to": EXPORTED,
 }
 FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}, ("import",): {"auto", *IMPORTED}}
 LESS = {  # commands that take only a part of a table
@@ -48,6 +50,7 @@ NEEDED = {  # what stands before the option, so that only its value is wrong
     ("ppl",): ["packed", "--text", "text.txt"],
     ("kld",): ["packed", "--original", "dense"],
     ("bench",): ["packed"],
+    ("export",): ["packed", "new", "--to", "bf16"],
     ("plan", "uniform"): ["dense", "--bits", "4"],
     ("plan", "allocate"): ["dense", "--budget", "3"],
     ("plan", "sweep"): ["dense", "--text", "text.txt", "-o", "o.json"],
