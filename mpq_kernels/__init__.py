@@ -18,6 +18,7 @@ from .version import VERSION as __version__
 if TYPE_CHECKING:
     from .backends.cuda import warmup
     from .calibrate.calibration import Calibration
+    from .exports.convert import export_checkpoint
     from .imports.convert import import_checkpoint
     from .imports.load import load
     from .nn.linear import MixedLinear
@@ -29,6 +30,7 @@ _LAZY = {
     "Calibration": "calibrate.calibration",
     "MixedLinear": "nn.linear",
     "Plan": "plan.plan",
+    "export_checkpoint": "exports.convert",
     "import_checkpoint": "imports.convert",
     "load": "imports.load",
     "pack": "packer.pack",
@@ -47,6 +49,7 @@ __all__ = [
     "QuantizeError",
     "UnsupportedError",
     "__version__",
+    "export_checkpoint",
     "import_checkpoint",
     "load",
     "pack",

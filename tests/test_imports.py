@@ -18,7 +18,7 @@ LAYERS = (
     ("backends", "plan", "checkpoint"),
     ("nn", "calibrate", "jax", "onnx"),
     ("hf", "packer", "vllm_plugin"),
-    ("evaluate", "imports"),
+    ("evaluate", "imports", "exports"),
     ("allocate",),
     ("__init__",),
     ("cli",),

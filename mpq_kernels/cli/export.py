@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ import typer
 
 from .choices import OneOf
 from .options import ActivationsOption, JsonFlag, PackedDir, PlainDtypeOption
-from .output import count, print_json, print_table
+from .output import count, note, print_json, print_table
 
 ONNX_OPERATORS = ("auto", "nbits", "custom")
+CHECKPOINTS = ("bf16", "compressed-tensors", "gptq", "awq", "mlx")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,26 @@ def _print_onnx(data: dict[str, Any]) -> None:
     print(f"{data['path']}: {count(written, 'model')} of {count(len(rows), 'packed module')}")
 
 
+def _checkpoint(to: str, request: Request) -> dict[str, Any]:
+    from ..exports.convert import export_checkpoint
+
+    return export_checkpoint(request.out, request.made, to).to_dict()
+
+
+def _print_checkpoint(data: dict[str, Any]) -> None:
+    print_table(None, ["<linear", "<stored as"], [[name, says] for name, says in data["linears"].items()])
+    for text in data["notes"]:
+        note(text, False)
+    print(
+        f"{data['path']}: {count(len(data['linears']), 'linear')}, {count(len(data['kept']), 'kept tensor')}, files "
+        f"{data['file_bytes']:,} bytes"
+    )
+
+
 # Target -> (what writes it and returns what --json prints, what prints it as a table).
 TARGETS: dict[str, tuple[Callable[[Request], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
     "onnx": (_onnx, _print_onnx),
-}
+} | {name: (partial(_checkpoint, name), _print_checkpoint) for name in CHECKPOINTS}
 
 
 def command(
@@ -62,7 +80,7 @@ def command(
     activations: ActivationsOption = "exact",
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the packed modules of OUT in the form of another program: docs/plugging_in.md."""
+    """Write the packed directory OUT for another program: docs/exporting.md, for onnx docs/plugging_in.md."""
     write, show = TARGETS[to]
     data = {"path": str(made), "to": to} | write(Request(out, made, operators, dtype, activations))
     if as_json:

@@ -11,6 +11,8 @@ from mpq_kernels.allocate.methods import METHODS
 from mpq_kernels.backends import ACTIVATIONS, BACKENDS
 from mpq_kernels.cli import plan
 from mpq_kernels.cli.choices import choices
+from mpq_kernels.cli.export import ONNX_OPERATORS
+from mpq_kernels.cli.export import TARGETS as EXPORTED
 from mpq_kernels.dense.checkpoint import COMPUTE_DTYPES
 from mpq_kernels.format.codes import SCALE_DTYPES
 from mpq_kernels.format.kinds import ZERO_KINDS
@@ -33,6 +35,8 @@ TABLES: dict[str, Iterable[str]] = {
     "granularity": GRANULARITIES,
     "solver": SOLVERS,
     "dtype": {"auto", *COMPUTE_DTYPES},
+    "operators": ONNX_OPERATORS,
+    "to": EXPORTED,
 }
 FORMS = {("bench",): {"md", "csv"}, ("plan", "import"): {"auto", *FORMATS}, ("import",): {"auto", *IMPORTED}}
 LESS = {  # commands that take only a part of a table
