@@ -42,8 +42,10 @@ class MPQConfig(QuantizationConfig):
         self.shared: dict[str, str] = {}
         for name, module in modules.items():
             if module.experts is not None:
-                parts = self.experts.setdefault(module.experts.module, {})
-                parts[name.rpartition(".")[2]] = module
+                # vLLM's layer is called as in the files, which may not be as in transformers (Mixtral).
+                block, _, leaf = name.rpartition(".")
+                for place in {block, module.experts.module}:
+                    self.experts.setdefault(place, {})[leaf] = module
                 continue
             for dense in module.replaced():
                 self.owners[dense] = module

@@ -155,7 +155,8 @@ class MPQExpertsMethod(FusedMoEMethodBase):
         y = self._product(layer, DOWN, hidden, offsets)
         placed = torch.empty_like(y)
         placed[order] = y
-        weights = weights * (here >= 0).view(tokens, k)
+        # Not times 0: what the stand-in makes of rows that are not its own may overflow.
+        placed = torch.where((here >= 0).unsqueeze(1), placed, 0)
         return (placed.view(tokens, k, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def _product(self, layer: Any, leaf: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

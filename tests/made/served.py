@@ -66,6 +66,12 @@ MODELS = {
             "re:.*gate_proj": {"bits": 5, "group_size": 16},
         },
     }),
+    # Its experts have another name in the files and in vLLM than in transformers.
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 96, "tie_word_embeddings": False}, {
+        "version": 1,
+        "default": {"bits": 4, "group_size": 32},
+        "modules": {"re:.*experts\\.2\\..*": {"bits": 3, "group_size": 16}},
+    }),
 }  # fmt: skip
 PROMPTS = [list(range(3, 15)), list(range(40, 58)), [7, 9, 200, 3], [1999, 5, 1000, 77, 300, 4, 4]]
 
@@ -73,7 +79,9 @@ PROMPTS = [list(range(3, 15)), list(range(40, 58)), [7, 9, 200, 3], [1999, 5, 10
 def packed_model(name: str, root: Path) -> Path:
     """A folder that `mpq pack` wrote, with a tokenizer."""
     family, sizes, plan = MODELS[name]
-    tiny_model(family, root / f"{name}-dense", dtype=torch.bfloat16, sizes=SIZES | sizes)
+    # transformers leaves the router of a Mixtral in the dtype of the files, whatever dtype is asked for.
+    dtype = torch.float32 if family == "mixtral" else torch.bfloat16
+    tiny_model(family, root / f"{name}-dense", dtype=dtype, sizes=SIZES | sizes)
     mpq.pack(root / f"{name}-dense", root / name, mpq.Plan.from_dict(plan), quantizer="rtn")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, root / name)

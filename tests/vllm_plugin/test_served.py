@@ -90,7 +90,7 @@ def check_load(port, requests=2000, together=64):
     assert all(same), f"{same.count(False)} of {requests} answers differ from those of single requests"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mixture"])
+@pytest.mark.parametrize("name", ["qwen3", "mixture", "mixtral"])
 def test_other_families(name, made, expected, tmp_path):
     with server(made[name], tmp_path / "log", "--enforce-eager") as port:
         assert served(port, expected[name]) == expected[name]
@@ -102,7 +102,7 @@ def test_two_ranks_are_one(name, made, expected, tmp_path):
         assert served(port, expected[name]) == expected[name]
     said = (tmp_path / "log").read_text()
     assert "k_proj on rank 1: " in said or "qkv_proj on rank 1: " in said
-    assert ("this rank holds 2 of 4 experts" in said) == (name == "mixture")
+    assert ("this rank holds 2 of 4 experts" in said) == (name in ("mixture", "mixtral"))
 
 
 def test_compiled(made, expected, tmp_path):
