@@ -12,8 +12,8 @@ ISAS = torch.ops.mpq.cpu_isas().split(",")
 
 @pytest.fixture(autouse=True)
 def poison():
-    """torch.empty gives NaN, so that an output element which nobody wrote is found; every test has the same seed, and the
-    instruction set of the process, whatever an earlier one chose.
+    """torch.empty gives NaN, so that an output element which nobody wrote is found; every test has the same seed and
+    the instruction set of the process, whatever an earlier one chose.
     """
     torch.ops.mpq.set_cpu_isa(ISAS[0])
     torch.manual_seed(0)
