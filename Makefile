@@ -113,9 +113,11 @@ $(VLLM)/.installed: | $(VENV)/.environment
 test-vllm: install $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_FLAGS)
 
-# Exported models compiled by AOTInductor, in Python and in a C++ program: a minute or two of compilers.
+# What takes minutes of compilers and servers: models exported to AOTInductor, in Python and in a C++ program, decode
+# steps compiled by Inductor, `mpq serve` over loopback.
 test-export: install
-	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py $(PYTEST_FLAGS)
+	MPQ_TEST_EXPORT=1 $(BIN)/python -m pytest tests/hf/test_export.py tests/hf/test_compiled.py \
+		tests/cli/test_serve.py $(PYTEST_FLAGS)
 
 $(ORACLES)/.installed: pyproject.toml | $(VENV)/.environment
 	$(BIN)/python -m venv $(ORACLES)

@@ -141,7 +141,7 @@ def cache_name(model: Any) -> str:
     """What a model calls the cache that it is given and gives back: "cache" in newer releases of transformers."""
     import inspect
 
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(getattr(model, "forward", model)).parameters else "past_key_values"
 
 
 def _use_decode_attention(model: Any) -> None:

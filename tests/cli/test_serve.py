@@ -63,6 +63,7 @@ class Server:
         self.process.wait(30)
 
 
+@pytest.mark.skipif(os.environ.get("MPQ_TEST_EXPORT") != "1", reason="a minute of servers: make test-export")
 @pytest.mark.skipif(bool(MISSING), reason=f"without {', '.join(MISSING)}: {serve.INSTALL}")
 def test_requests_get_the_tokens_of_generate(run, space):
     expected = run("generate", "mixed", "--prompt", PROMPT, "--max-new-tokens", 7, "--json").json()

@@ -1,6 +1,7 @@
 """`load(..., compile=True)`: the tokens of the eager model, one compilation of the decode step, no graph break."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def tokens(model):
     return [*found, model.generate(BATCH, attention_mask=mask, max_new_tokens=8, **GREEDY)]
 
 
+@pytest.mark.skipif(os.environ.get("MPQ_TEST_EXPORT") != "1", reason="compiles for long: make test-export")
 def test_inductor_gives_the_same_tokens(llama, fresh):
     if (reason := compiled.why_no_compiler("cpu")) is not None:
         pytest.skip(reason)
