@@ -203,6 +203,7 @@ class _Reader:
         return None
 
     def header(self) -> GgufHeader:
+        """All that stands before the data. Raises the error of `fail` for what is no header."""
         if self.take(4) != MAGIC or self.number("I") not in VERSIONS:
             raise self.fail(f"does not begin as GGUF of versions {VERSIONS}")
         tensors, values = self.count("tensors"), self.count("values")

@@ -68,13 +68,9 @@ class SimulatedTiles {
 
   template <typename XByte, typename WByte>
   void dot_as(int to, int left, int right) {
-    if (!usable(to) || !usable(left) || !usable(right)) return;
+    if (!fitting(to, left, right)) return;
     Register& sums = registers_[to];
     const Register &x = registers_[left], &w = registers_[right];
-    const bool fits = to != left && to != right && left != right && sums.bytes % 4 == 0 && x.bytes % 4 == 0 &&
-                      sums.rows == x.rows && sums.bytes == w.bytes && x.bytes / 4 == w.rows;
-    expect(fits);
-    if (!fits) return;
     Register out{sums.rows, sums.bytes, {}};
     for (int m = 0; m < sums.rows; ++m) {
       for (int n = 0; n < sums.bytes / 4; ++n) {
@@ -93,13 +89,9 @@ class SimulatedTiles {
 
   // TDPBF16PS: even and odd columns are added up apart, from zero on, in fused steps; subnormal factors and sums are 0.
   void dot_bf16(int to, int left, int right) {
-    if (!usable(to) || !usable(left) || !usable(right)) return;
+    if (!fitting(to, left, right)) return;
     Register& sums = registers_[to];
     const Register &x = registers_[left], &w = registers_[right];
-    const bool fits = to != left && to != right && left != right && sums.bytes % 4 == 0 && x.bytes % 4 == 0 &&
-                      sums.rows == x.rows && sums.bytes == w.bytes && x.bytes / 4 == w.rows;
-    expect(fits);
-    if (!fits) return;
     for (int m = 0; m < sums.rows; ++m) {
       for (int n = 0; n < sums.bytes / 4; ++n) {
         float parts[2] = {};
@@ -155,6 +147,16 @@ class SimulatedTiles {
     float value;
     std::memcpy(&value, &bits, 4);
     return flushed(value);
+  }
+
+  // Whether the registers of a product can be used, differ, and have shapes that belong together.
+  bool fitting(int to, int left, int right) const {
+    if (!usable(to) || !usable(left) || !usable(right)) return false;
+    const Register &sums = registers_[to], &x = registers_[left], &w = registers_[right];
+    const bool fits = to != left && to != right && left != right && sums.bytes % 4 == 0 && x.bytes % 4 == 0 &&
+                      sums.rows == x.rows && sums.bytes == w.bytes && x.bytes / 4 == w.rows;
+    expect(fits);
+    return fits;
   }
 
   static void expect(bool right) { tile_counts.misuses += !right; }
